@@ -1,0 +1,82 @@
+"""Hub compute kernels for PyTorch models: eager, compiled and exported.
+
+Importing this package imports neither torch nor huggingface_hub: the names below are loaded
+at their first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
+    from kernelgraph.eager import kernelize
+    from kernelgraph.hub.loading import get_local_kernel
+    from kernelgraph.hub.repositories import (
+        FuncRepository,
+        LayerRepository,
+        LocalFuncRepository,
+        LocalLayerRepository,
+    )
+    from kernelgraph.layers import (
+        replace_kernel_forward_from_hub,
+        use_kernel_forward_from_hub,
+        use_kernelized_func,
+    )
+    from kernelgraph.mapping import register_kernel_mapping, use_kernel_mapping
+    from kernelgraph.modes import KernelizeFallback, Mode
+    from kernelgraph.report import last_report
+
+_HOMES = {
+    "CUDAProperties": "devices",
+    "Device": "devices",
+    "FuncRepository": "hub.repositories",
+    "KernelizeFallback": "modes",
+    "LayerRepository": "hub.repositories",
+    "LocalFuncRepository": "hub.repositories",
+    "LocalLayerRepository": "hub.repositories",
+    "Mode": "modes",
+    "ROCMProperties": "devices",
+    "get_local_kernel": "hub.loading",
+    "kernelize": "eager",
+    "last_report": "report",
+    "register_kernel_mapping": "mapping",
+    "replace_kernel_forward_from_hub": "layers",
+    "use_kernel_forward_from_hub": "layers",
+    "use_kernel_mapping": "mapping",
+    "use_kernelized_func": "layers",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "CUDAProperties",
+    "Device",
+    "FuncRepository",
+    "KernelizeFallback",
+    "LayerRepository",
+    "LocalFuncRepository",
+    "LocalLayerRepository",
+    "Mode",
+    "ROCMProperties",
+    "get_local_kernel",
+    "kernelize",
+    "last_report",
+    "register_kernel_mapping",
+    "replace_kernel_forward_from_hub",
+    "use_kernel_forward_from_hub",
+    "use_kernel_mapping",
+    "use_kernelized_func",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kernelgraph' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kernelgraph.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

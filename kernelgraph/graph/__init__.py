@@ -1,0 +1,1 @@
+"""Kernels inside compiled graphs: capture, custom ops and the ``hubkernels`` backend."""

@@ -1,0 +1,178 @@
+"""What kernelgraph uses of torch beyond its public API, and nothing else uses.
+
+Each entry names the versions that it was tried on; a new torch is tried against this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.callback import CallbackTrigger, callback_handler
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext, detect_fake_mode
+from torch.utils import _pytree as pytree
+
+GraphFunction = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def at_trace_time(function: F) -> F:
+    """Have Dynamo run ``function`` when it traces a call of it, and keep the result."""
+    mark: Any = torch.compiler.assume_constant_result
+    return mark(function)  # type: ignore[no-any-return]
+
+
+class Frame:
+    """The innermost frame that Dynamo is tracing, seen from a function it runs at trace time.
+
+    Such a function is marked ``torch.compiler.assume_constant_result``; its caller is this frame.
+    The module of a traced frame is read from here and not passed as an argument: as an argument
+    Dynamo would guard on its identity, and one compiled block could no longer serve all its
+    siblings. Tried on 2.11, 2.13, 2.14.
+    """
+
+    def __init__(self) -> None:
+        self._tx: Any = InstructionTranslator.current_tx().output.current_tx
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """A dict that belongs to the graph being traced, and lives as long as its trace."""
+        return _notes(self._tx.output)
+
+    def value(self, name: str) -> Any:
+        """The real object behind a local variable that holds a module."""
+        return self._tx.symbolic_locals[name].realize().value
+
+    def fakes(self, name: str) -> Any:
+        """A local variable with its tensors as fakes, and everything in it guarded.
+
+        Raises:
+            NotImplementedError: If it holds something that no graph node can take.
+        """
+        proxies = self._tx.symbolic_locals[name].realize().as_proxy()
+        return pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta["example_value"], proxies)
+
+    def guard(self, name: str, path: tuple[str, ...], value: Any) -> None:
+        """Trace anew when attribute ``path`` of a local variable is not ``value`` any more.
+
+        A number that traced code reads may become symbolic once it has changed, and an op's
+        schema takes no symbolic float; a guard alone keeps it a constant.
+        """
+        source = self._tx.symbolic_locals[name].source
+        if source is None:
+            raise NotImplementedError(f"{name} was made inside the graph")
+        for part in path:
+            source = AttrSource(source, part)
+        by_value = not isinstance(value, nn.Module) and not callable(value)
+        kind = GuardBuilder.CONSTANT_MATCH if by_value else GuardBuilder.ID_MATCH
+        if isinstance(value, nn.Module):
+            kind = GuardBuilder.TYPE_MATCH
+        install_guard(source.make_guard(kind))
+
+    @property
+    def module_stack(self) -> dict[str, tuple[str, type]]:
+        """What FX nodes carry as ``nn_module_stack``."""
+        return self._tx.nn_module_stack  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def fake_mode(self) -> Iterator[None]:
+        """Run code on this trace's fake tensors, as Dynamo itself does."""
+        from torch._dispatch.python import enable_python_dispatcher
+
+        with self._tx.fake_mode, enable_python_dispatcher():
+            yield
+
+    @property
+    def backend(self) -> tuple[GraphFunction, Mapping[str, Any]]:
+        """The backend function that will get the graph, and its keyword arguments."""
+        return unwrap_backend(self._tx.output.compiler_fn)
+
+    def backend_error(self, error: Exception) -> Exception:
+        """``error`` as Dynamo reports what a backend raises."""
+        return BackendCompilerFailed(self.backend[0], error, None).with_traceback(
+            error.__traceback__
+        )
+
+
+def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
+    """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
+    kwargs: dict[str, Any] = {}
+    while True:
+        if isinstance(compiler, functools.partial):
+            kwargs = {**compiler.keywords, **kwargs}
+            compiler = compiler.func
+        elif hasattr(compiler, "_torchdynamo_orig_backend"):
+            compiler = compiler._torchdynamo_orig_backend
+        elif hasattr(compiler, "compiler_fn"):
+            kwargs = {**getattr(compiler, "kwargs", {}), **kwargs}
+            compiler = compiler.compiler_fn
+        else:
+            return compiler, kwargs
+
+
+def current_notes() -> dict[str, Any]:
+    """`Frame.notes` of the graph that a backend is being given; empty if Dynamo gave it none."""
+    if TracingContext.try_get() is None:
+        return {}
+    return _notes(InstructionTranslator.current_tx().output)
+
+
+def _notes(graph: Any) -> dict[str, Any]:
+    # On the graph itself: Dynamo may trace a frame anew, each time with another graph, and
+    # makes no promise of when the old one goes.
+    return vars(graph).setdefault("kernelgraph_notes", {})  # type: ignore[no-any-return]
+
+
+def on_compile_start(callback: Callable[[], None]) -> None:
+    """Call ``callback`` before Dynamo traces a frame. Tried on 2.11, 2.13, 2.14."""
+
+    def start(args: Any) -> None:
+        if args.callback_trigger is CallbackTrigger.DYNAMO:
+            callback()
+
+    callback_handler.register_start_callback(start)
+
+
+def inductor(
+    mode: str | None, options: Mapping[str, Any]
+) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """What ``torch.compile(backend="inductor", ...)`` makes of these arguments."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    return wrapper(mode, dict(options) or None, None)  # type: ignore[no-any-return]
+
+
+def inductor_options() -> frozenset[str]:
+    """The names of Inductor's options."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def reset_inductor() -> None:
+    """What ``torch.compiler.reset()`` asks of a compile by Inductor."""
+    inductor(None, {}).reset()  # type: ignore[attr-defined]
+
+
+def named_backend(name: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """A backend that is registered with Dynamo."""
+    return lookup_backend(name)
+
+
+@contextlib.contextmanager
+def forgetting_unbacked_symbols() -> Iterator[None]:
+    """Let fake code make data-dependent sizes that no node will bind. Tried on 2.11 to 2.14."""
+    mode = detect_fake_mode()
+    if mode is None or mode.shape_env is None:
+        yield
+        return
+    with mode.shape_env.ignore_fresh_unbacked_symbols():
+        yield

@@ -1,0 +1,83 @@
+"""The options of ``torch.compile(..., backend="hubkernels", options={...})``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernelgraph.graph import _torch
+from kernelgraph.modes import Mode, tried
+
+POLICIES = ("always", "never")
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options, checked."""
+
+    policy: str = "always"
+    """``always``: a kernel is used wherever one is found; ``never``: references alone."""
+    inner: str | Callable[..., Any] = "inductor"
+    """What compiles the graph once the kernels are in it."""
+    kernel_mode: Mode | None = None
+    """The mode to choose kernels for; None: by whether a gradient can flow through the call."""
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor's own options."""
+    inductor_mode: str | None = None
+    """``mode=`` of torch.compile, which is Inductor's."""
+
+    @classmethod
+    def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """Check what ``torch.compile`` was given.
+
+        Raises:
+            ValueError: If an option is unknown or has a value that it cannot have.
+            TypeError: If a value is of the wrong type.
+        """
+        given = dict(options or {})
+        policy = given.pop("policy", "always")
+        if policy not in POLICIES:
+            raise ValueError(f"option policy is one of {', '.join(POLICIES)}, not {policy!r}")
+        inner = given.pop("inner", "inductor")
+        if not (callable(inner) or inner in INNER):
+            raise ValueError(
+                f"option inner is one of {', '.join(INNER)} or a callable that takes a graph "
+                f"module and example inputs, not {inner!r}"
+            )
+        kernel_mode = given.pop("kernel_mode", None)
+        if kernel_mode is not None:
+            if not isinstance(kernel_mode, Mode):
+                raise TypeError(f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}")
+            tried(kernel_mode)
+            kernel_mode |= Mode.TORCH_COMPILE
+        _check_rest(given, mode, inner)
+        return cls(policy, inner, kernel_mode, given, mode)
+
+
+def _check_rest(
+    given: Mapping[str, Any], mode: str | None, inner: str | Callable[..., Any]
+) -> None:
+    ours = "policy, inner and kernel_mode"
+    if inner != "inductor":
+        if given or mode:
+            what = ", ".join(sorted(given)) or f"mode={mode!r}"
+            raise ValueError(
+                f"{what}: not an option of hubkernels ({ours}), and Inductor's do not go with "
+                f"inner={inner!r}"
+            )
+        return
+    known = _torch.inductor_options()
+    if unknown := sorted(k for k in given if k.replace("-", "_") not in known):
+        raise ValueError(
+            f"unknown option {', '.join(unknown)}: neither one of hubkernels ({ours}) nor one of "
+            "Inductor's (torch._inductor.list_options())"
+        )
+
+
+def of_backend(backend: Callable[..., Any], kwargs: Mapping[str, Any]) -> Options | None:
+    """The options that a graph is traced with, or None if ``backend`` is not ours."""
+    if getattr(backend, "is_hubkernels", False):
+        return Options.parse(kwargs.get("mode"), kwargs.get("options"))
+    return None

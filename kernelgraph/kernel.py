@@ -1,0 +1,93 @@
+"""The one decision that every path shares: which kernel, if any, stands in for a layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kernelgraph.layers import Extensible, check_hub_layer
+from kernelgraph.mapping import KernelMapping, Rejection, Selection, select
+from kernelgraph.modes import Mode
+from kernelgraph.report import Reason
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kernelgraph.devices import Target
+    from kernelgraph.hub.loading import Origin
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A hub layer that was selected, loaded and checked against the layer it stands in for."""
+
+    layer: type[nn.Module]
+    origin: Origin
+    selection: Selection
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self.layer.forward
+
+    def __str__(self) -> str:
+        return f"{self.origin.repository}@{self.origin.revision[:8]}: {self.layer.__name__}"
+
+
+def decide(
+    layer: Extensible,
+    target: Target,
+    mode: Mode,
+    mapping: KernelMapping,
+    *,
+    keep_unloadable: bool = False,
+) -> Kernel | Rejection:
+    """The kernel that ``mapping`` has for ``layer`` on ``target`` in ``mode``, or why none.
+
+    Where a repository cannot be loaded, that is an error, or with ``keep_unloadable`` a rejection.
+
+    Raises:
+        ValueError: If the kernel was registered for a mode that it says it does not support.
+        TypeError: If the hub layer is impure, or its ``forward`` does not fit the layer's.
+        Exception: Whatever the repository raises where it cannot be loaded.
+    """
+    if os.environ.get("DISABLE_KERNEL_MAPPING", "0").lower() in ("1", "true", "yes", "on"):
+        return Rejection(Reason.DISABLED, "")
+    selection = select(mapping, layer.layer_name, target, mode)
+    if isinstance(selection, Rejection):
+        return selection
+    try:
+        hub_layer = _load(selection, target)
+    except Exception as error:
+        if not keep_unloadable:
+            raise
+        return Rejection(Reason.CANNOT_LOAD, str(error))
+    check_hub_layer(hub_layer, layer.reference, selection.repository)
+    _check_registered_mode(hub_layer, selection)
+    if Mode.TRAINING in mode and not getattr(hub_layer, "has_backward", True):
+        return Rejection(Reason.NO_BACKWARD, str(selection.repository))
+
+    from kernelgraph.hub.loading import origin_of
+
+    return Kernel(hub_layer, origin_of(hub_layer), selection)
+
+
+def _load(selection: Selection, target: Target) -> type[nn.Module]:
+    from kernelgraph.hub.repositories import Repository
+
+    repository = selection.repository
+    if isinstance(repository, Repository):  # ours know builds for several devices
+        return repository.load(target)
+    return repository.load()
+
+
+def _check_registered_mode(hub_layer: type[nn.Module], selection: Selection) -> None:
+    for flag, mode in (("has_backward", Mode.TRAINING), ("can_torch_compile", Mode.TORCH_COMPILE)):
+        # Only what the layer says counts: one that says nothing of torch.compile runs as an
+        # opaque op in a compiled graph.
+        if mode in selection.mode and getattr(hub_layer, flag, None) is False:
+            raise ValueError(
+                f"{selection.repository} is registered for mode {selection.mode}, but its layer "
+                f"{hub_layer.__name__} says {flag} = False: register it for another mode"
+            )

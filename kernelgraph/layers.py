@@ -1,0 +1,308 @@
+"""Extensible layers: classes and functions whose ``forward`` a kernel may replace.
+
+An extensible layer carries its layer name in the class attribute ``kernel_layer_name``. This is
+the convention of the ecosystem and not of this package alone, so a class that any other package
+tagged is extensible here too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Condition = Callable[[nn.Module], bool]
+    Fake = Callable[..., Any]
+
+T = TypeVar("T")
+
+NAME = "kernel_layer_name"
+CONDITION = "kernel_condition"
+FAKE = "kernel_fake"
+FUNCTIONS = "_kernel_funcs"
+
+
+@dataclass(frozen=True)
+class Extensible:
+    """What makes a class extensible, found by `extensible`."""
+
+    owner: type[nn.Module]
+    """The class that carries the tag; the one asked about, or one it inherits from."""
+    layer_name: str
+    condition: Condition | None = None
+    fake: Fake | None = None
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The layer's own ``forward``, as its author wrote it."""
+        forward = self.owner.forward
+        return getattr(forward, "__kernelgraph_reference__", forward)
+
+
+def extensible(cls: type) -> Extensible | None:
+    """How ``cls`` is extensible, or None.
+
+    A subclass is extensible under the inherited name as long as it inherits ``forward`` too: a
+    ``forward`` of its own that is not tagged is somebody's different computation.
+    """
+    for base in cls.__mro__:
+        if isinstance(name := vars(base).get(NAME), str):
+            return Extensible(
+                owner=base,
+                layer_name=name,
+                condition=_plain(vars(base).get(CONDITION)),
+                fake=_plain(vars(base).get(FAKE)),
+            )
+        if "forward" in vars(base):
+            return None
+    return None
+
+
+def _plain(member: Any) -> Any:
+    return member.__func__ if isinstance(member, staticmethod) else member
+
+
+def use_kernel_forward_from_hub(
+    layer_name: str, condition: Condition | None = None, *, fake: Fake | None = None
+) -> Callable[[T], T]:
+    """Make the decorated ``nn.Module`` class, or function, extensible under ``layer_name``.
+
+    The class itself is returned, and behaves as before until a kernel is chosen for it. A function
+    becomes a module-like callable that still behaves as the function; attach it to the module
+    class that calls it with `use_kernelized_func` to make it visible to ``kernelize``.
+
+    Args:
+        layer_name: The name under which mappings register kernels for the layer.
+        condition: Asked of each instance; where it returns False the instance is left alone.
+        fake: A shape function with the signature of ``forward`` (its ``self`` included) for a
+            layer whose output shape cannot be had by running it on fake tensors: it returns
+            tensors of the output's shape, dtype and device, as ``torch.empty`` does.
+
+    Raises:
+        TypeError: If an argument, or what is decorated, is of the wrong type.
+    """
+    _check_tag(layer_name, condition, fake)
+
+    def decorate(target: T) -> T:
+        if inspect.isclass(target):
+            replace_kernel_forward_from_hub(target, layer_name, condition, fake=fake)
+            return target
+        if inspect.isfunction(target):
+            return _function_layer(target, layer_name, condition, fake)  # type: ignore[return-value]
+        raise TypeError(
+            "use_kernel_forward_from_hub decorates an nn.Module class or a function, "
+            f"not {target!r}"
+        )
+
+    return decorate
+
+
+def replace_kernel_forward_from_hub(
+    cls: type, layer_name: str, condition: Condition | None = None, *, fake: Fake | None = None
+) -> None:
+    """Make ``cls``, a layer class that one does not own, extensible under ``layer_name``.
+
+    Args:
+        cls: An ``nn.Module`` class; its instances and subclasses that inherit ``forward`` follow.
+        layer_name, condition, fake: As in `use_kernel_forward_from_hub`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+    """
+    from torch import nn
+
+    _check_tag(layer_name, condition, fake)
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise TypeError(f"an extensible layer is an nn.Module class, not {cls!r}")
+    setattr(cls, NAME, layer_name)
+    # staticmethod: read through an instance, a plain function would be bound to it.
+    setattr(cls, CONDITION, None if condition is None else staticmethod(condition))
+    setattr(cls, FAKE, None if fake is None else staticmethod(fake))
+    _announce(cls)
+
+
+def _check_tag(layer_name: object, condition: object, fake: object) -> None:
+    if not isinstance(layer_name, str) or not layer_name:
+        raise TypeError(f"layer_name is a non-empty string, not {layer_name!r}")
+    for argument, value in (("condition", condition), ("fake", fake)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{argument} is a callable or None, not {value!r}")
+
+
+def use_kernelized_func(*functions: Callable[..., Any]) -> Callable[[type[T]], type[T]]:
+    """Make extensible functions that a module class calls visible to ``kernelize``.
+
+    Args:
+        functions: Functions decorated with `use_kernel_forward_from_hub`.
+
+    Raises:
+        TypeError: If one of ``functions`` is not an extensible function.
+    """
+    for function in functions:
+        if extensible(type(function)) is None:
+            raise TypeError(
+                f"{getattr(function, '__name__', function)!r} is not extensible: decorate it "
+                'with @use_kernel_forward_from_hub("...") first'
+            )
+
+    def decorate(cls: type[T]) -> type[T]:
+        inherited = getattr(cls, FUNCTIONS, {})
+        attached = {getattr(f, "__name__", type(f).__name__): f for f in functions}
+        setattr(cls, FUNCTIONS, {**inherited, **attached})
+        return cls
+
+    return decorate
+
+
+def functions_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The extensible functions attached to ``module``'s class or, by other packages, to it."""
+    return vars(module).get(FUNCTIONS) or getattr(type(module), FUNCTIONS, {})
+
+
+def as_function_layer(function: Callable[..., Any], name: str) -> type[nn.Module]:
+    """An ``nn.Module`` class whose ``forward`` calls ``function``, with its signature."""
+    from torch import nn
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if "self" in signature.parameters or any(
+        p.kind is inspect.Parameter.POSITIONAL_ONLY for p in signature.parameters.values()
+    ):
+        own = own.replace(name="_self", kind=inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [own, *signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    members: dict[str, Any] = {"forward": forward, "__module__": function.__module__}
+    for flag in ("can_torch_compile", "has_backward"):
+        if hasattr(function, flag):
+            members[flag] = getattr(function, flag)
+    return type(name, (nn.Module,), members)
+
+
+def _function_layer(
+    function: Callable[..., Any], layer_name: str, condition: Condition | None, fake: Fake | None
+) -> nn.Module:
+    cls = as_function_layer(function, function.__name__)
+    # What is one object in the program stays one object in its copies and pickles, as for any
+    # function, so that a kernel chosen for it holds wherever it is called.
+    cls.__reduce__ = lambda self: function.__qualname__  # type: ignore[method-assign]
+    cls.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+    cls.__copy__ = lambda self: self  # type: ignore[attr-defined]
+    replace_kernel_forward_from_hub(cls, layer_name, condition, fake=fake)
+    layer = cls()
+    functools.update_wrapper(layer, function)
+    return layer
+
+
+# --- who wants to know of extensible classes ------------------------------------------------
+
+_listeners: list[Callable[[type], None]] = []
+
+
+def _announce(cls: type) -> None:
+    for listener in tuple(_listeners):
+        listener(cls)
+
+
+def on_extensible(listener: Callable[[type], None]) -> None:
+    """Call ``listener`` with each extensible class there is, and with those tagged later here."""
+    _listeners.append(listener)
+    for cls in tagged_subclasses():
+        listener(cls)
+
+
+def tagged_subclasses() -> Iterator[type]:
+    """Each class in the process that carries a tag, whoever set it."""
+    from torch import nn
+
+    seen: set[type] = set()
+    todo = [nn.Module]
+    while todo:
+        for cls in todo.pop().__subclasses__():
+            if cls not in seen:
+                seen.add(cls)
+                todo.append(cls)
+                if isinstance(vars(cls).get(NAME), str):
+                    yield cls
+
+
+# --- whether a hub layer can stand in for a reference ---------------------------------------
+
+_MEMBERS = frozenset({"forward", "has_backward", "can_torch_compile"})
+# What Python itself writes into every class, by version.
+_PYTHON_MEMBERS = frozenset(
+    {
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__annotations_cache__",
+        "__annotate__",
+        "__annotate_func__",
+        "__conditional_annotations__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__parameters__",
+        "__orig_bases__",
+    }
+)
+
+
+def check_hub_layer(layer: Any, reference: Callable[..., Any], repository: object) -> None:
+    """Refuse a hub layer that is not pure, or whose ``forward`` cannot replace ``reference``.
+
+    Args:
+        layer: The class that a repository loaded.
+        reference: The ``forward`` function it is to replace; ``self`` is its first parameter.
+        repository: Named in the error.
+
+    Raises:
+        TypeError: If ``layer`` is not an ``nn.Module`` class, has an ``__init__`` or members of
+            its own, or takes another number or other kinds of parameters than ``reference``.
+    """
+    from torch import nn
+
+    if not (inspect.isclass(layer) and issubclass(layer, nn.Module)):
+        raise TypeError(f"{repository}: a hub layer is a subclass of nn.Module, not {layer!r}")
+    for base in layer.__mro__:
+        if base is nn.Module:
+            break
+        if "__init__" in vars(base):
+            raise TypeError(
+                f"{repository}: hub layer {layer.__name__} has an __init__; it must be pure, "
+                "since it runs on the state of the layer that it replaces"
+            )
+        if extra := sorted(vars(base).keys() - _MEMBERS - _PYTHON_MEMBERS):
+            raise TypeError(
+                f"{repository}: hub layer {layer.__name__} has members other than forward, "
+                f"has_backward and can_torch_compile: {', '.join(extra)}"
+            )
+    ours, theirs = _kinds(reference), _kinds(layer.forward)
+    if ours != theirs:
+        raise TypeError(
+            f"{repository}: forward of hub layer {layer.__name__} takes "
+            f"{inspect.signature(layer.forward)}, and the layer that it would replace takes "
+            f"{inspect.signature(reference)}: the parameters differ in number or kind"
+        )
+
+
+def _kinds(forward: Callable[..., Any]) -> list[Any]:
+    return [p.kind for p in inspect.signature(forward).parameters.values()]
+
+
+def first_device(module: nn.Module) -> torch.device | None:
+    """The device of the first parameter, else of the first buffer, of ``module``."""
+    tensor: torch.Tensor | None = next(module.parameters(), None)
+    if tensor is None:
+        tensor = next(module.buffers(), None)
+    return None if tensor is None else tensor.device
