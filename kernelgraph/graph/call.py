@@ -16,7 +16,7 @@ Template = tuple[Any, ...]
 ``("leaf", i)``, ``("const", value)``, ``("tuple" | "list", templates)``,
 ``("dict", ((key, template), ...))``."""
 
-_SEQUENCES: dict[str, type] = {"tuple": tuple, "list": list}
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list}
 
 
 class UnsupportedValue(Exception):

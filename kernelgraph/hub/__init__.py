@@ -1,0 +1,1 @@
+"""Kernel repositories: choosing a build variant, checking its files, importing it."""
