@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.callback import CallbackTrigger, callback_handler
 from torch._dynamo.exc import BackendCompilerFailed
@@ -19,6 +20,7 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 GraphFunction = Callable[..., Any]
@@ -58,7 +60,11 @@ class Frame:
         Raises:
             NotImplementedError: If it holds something that no graph node can take.
         """
-        proxies = self._tx.symbolic_locals[name].realize().as_proxy()
+        try:
+            proxies = self._tx.symbolic_locals[name].realize().as_proxy()
+        except NotImplementedError as error:
+            what = f"{name} hold what is neither a tensor nor a constant: {error}"
+            raise NotImplementedError(what) from None
         return pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta["example_value"], proxies)
 
     def guard(self, name: str, path: tuple[str, ...], value: Any) -> None:
@@ -72,10 +78,8 @@ class Frame:
             raise NotImplementedError(f"{name} was made inside the graph")
         for part in path:
             source = AttrSource(source, part)
-        by_value = not isinstance(value, nn.Module) and not callable(value)
-        kind = GuardBuilder.CONSTANT_MATCH if by_value else GuardBuilder.ID_MATCH
-        if isinstance(value, nn.Module):
-            kind = GuardBuilder.TYPE_MATCH
+        by_identity = isinstance(value, nn.Module) or callable(value)
+        kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
         install_guard(source.make_guard(kind))
 
     @property
@@ -86,8 +90,6 @@ class Frame:
     @contextlib.contextmanager
     def fake_mode(self) -> Iterator[None]:
         """Run code on this trace's fake tensors, as Dynamo itself does."""
-        from torch._dispatch.python import enable_python_dispatcher
-
         with self._tx.fake_mode, enable_python_dispatcher():
             yield
 
@@ -176,3 +178,11 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
         return
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         yield
+
+
+@contextlib.contextmanager
+def fake_mode_of(fakes: list[Any]) -> Iterator[Callable[[torch.Tensor], Any]]:
+    """Run code on ``fakes``, as their maker does; gives what makes a parameter one of them."""
+    mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        yield functools.partial(mode.from_tensor, static_shapes=True)

@@ -9,9 +9,12 @@ from typing import Any
 from torch import fx
 
 from kernelgraph.graph import _torch
+from kernelgraph.graph.choice import Choices
 from kernelgraph.graph.layer_call import Trace, adopt
 from kernelgraph.graph.options import Options
+from kernelgraph.graph.rewrite import rewrite
 from kernelgraph.layers import on_extensible, tagged_subclasses
+from kernelgraph.mapping import current_mapping
 from kernelgraph.report import Report, publish
 
 
@@ -24,8 +27,8 @@ def hubkernels(
 ) -> Any:
     """Compile a graph whose extensible layers are calls of hub kernels.
 
-    By the time that Dynamo hands over the graph the kernels are in it, as custom ops; see
-    `kernelgraph.graph.layer_call`. What is left is to say so, and to compile the graph.
+    By the time that Dynamo hands over the graph the kernels of the layers that it inlined are in
+    it, as custom ops (`kernelgraph.graph.layer_call`). Those that it left as modules follow here.
 
     Args:
         graph_module: The graph that Dynamo traced.
@@ -38,7 +41,9 @@ def hubkernels(
     """
     parsed = Options.parse(mode, options)
     trace: Trace | None = _torch.current_notes().get("trace")
-    publish(Report("torch.compile", tuple(dict.fromkeys(trace.decisions)) if trace else ()))
+    choices = trace.choices if trace else Choices(parsed, current_mapping())
+    rewrite(graph_module, choices)
+    publish(Report("torch.compile", tuple(dict.fromkeys(choices.decisions))))
     return _inner(parsed)(graph_module, example_inputs)
 
 

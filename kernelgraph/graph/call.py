@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from kernelgraph.graph.state import State, describe_constants, new_shell, stable_repr
+from kernelgraph.layers import Extensible
 
 Template = tuple[Any, ...]
 """A nested value with its leaves taken out, as constants that Dynamo can handle:
@@ -35,7 +37,9 @@ def take_leaves(value: Any, leaves: list[Any]) -> Template:
         return ("dict", tuple((k, take_leaves(v, leaves)) for k, v in value.items()))
     if value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
         return ("const", value)
-    raise UnsupportedValue(f"a {type(value).__name__}")  # a SymFloat is one: no op takes it
+    raise UnsupportedValue(
+        f"a {type(value).__name__} is passed or returned"
+    )  # a SymFloat is one: no op takes it
 
 
 def put_leaves(template: Template, leaves: Sequence[Any]) -> Any:
@@ -86,14 +90,14 @@ class Call:
 
     @classmethod
     def of(
-        cls, state: State, values: Sequence[Any], parameters: Sequence[str], args: Any, kwargs: Any
+        cls, state: State, values: Sequence[Any], layer: Extensible, args: Any, kwargs: Any
     ) -> tuple[Call, list[Any]]:
         """The form of a call, and its operands.
 
         Args:
             state: The state it reads.
             values: The values of ``state.tensors``.
-            parameters: The names of the positional parameters, without ``self``.
+            layer: The layer that is called, for the names of its parameters.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
 
@@ -101,6 +105,7 @@ class Call:
             UnsupportedValue: If an argument can be neither an operand nor a constant.
         """
         operands: list[Any] = []
+        parameters = list(inspect.signature(layer.reference).parameters)[1:]
         arguments = take_leaves((tuple(args), dict(kwargs)), operands)
         names = [_argument_name(path, parameters) for path in paths_of(arguments)]
         names += ["_".join(path) for path in state.operands]
@@ -117,6 +122,11 @@ class Call:
     def tensors(self) -> tuple[int, ...]:
         """Which of the operands are tensors."""
         return tuple(i for i, t in enumerate(self.types) if t == "Tensor")
+
+    @property
+    def argument_keys(self) -> list[tuple[Any, ...]]:
+        """The keys from ``(args, kwargs)`` to each operand that is an argument."""
+        return paths_of(self.arguments)
 
     def describe(self) -> str:
         """Text that is the same for the same form of call in every process."""

@@ -1,0 +1,122 @@
+"""Which kernel, if any, stands in for one call of a layer in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kernelgraph.devices import Target, target_of
+from kernelgraph.eager import KernelForward
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.state import State, UnsupportedState
+from kernelgraph.kernel import Kernel, decide
+from kernelgraph.layers import Extensible, first_device
+from kernelgraph.mapping import KernelMapping, Rejection
+from kernelgraph.modes import Mode
+from kernelgraph.report import Decision, Reason
+
+KERNEL = "__kernelgraph_kernel__"
+"""Where a forward that ``kernelize`` bound for compiling keeps its kernel."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A call of an extensible layer."""
+
+    module: nn.Module
+    layer: Extensible
+    path: str
+    target: Target | None = None
+    mode: Mode | None = None
+    grad: bool = False
+    """Whether a gradient can flow through the call."""
+
+    def decision(
+        self, reason: Reason, kernel: str = "", detail: str = "", op: str = ""
+    ) -> Decision:
+        device = self.target.type if self.target else ""
+        mode = str(self.mode) if self.mode else ""
+        return Decision(self.path, self.layer.layer_name, device, mode, reason, kernel, detail, op)
+
+
+class KeepReference(Exception):
+    """A call keeps its reference."""
+
+    def __init__(self, site: Site, reason: Reason, detail: str = "") -> None:
+        self.decision = site.decision(reason, "", detail)
+
+
+@dataclass
+class Choices:
+    """The decisions for the calls of one graph."""
+
+    options: Options
+    mapping: KernelMapping
+    decisions: list[Decision] = field(default_factory=list)
+    _outcomes: dict[tuple[type, Target, Mode], Kernel | Rejection] = field(default_factory=dict)
+
+    def choose(self, site: Site) -> tuple[Kernel, State]:
+        """The kernel for a call whose device and mode are known, and the state that it reads.
+
+        Raises:
+            KeepReference: There is none.
+            Exception: What `kernelgraph.kernel.decide` raises.
+        """
+        assert site.target is not None
+        assert site.mode is not None
+        kernelized = kernelized_with(site.module)
+        if self.options.policy == "never":
+            raise KeepReference(site, Reason.POLICY, "never")
+        if kernelized is not None:
+            kernel = kernelized[0]
+        elif "forward" in site.module.__dict__:
+            raise KeepReference(site, Reason.OWN_FORWARD)
+        elif site.layer.condition is not None and not site.layer.condition(site.module):
+            raise KeepReference(site, Reason.CONDITION)
+        else:
+            key = (site.layer.owner, site.target, site.mode)
+            if key not in self._outcomes:
+                self._outcomes[key] = decide(site.layer, site.target, site.mode, self.mapping)
+            outcome = self._outcomes[key]
+            if isinstance(outcome, Rejection):
+                raise KeepReference(site, outcome.reason, outcome.detail)
+            kernel = outcome
+        try:
+            return kernel, State.of(site.module, [site.layer.reference, kernel.forward])
+        except UnsupportedState as error:
+            raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
+
+    def place(self, site: Site, tensors: Iterable[Tensor]) -> Site:
+        """``site`` with the device and mode of a call with ``tensors`` among its arguments.
+
+        Raises:
+            KeepReference: No tensor tells the device, or no kernel is for such a device.
+        """
+        tensors = list(tensors)
+        device = tensors[0].device if tensors else first_device(site.module)
+        if device is None:
+            raise KeepReference(site, Reason.NO_DEVICE, "no tensor tells the device")
+        grad = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (*tensors, *site.module.parameters())
+        )
+        mode = (Mode.TRAINING if grad else Mode.INFERENCE) | Mode.TORCH_COMPILE
+        if (kernelized := kernelized_with(site.module)) is not None:
+            mode = kernelized[1]
+        elif self.options.kernel_mode is not None:
+            mode = self.options.kernel_mode
+        try:
+            target = target_of(device)
+        except ValueError as error:  # meta, say
+            raise KeepReference(site, Reason.NO_DEVICE, str(error)) from None
+        return Site(site.module, site.layer, site.path, target, mode, grad)
+
+
+def kernelized_with(module: nn.Module) -> tuple[Kernel, Mode] | None:
+    """The kernel that ``kernelize`` chose for an instance, if it did so for compiling."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, KernelForward) and (kernel := getattr(forward.func, KERNEL, None)):
+        return kernel, forward.recipe.mode
+    return None
