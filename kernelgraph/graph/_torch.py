@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.callback import CallbackTrigger, callback_handler
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -82,6 +83,13 @@ class Frame:
         kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
         install_guard(source.make_guard(kind))
 
+    def tensors(self, *names: str) -> list[torch.Tensor]:
+        """The tensors in local variables, without having Dynamo look at them.
+
+        What Dynamo looks at becomes an input of the graph, in that order, and is guarded.
+        """
+        return [t for name in names for t in _tensors_in(self._tx.symbolic_locals[name])]
+
     @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
         """What FX nodes carry as ``nn_module_stack``."""
@@ -105,6 +113,20 @@ class Frame:
         )
 
 
+def _tensors_in(variable: Any) -> Iterator[torch.Tensor]:
+    if isinstance(variable, LazyVariableTracker):
+        if not variable.is_realized():
+            leaves = pytree.tree_leaves(variable.peek_value())
+            yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+            return
+        variable = variable.realize()
+    if isinstance(variable, TensorVariable):
+        yield variable.as_proxy().node.meta["example_value"]
+    items = getattr(variable, "items", ())
+    for item in items.values() if isinstance(items, dict) else items:
+        yield from _tensors_in(item)
+
+
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
     """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
     kwargs: dict[str, Any] = {}
@@ -121,11 +143,13 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
             return compiler, kwargs
 
 
-def current_notes() -> dict[str, Any]:
-    """`Frame.notes` of the graph that a backend is being given; empty if Dynamo gave it none."""
+def current_graph() -> tuple[dict[str, Any], object]:
+    """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
+    for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
     if TracingContext.try_get() is None:
-        return {}
-    return _notes(InstructionTranslator.current_tx().output)
+        return {}, None
+    graph = InstructionTranslator.current_tx().output
+    return _notes(graph), graph.compiler_fn
 
 
 def _notes(graph: Any) -> dict[str, Any]:
@@ -134,14 +158,14 @@ def _notes(graph: Any) -> dict[str, Any]:
     return vars(graph).setdefault("kernelgraph_notes", {})  # type: ignore[no-any-return]
 
 
-def on_compile_start(callback: Callable[[], None]) -> None:
-    """Call ``callback`` before Dynamo traces a frame. Tried on 2.11, 2.13, 2.14."""
+def trace_again() -> NoReturn:
+    """From a backend: have Dynamo trace the frame anew, in the same compile.
 
-    def start(args: Any) -> None:
-        if args.callback_trigger is CallbackTrigger.DYNAMO:
-            callback()
-
-    callback_handler.register_start_callback(start)
+    What changed must change the trace, or it goes on for ever. Tried on 2.11, 2.13, 2.14.
+    """
+    # Without this Dynamo takes the new trace for one that diverged from the first.
+    InstructionTranslator.current_tx().speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="kernelgraph found layers to adopt")
 
 
 def inductor(

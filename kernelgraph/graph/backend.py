@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,7 @@ from kernelgraph.graph.options import Options
 from kernelgraph.graph.rewrite import rewrite
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.mapping import current_mapping
-from kernelgraph.report import Report, publish
+from kernelgraph.report import Decision, Report, publish
 
 
 def hubkernels(
@@ -40,11 +40,34 @@ def hubkernels(
         ValueError, TypeError: If an option is unknown or wrong.
     """
     parsed = Options.parse(mode, options)
-    trace: Trace | None = _torch.current_notes().get("trace")
+    notes, compile_call = _torch.current_graph()
+    if _adopt_late(graph_module) and compile_call is not None:
+        _torch.trace_again()
+    trace: Trace | None = notes.get("trace")
     choices = trace.choices if trace else Choices(parsed, current_mapping())
     rewrite(graph_module, choices)
-    publish(Report("torch.compile", tuple(dict.fromkeys(choices.decisions))))
+    _report(choices.decisions, compile_call)
     return _inner(parsed)(graph_module, example_inputs)
+
+
+_reported: tuple[weakref.ref[object] | None, tuple[Decision, ...]] = (None, ())
+
+
+def _report(decisions: list[Decision], compile_call: object) -> None:
+    """Publish the decisions for a graph, with those for the other graphs of the same model.
+
+    A model has several where there are graph breaks; one that is compiled anew for other inputs
+    is decided anew.
+    """
+    global _reported
+    compiled, earlier = _reported
+    if compile_call is None or compiled is None or compiled() is not compile_call:
+        earlier = ()
+    anew = {decision.path for decision in decisions}
+    kept = (decision for decision in earlier if decision.path not in anew)
+    together = tuple(dict.fromkeys((*kept, *decisions)))
+    _reported = (None if compile_call is None else weakref.ref(compile_call), together)
+    publish(Report("torch.compile", together))
 
 
 hubkernels.is_hubkernels = True  # type: ignore[attr-defined]
@@ -59,15 +82,18 @@ def _inner(options: Options) -> Any:
     return _torch.named_backend(options.inner)
 
 
-@functools.cache
-def _adopt_every_layer() -> None:
-    on_extensible(adopt)
+def _adopt_late(graph_module: fx.GraphModule) -> bool:
+    """Adopt the classes that another package tagged since this module was imported.
 
-    @_torch.on_compile_start
-    def adopt_late() -> None:
-        """Classes that other packages tagged since, which nothing announces."""
-        for cls in tagged_subclasses():
-            adopt(cls)
+    Nothing announces them, so their layers are in the graph already; True if there are such.
+    """
+    late = {cls for cls in tagged_subclasses() if adopt(cls)}
+    return bool(late) and any(
+        not late.isdisjoint(cls.__mro__)
+        for node in graph_module.graph.nodes
+        for _, cls in node.meta.get("nn_module_stack", {}).values()
+        if isinstance(cls, type)
+    )
 
 
-_adopt_every_layer()
+on_extensible(adopt)

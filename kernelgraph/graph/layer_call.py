@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
@@ -42,11 +41,17 @@ Forward = Callable[..., Any]
 # --- wrapping --------------------------------------------------------------------------------
 
 
-def adopt(cls: type[nn.Module]) -> None:
-    """Have calls of ``cls``, an extensible class, captured where the backend compiles them."""
+def adopt(cls: type[nn.Module]) -> bool:
+    """Have calls of ``cls``, a tagged class, captured where the backend compiles them.
+
+    Returns:
+        Whether they were not yet.
+    """
     layer = extensible(cls)
-    if layer is not None and layer.owner is cls and not hasattr(cls.forward, _REFERENCE):
-        cls.forward = _captured(layer.reference, cls)
+    if layer is None or layer.owner is not cls or hasattr(vars(cls).get("forward"), _REFERENCE):
+        return False
+    cls.forward = _captured(layer.reference, cls)
+    return True
 
 
 def kernelized_forward(kernel: Kernel, layer: Extensible) -> Forward:
@@ -151,9 +156,7 @@ def kernelgraph_begin(key: int) -> tuple[Path, ...] | None:
 
 def _begin(frame: Frame, trace: Trace, site: Site) -> tuple[Path, ...] | None:
     try:
-        arguments = (frame.fakes("args"), frame.fakes("kwargs"))
-        tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
-        site = trace.choices.place(site, tensors)
+        site = trace.choices.place(site, frame.tensors("args", "kwargs"))
         if site.layer.condition is not None:
             frame.guard("module", (), site.module)
         kernel, state = trace.choices.choose(site)

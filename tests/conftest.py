@@ -1,0 +1,38 @@
+"""What all tests share: one compile cache for the run, and Dynamo reset between tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache directory of Inductor for this run; its subprocesses inherit it."""
+    path = os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor"))
+    )
+    return Path(path)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No test meets what another one compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
