@@ -1,0 +1,5 @@
+"""``python -m kernelgraph``."""
+
+from kernelgraph.cli import main
+
+main()

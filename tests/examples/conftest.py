@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kernelgraph import get_local_kernel
+from tests.examples.sources import import_example
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The kernel repository, built if it is out of date."""
+    root: Path = import_example("kernels/build").build()
+    return root
+
+
+@pytest.fixture(scope="session")
+def cpu(repository: Path) -> ModuleType:
+    return get_local_kernel(repository, backend="cpu")
