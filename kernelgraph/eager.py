@@ -6,16 +6,24 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
 from kernelgraph.kernel import Kernel, decide
-from kernelgraph.layers import FUNCTIONS, Extensible, extensible, first_device, functions_of
-from kernelgraph.mapping import KernelMapping, Rejection, Selection, current_mapping
+from kernelgraph.layers import (
+    FUNCTIONS,
+    Extensible,
+    extensible,
+    first_device,
+    functions_of,
+    reference_of,
+)
+from kernelgraph.mapping import KernelMapping, Selection, current_mapping
 from kernelgraph.modes import KernelizeFallback, Mode, tried
-from kernelgraph.report import Decision, Reason, Report, publish
+from kernelgraph.report import Decision, Reason, Report, because, publish
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +42,37 @@ _FALLBACK_CASES = {
 }
 
 
-class Recipe(NamedTuple):
-    """How a layer was kernelized: enough to do it again in another process."""
+@dataclass(frozen=True)
+class Recipe:
+    """How the layers of one class were kernelized: enough to do it again in another process."""
 
+    cls: type[nn.Module]
     selection: Selection
     target: Target
     mode: Mode
+    function: Callable[..., Any]
+    """What runs the kernel on an instance."""
+
+    def __reduce__(self) -> Any:
+        # The layers of a class share their recipe, and so do their pickles: this is once a class.
+        return _remake, (self.cls, self.selection, self.target, self.mode)
+
+
+def _remake(cls: type[nn.Module], selection: Selection, target: Target, mode: Mode) -> Recipe:
+    """Unpickle a `Recipe`: for its kernel, or where that is not to be had here, the reference."""
+    try:
+        if (layer := extensible(cls)) is None:
+            raise TypeError("the class is not extensible in this process")
+        chosen = {selection.mode: selection.repository}
+        mapping = KernelMapping.parse({layer.layer_name: {selection.device: chosen}})
+        outcome = decide(layer, target, mode, mapping)
+        if isinstance(outcome, Kernel):
+            return Recipe(cls, selection, target, mode, _forward_for(outcome, layer, mode))
+        why = because(outcome.reason, outcome.detail)
+    except Exception as error:  # a kernel is not worth the weights that come with it
+        why = f"{type(error).__name__}: {error}"
+    logger.warning("unpickled layers %s run their reference: %s", cls.__qualname__, why)
+    return Recipe(cls, selection, target, mode, reference_of(cls))
 
 
 class KernelForward(functools.partial[Any]):
@@ -52,36 +85,16 @@ class KernelForward(functools.partial[Any]):
     recipe: Recipe
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelForward:
-        return _bind(self.func, copy.deepcopy(self.args[0], memo), self.recipe)
+        return _bind(copy.deepcopy(self.args[0], memo), self.recipe)
 
     def __reduce__(self) -> Any:
-        return _rebind, (self.args[0], self.recipe)
+        return _bind, (self.args[0], self.recipe)
 
 
-def _bind(function: Callable[..., Any], module: nn.Module, recipe: Recipe) -> KernelForward:
-    forward = KernelForward(function, module)
+def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
+    forward = KernelForward(recipe.function, module)
     forward.recipe = recipe
     return forward
-
-
-def _rebind(module: nn.Module, recipe: Recipe) -> KernelForward:
-    """Unpickle a `KernelForward`: with its kernel, or where that is not to be had, without."""
-    layer = extensible(type(module))
-    assert layer is not None, "a kernel was pickled for a class that is not extensible"
-    selection = recipe.selection
-    mapping = KernelMapping.parse(
-        {layer.layer_name: {selection.device: {selection.mode: selection.repository}}}
-    )
-    outcome = decide(layer, recipe.target, recipe.mode, mapping, keep_unloadable=True)
-    if isinstance(outcome, Rejection):
-        logger.warning(
-            "a pickled %s layer comes back with its reference: %s (%s)",
-            layer.layer_name,
-            outcome.reason.value,
-            outcome.detail,
-        )
-        return _bind(layer.reference, module, recipe)
-    return _bind(_forward_for(outcome, layer, recipe.mode), module, recipe)
 
 
 def _forward_for(kernel: Kernel, layer: Extensible, mode: Mode) -> Callable[..., Any]:
@@ -94,15 +107,13 @@ def _forward_for(kernel: Kernel, layer: Extensible, mode: Mode) -> Callable[...,
     return kernelized_forward(kernel, layer)
 
 
-class _ClassPlan(NamedTuple):
-    """What was decided for a class: the same for each of its instances."""
+class _Plan(NamedTuple):
+    """What was decided for the layers of a class."""
 
-    layer: Extensible
     decided: tuple[str, str, str, Reason, str, str]
     """The fields of `Decision` after ``path``."""
-    forward: Callable[..., Any] | None
-    """What to bind to an instance; None where the reference is kept."""
     recipe: Recipe | None
+    """None where the reference is kept."""
 
 
 def kernelize(
@@ -118,6 +129,10 @@ def kernelize(
     is decided anew at each call, so another mode, mapping or device takes effect, and a layer
     that has no kernel any more gets its reference back. `kernelgraph.last_report` says what was
     decided; each decision is also logged at INFO on the logger ``kernelgraph``.
+
+    A deep copy and a pickle of the model keep its kernels. A shallow `copy.copy` of a layer goes on
+    running on the layer that it is a copy of, until it is kernelized itself; and a model that is
+    moved to another device is to be kernelized again.
 
     Args:
         model: Any module; its extensible layers, and the extensible functions attached to its
@@ -147,42 +162,54 @@ def kernelize(
     allowed = _fallback_cases(use_fallback)
     mapping = current_mapping()
 
-    plans: dict[type, _ClassPlan | None] = {}
+    layers: dict[type, Extensible | None] = {}
+    plans: dict[type, _Plan] = {}
     decisions: list[Decision] = []
-    swaps: list[tuple[nn.Module, _ClassPlan]] = []
+    changes: list[tuple[nn.Module, Recipe | None]] = []
     for path, module in _candidates(model):
         cls = type(module)
-        if cls not in plans:
-            plans[cls] = _plan(cls, path, target, mode, mapping, allowed)
-        if (plan := plans[cls]) is None:
+        if cls not in layers:
+            layers[cls] = extensible(cls)
+        if (layer := layers[cls]) is None:
             continue
         own = module.__dict__.get("forward")
         if own is not None and type(own) is not KernelForward:
-            decisions.append(_kept(path, plan, Reason.OWN_FORWARD))
-        elif plan.layer.condition is not None and not plan.layer.condition(module):
-            decisions.append(_kept(path, plan, Reason.CONDITION))
-            swaps.append((module, plan._replace(forward=None)))
-        else:
-            decisions.append(Decision(path, *plan.decided))
-            swaps.append((module, plan))
+            left = Reason.OWN_FORWARD
+            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
+            continue
+        if layer.condition is not None and not layer.condition(module):
+            left = Reason.CONDITION
+            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
+            changes.append((module, None))
+            continue
+        # Only now, so that what nobody wants is not loaded, and is no error.
+        if cls not in plans:
+            plans[cls] = _plan(cls, layer, path, target, mode, mapping, allowed)
+        plan = plans[cls]
+        decisions.append(Decision(path, *plan.decided))
+        changes.append((module, plan.recipe))
 
-    for module, plan in swaps:
-        if plan.forward is None:
+    for module, recipe in changes:
+        # Around nn.Module.__setattr__, which looks for parameters first and is slow.
+        if recipe is None:
             module.__dict__.pop("forward", None)
         else:
-            assert plan.recipe is not None
-            # Around nn.Module.__setattr__, which looks for parameters first and is slow.
-            module.__dict__["forward"] = _bind(plan.forward, module, plan.recipe)
+            module.__dict__["forward"] = _bind(module, recipe)
     publish(Report("kernelize", tuple(decisions)))
     return model
 
 
 def _target(model: nn.Module, device: str | torch.device | Device | None) -> Target:
-    if device is None and (device := first_device(model)) is None:
+    if device is not None:
+        return target_of(device)
+    if (found := first_device(model)) is None:
         raise ValueError(
             "the model has neither parameters nor buffers to tell its device by: pass device"
         )
-    return target_of(device)
+    try:
+        return target_of(found)
+    except ValueError as error:  # meta, say
+        raise ValueError(f"the model is on {found}: pass device ({error})") from None
 
 
 def _fallback_cases(use_fallback: bool | KernelizeFallback) -> KernelizeFallback:
@@ -195,49 +222,41 @@ def _fallback_cases(use_fallback: bool | KernelizeFallback) -> KernelizeFallback
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each module once, with its path; and each extensible function attached to one."""
-    functions: set[nn.Module] = set()
+    visited: set[nn.Module] = set()
     has_functions: dict[type, bool] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(visited):
         yield path, module
         cls = type(module)
         if cls not in has_functions:
             has_functions[cls] = hasattr(cls, FUNCTIONS)
         if has_functions[cls] or FUNCTIONS in module.__dict__:
             for name, function in functions_of(module).items():
-                if function not in functions:
-                    functions.add(function)
+                if function not in visited:  # nor, then, does named_modules visit it again
+                    visited.add(function)
                     yield f"{path}.{name}" if path else name, function
 
 
 def _plan(
-    cls: type,
+    cls: type[nn.Module],
+    layer: Extensible,
     path: str,
     target: Target,
     mode: Mode,
     mapping: KernelMapping,
     allowed: KernelizeFallback,
-) -> _ClassPlan | None:
-    """Decide for ``cls``, first met at ``path``; None if it is not extensible."""
-    layer = extensible(cls)
-    if layer is None:
-        return None
+) -> _Plan:
+    """Decide for a class of layers, whose first instance to need it is at ``path``."""
     unloadable = KernelizeFallback.CANNOT_LOAD in allowed
     outcome = decide(layer, target, mode, mapping, keep_unloadable=unloadable)
-    name, device, mode_ = layer.layer_name, target.type, str(mode)
+    place = (layer.layer_name, target.type, str(mode))
     if isinstance(outcome, Kernel):
-        decided = (name, device, mode_, Reason.KERNEL, str(outcome), "")
-        recipe = Recipe(outcome.selection, target, mode)
-        return _ClassPlan(layer, decided, _forward_for(outcome, layer, mode), recipe)
+        recipe = Recipe(cls, outcome.selection, target, mode, _forward_for(outcome, layer, mode))
+        return _Plan((*place, Reason.KERNEL, str(outcome), ""), recipe)
     case = _FALLBACK_CASES.get(outcome.reason)
     if case is not None and case not in allowed:
-        there = f" ({outcome.detail})" if outcome.detail else ""
         raise ValueError(
-            f"layer {name!r} at {path or '(model)'}: no kernel for device {target} in mode "
-            f"{mode}, and use_fallback does not allow the reference: {outcome.reason.value}{there}"
+            f"layer {layer.layer_name!r} at {path or '(model)'}: no kernel for device {target} in "
+            f"mode {mode}, and use_fallback does not allow the reference: "
+            f"{because(outcome.reason, outcome.detail)}"
         )
-    return _ClassPlan(layer, (name, device, mode_, outcome.reason, "", outcome.detail), None, None)
-
-
-def _kept(path: str, plan: _ClassPlan, reason: Reason) -> Decision:
-    name, device, mode, *_ = plan.decided
-    return Decision(path, name, device, mode, reason)
+    return _Plan((*place, outcome.reason, "", outcome.detail), None)

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class Extensible:
     """What makes a class extensible, found by `extensible`."""
 
     owner: type[nn.Module]
-    """The class that carries the tag; the one asked about, or one it inherits from."""
+    """The class whose ``forward`` the tag is for; the one asked about, or one it inherits from."""
     layer_name: str
     condition: Condition | None = None
     fake: Fake | None = None
@@ -41,25 +41,37 @@ class Extensible:
     @property
     def reference(self) -> Callable[..., Any]:
         """The layer's own ``forward``, as its author wrote it."""
-        forward = self.owner.forward
-        return getattr(forward, "__kernelgraph_reference__", forward)
+        return reference_of(self.owner)
+
+
+def reference_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The ``forward`` of ``cls`` without the wrapper that captures its calls in compiled graphs."""
+    return getattr(cls.forward, "__kernelgraph_reference__", cls.forward)
 
 
 def extensible(cls: type) -> Extensible | None:
     """How ``cls`` is extensible, or None.
 
     A subclass is extensible under the inherited name as long as it inherits ``forward`` too: a
-    ``forward`` of its own that is not tagged is somebody's different computation.
+    ``forward`` of its own that is not tagged is somebody's different computation. A class opts out
+    of an inherited name with ``kernel_layer_name = None``.
     """
+    from torch import nn
+
+    forward = getattr(cls, "forward", None)
+    if forward in (None, nn.Module.forward):  # nothing to replace
+        return None
     for base in cls.__mro__:
-        if isinstance(name := vars(base).get(NAME), str):
-            return Extensible(
-                owner=base,
-                layer_name=name,
-                condition=_plain(vars(base).get(CONDITION)),
-                fake=_plain(vars(base).get(FAKE)),
-            )
-        if "forward" in vars(base):
+        members = vars(base)
+        if NAME in members:
+            name, tagged = members[NAME], getattr(base, "forward", None)
+            # A mixin without a forward tags whichever its subclasses inherit beside it.
+            owner = cls if tagged in (None, nn.Module.forward) else base
+            if not isinstance(name, str) or not name or getattr(owner, "forward", None) != forward:
+                return None
+            condition, fake = _plain(members.get(CONDITION)), _plain(members.get(FAKE))
+            return Extensible(owner, name, condition, fake)
+        if "forward" in members:
             return None
     return None
 
@@ -115,11 +127,8 @@ def replace_kernel_forward_from_hub(
     Raises:
         TypeError: If an argument is of the wrong type.
     """
-    from torch import nn
-
     _check_tag(layer_name, condition, fake)
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-        raise TypeError(f"an extensible layer is an nn.Module class, not {cls!r}")
+    _check_module_class(cls, "an extensible layer is")
     setattr(cls, NAME, layer_name)
     # staticmethod: read through an instance, a plain function would be bound to it.
     setattr(cls, CONDITION, None if condition is None else staticmethod(condition))
@@ -133,6 +142,13 @@ def _check_tag(layer_name: object, condition: object, fake: object) -> None:
     for argument, value in (("condition", condition), ("fake", fake)):
         if value is not None and not callable(value):
             raise TypeError(f"{argument} is a callable or None, not {value!r}")
+
+
+def _check_module_class(cls: object, what: str) -> None:
+    from torch import nn
+
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise TypeError(f"{what} an nn.Module class, not {cls!r}")
 
 
 def use_kernelized_func(*functions: Callable[..., Any]) -> Callable[[type[T]], type[T]]:
@@ -152,59 +168,59 @@ def use_kernelized_func(*functions: Callable[..., Any]) -> Callable[[type[T]], t
             )
 
     def decorate(cls: type[T]) -> type[T]:
-        inherited = getattr(cls, FUNCTIONS, {})
-        attached = {getattr(f, "__name__", type(f).__name__): f for f in functions}
-        setattr(cls, FUNCTIONS, {**inherited, **attached})
+        _check_module_class(cls, "use_kernelized_func decorates")
+        attached = dict(getattr(cls, FUNCTIONS, {}))
+        for function in functions:
+            name = getattr(function, "__name__", type(function).__name__)
+            if attached.get(name, function) is not function:  # a namesake from another module
+                name = f"{function.__module__}.{name}"
+            attached[name] = function
+        setattr(cls, FUNCTIONS, attached)
         return cls
 
     return decorate
 
 
 def functions_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The extensible functions attached to ``module``'s class or, by other packages, to it."""
-    return vars(module).get(FUNCTIONS) or getattr(type(module), FUNCTIONS, {})
-
-
-def as_function_layer(function: Callable[..., Any], name: str) -> type[nn.Module]:
-    """An ``nn.Module`` class whose ``forward`` calls ``function``, with its signature."""
-    from torch import nn
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    signature = inspect.signature(function)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if "self" in signature.parameters or any(
-        p.kind is inspect.Parameter.POSITIONAL_ONLY for p in signature.parameters.values()
-    ):
-        own = own.replace(name="_self", kind=inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [own, *signature.parameters.values()]
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    members: dict[str, Any] = {"forward": forward, "__module__": function.__module__}
-    for flag in ("can_torch_compile", "has_backward"):
-        if hasattr(function, flag):
-            members[flag] = getattr(function, flag)
-    return type(name, (nn.Module,), members)
+    """The extensible functions attached to ``module``'s class and, by other packages, to it."""
+    return {**getattr(type(module), FUNCTIONS, {}), **vars(module).get(FUNCTIONS, {})}
 
 
 def _function_layer(
     function: Callable[..., Any], layer_name: str, condition: Condition | None, fake: Fake | None
 ) -> nn.Module:
-    cls = as_function_layer(function, function.__name__)
-    # What is one object in the program stays one object in its copies and pickles, as for any
-    # function, so that a kernel chosen for it holds wherever it is called.
-    cls.__reduce__ = lambda self: function.__qualname__  # type: ignore[method-assign]
-    cls.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
-    cls.__copy__ = lambda self: self  # type: ignore[attr-defined]
+    from torch import nn
+
+    def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    forward.__signature__ = _as_method(inspect.signature(function))  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "__module__": function.__module__,
+        # A global's name: as any function, it stays one object in its copies and pickles, so that
+        # a kernel chosen for it holds wherever it is called.
+        "__reduce__": lambda self: function.__qualname__,
+    }
+    cls = type(function.__name__, (nn.Module,), members)
     replace_kernel_forward_from_hub(cls, layer_name, condition, fake=fake)
-    layer = cls()
+    layer: nn.Module = cls()
     functools.update_wrapper(layer, function)
     return layer
 
 
+def _as_method(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    name = "_self" if "self" in signature.parameters else "self"
+    own = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
+        own = own.replace(kind=parameters[0].kind)  # nothing of another kind may come before one
+    return signature.replace(parameters=[own, *parameters])
+
+
 # --- who wants to know of extensible classes ------------------------------------------------
 
-_listeners: list[Callable[[type], None]] = []
+_listeners: list[Callable[[type], object]] = []
 
 
 def _announce(cls: type) -> None:
@@ -212,7 +228,7 @@ def _announce(cls: type) -> None:
         listener(cls)
 
 
-def on_extensible(listener: Callable[[type], None]) -> None:
+def on_extensible(listener: Callable[[type], object]) -> None:
     """Call ``listener`` with each extensible class there is, and with those tagged later here."""
     _listeners.append(listener)
     for cls in tagged_subclasses():
@@ -220,7 +236,7 @@ def on_extensible(listener: Callable[[type], None]) -> None:
 
 
 def tagged_subclasses() -> Iterator[type]:
-    """Each class in the process that carries a tag, whoever set it."""
+    """Each class in the process whose own ``forward`` a tag is for, whoever set it."""
     from torch import nn
 
     seen: set[type] = set()
@@ -230,7 +246,7 @@ def tagged_subclasses() -> Iterator[type]:
             if cls not in seen:
                 seen.add(cls)
                 todo.append(cls)
-                if isinstance(vars(cls).get(NAME), str):
+                if hasattr(cls, NAME) and (layer := extensible(cls)) and layer.owner is cls:
                     yield cls
 
 
@@ -253,6 +269,7 @@ _PYTHON_MEMBERS = frozenset(
         "__firstlineno__",
         "__static_attributes__",
         "__parameters__",
+        "__type_params__",
         "__orig_bases__",
     }
 )
@@ -275,8 +292,8 @@ def check_hub_layer(layer: Any, reference: Callable[..., Any], repository: objec
     if not (inspect.isclass(layer) and issubclass(layer, nn.Module)):
         raise TypeError(f"{repository}: a hub layer is a subclass of nn.Module, not {layer!r}")
     for base in layer.__mro__:
-        if base is nn.Module:
-            break
+        if base in (nn.Module, Generic, object):
+            continue
         if "__init__" in vars(base):
             raise TypeError(
                 f"{repository}: hub layer {layer.__name__} has an __init__; it must be pure, "

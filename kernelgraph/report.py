@@ -70,18 +70,59 @@ class Report:
         return tuple(d for d in self.decisions if d.uses_kernel)
 
     def __str__(self) -> str:
-        used = len(self.kernels)
-        head = f"{self.source}: {used} of {len(self.decisions)} extensible layers use a kernel"
-        rows: list[tuple[str, ...]] = [
-            (d.path or "(model)", d.layer, d.mode, d.kernel or _why(d), d.op)
-            for d in self.decisions
+        places = {(d.device, d.mode) for d in self.decisions}
+        one_place = ", ".join(filter(None, places.pop())) if len(places) == 1 else ""
+        head = f"{self.source} for {one_place}" if one_place else self.source
+        head += f": {len(self.kernels)} of {len(self.decisions)} extensible layers use a kernel"
+
+        # Layers that are alike share a row: a model has many, and few kinds of them.
+        alike: dict[Decision, list[str]] = {}
+        for decision in self.decisions:
+            alike.setdefault(decision._replace(path=""), []).append(decision.path)
+        header = ("path", "layer", "device", "mode", "kernel or reason", "op")
+        rows: list[tuple[str, ...]] = []
+        for d, paths in alike.items():
+            place = ("", "") if one_place else (d.device, d.mode)
+            rest = (d.layer, *place, _outcome(d), d.op)
+            rows.extend((path or "(model)", *rest) for path in _merged(paths))
+        return "\n".join([head, *_table(header, rows)])
+
+
+def because(reason: Reason, detail: str) -> str:
+    """Why a layer keeps its reference, in words."""
+    return f"{reason.value} ({detail})" if detail else reason.value
+
+
+def _outcome(decision: Decision) -> str:
+    return decision.kernel or f"reference: {because(decision.reason, decision.detail)}"
+
+
+def _merged(paths: Iterable[str]) -> list[str]:
+    """``paths``, those that differ in an index alone written as one: ``blocks.0-3,5.norm``."""
+    rows = list(dict.fromkeys(tuple(path.split(".")) for path in paths))
+    for i in reversed(range(max(map(len, rows), default=0))):
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for row in rows:
+            index = row[i] if i < len(row) else ""
+            # A dot stands for the index, since no part of a path can be one.
+            key = (*row[:i], ".", *row[i + 1 :]) if index.isdecimal() else row
+            alike.setdefault(key, []).extend([int(index)] if index.isdecimal() else [])
+        rows = [
+            (*key[:i], _ranges(indices), *key[i + 1 :]) if indices else key
+            for key, indices in alike.items()
         ]
-        return "\n".join([head, *_table(("path", "layer", "mode", "kernel or reason", "op"), rows)])
+    return [".".join(row) for row in rows]
 
 
-def _why(decision: Decision) -> str:
-    reason = f"reference: {decision.reason.value}"
-    return f"{reason} ({decision.detail})" if decision.detail else reason
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0-3,5`` for 0, 1, 2, 3 and 5."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -116,5 +157,5 @@ def publish(report: Report) -> None:
             d.path or "(model)",
             d.device,
             d.mode,
-            d.kernel or _why(d),
+            _outcome(d),
         )

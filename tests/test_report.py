@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernelgraph.report import Decision, Reason, Report, _merged, last_report, publish
+
+KERNEL = "owner/norm@0123abcd: RMSNorm"
+
+
+def decision(path: str, kernel: str = KERNEL, **fields: str) -> Decision:
+    reason = Reason.KERNEL if kernel else Reason.NO_MODE
+    return Decision(path, "RMSNorm", "cuda", "INFERENCE", reason, kernel)._replace(**fields)
+
+
+def text(*decisions: Decision, source: str = "kernelize") -> str:
+    return str(Report(source, decisions))
+
+
+class TestText:
+    def test_of_nothing(self) -> None:
+        assert text() == "kernelize: 0 of 0 extensible layers use a kernel"
+
+    def test_is_a_table(self) -> None:
+        shown = text(
+            decision("norm"),
+            decision("mlp.act", "", layer="SiluAndMul", detail="registered modes: TRAINING"),
+            decision(""),
+        )
+        assert shown.splitlines() == [
+            "kernelize for cuda, INFERENCE: 2 of 3 extensible layers use a kernel",
+            "path     layer       kernel or reason",
+            "norm     RMSNorm     owner/norm@0123abcd: RMSNorm",
+            "(model)  RMSNorm     owner/norm@0123abcd: RMSNorm",
+            "mlp.act  SiluAndMul  reference: no kernel is registered for the mode "
+            "(registered modes: TRAINING)",
+        ]
+
+    def test_layers_that_are_alike_share_a_row(self) -> None:
+        decisions = [decision(f"blocks.{i}.norm", "" if i == 2 else KERNEL) for i in range(12)]
+        assert text(*decisions, decision("norm")).splitlines()[2:] == [
+            "blocks.0-1,3-11.norm  RMSNorm  owner/norm@0123abcd: RMSNorm",
+            "norm                  RMSNorm  owner/norm@0123abcd: RMSNorm",
+            "blocks.2.norm         RMSNorm  reference: no kernel is registered for the mode",
+        ]
+
+    def test_of_a_compiled_graph_shows_ops_and_what_differs(self) -> None:
+        shown = text(
+            decision("a", op="kernelgraph::norm_1"),
+            decision("b", op="kernelgraph::norm_2", mode="TRAINING | TORCH_COMPILE"),
+            source="torch.compile",
+        )
+        assert shown.splitlines() == [
+            "torch.compile: 2 of 2 extensible layers use a kernel",
+            "path  layer    device  mode                      kernel or reason              op",
+            "a     RMSNorm  cuda    INFERENCE                 owner/norm@0123abcd: RMSNorm  "
+            "kernelgraph::norm_1",
+            "b     RMSNorm  cuda    TRAINING | TORCH_COMPILE  owner/norm@0123abcd: RMSNorm  "
+            "kernelgraph::norm_2",
+        ]
+
+    def test_of_a_call_whose_device_is_not_known(self) -> None:
+        shown = text(decision("a", "", device="", mode=""), source="torch.compile")
+        assert shown.startswith("torch.compile: 0 of 1 extensible layers use a kernel\n")
+
+
+class TestMergedPaths:
+    @pytest.mark.parametrize(
+        ("paths", "merged"),
+        [
+            ([""], [""]),
+            (["", "0", "1"], ["", "0-1"]),
+            (["a", "b"], ["a", "b"]),
+            (["a.0", "a.1", "b.1"], ["a.0-1", "b.1"]),
+            (["0.a", "2.a", "1.a", "7.a"], ["0-2,7.a"]),
+            (["0.a.0", "0.a.1", "1.a.0", "1.a.1"], ["0-1.a.0-1"]),
+            (["0.a.0", "0.a.1", "1.a.0"], ["0.a.0-1", "1.a.0"]),
+            (["0", "0.1", "0.2.x"], ["0", "0.1", "0.2.x"]),
+            (["9", "10"], ["9-10"]),
+        ],
+    )
+    def test_examples(self, paths: list[str], merged: list[str]) -> None:
+        assert _merged(paths) == merged
+
+    @given(st.lists(st.lists(st.sampled_from(["0", "1", "2", "3", "a", ""]), max_size=3)))
+    def test_nothing_is_lost_nor_added(self, parts: list[list[str]]) -> None:
+        def expand(path: str) -> set[str]:
+            expanded = {""}
+            for part in path.split("."):
+                options = [part]
+                if part and all(c in "0123-," for c in part):
+                    options = []
+                    for ends in part.split(","):
+                        first, *last = map(int, ends.split("-"))
+                        options += map(str, range(first, (last or [first])[0] + 1))
+                expanded = {f"{head}.{option}" for head in expanded for option in options}
+            return {path[1:] for path in expanded}
+
+        paths = [".".join(part) for part in parts]
+        merged = _merged(paths)
+        expanded = [path for row in merged for path in expand(row)]
+        assert sorted(expanded) == sorted(set(paths))
+
+
+class TestPublish:
+    def test_is_the_last_report(self) -> None:
+        report = Report("kernelize", (decision("a"),))
+        publish(report)
+        assert last_report() is report
+
+    def test_logs_each_decision(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, logger="kernelgraph")
+        publish(Report("torch.compile", (decision("a"), decision("", "", detail="none"))))
+        assert [(r.name, r.levelname) for r in caplog.records] == [("kernelgraph", "INFO")] * 2
+        assert caplog.messages == [
+            "torch.compile: layer RMSNorm at a for cuda, INFERENCE: owner/norm@0123abcd: RMSNorm",
+            "torch.compile: layer RMSNorm at (model) for cuda, INFERENCE: reference: no kernel is "
+            "registered for the mode (none)",
+        ]
+
+    def test_logs_nothing_where_nobody_listens(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.WARNING, logger="kernelgraph")
+        publish(Report("kernelize", (decision("a"),)))
+        assert not caplog.records
+
+
+def test_decisions_say_whether_a_kernel_is_used() -> None:
+    used, kept = decision("a"), decision("b", "")
+    assert used.uses_kernel
+    assert not kept.uses_kernel
+    assert Report("kernelize", (kept, used)).kernels == (used,)
