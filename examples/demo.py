@@ -38,7 +38,7 @@ MODELS = {
     "dense decoder": DecoderConfig(hidden=512, intermediate=1408, layers=2),
     "mixture of experts": DecoderConfig(hidden=512, intermediate=512, layers=2, experts=8, top_k=2),
 }
-BATCH, LENGTH = 2, 128
+TOKENS = {"cpu": (2, 128), "cuda": (8, 1024)}
 RUNS = 10
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     with use_kernel_mapping(mapping):
         for title, config in MODELS.items():
             model = Decoder(config).to(device, dtype).eval()
-            input_ids = torch.randint(config.vocab, (BATCH, LENGTH), device=device)
+            input_ids = torch.randint(config.vocab, TOKENS[device], device=device)
             show(title, model, input_ids)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
@@ -78,8 +78,11 @@ def show(title: str, model: Decoder, input_ids: Tensor) -> None:
         what = decision.kernel or f"reference: {decision.reason.value} {decision.detail}"
         error = f"error {errors[decision.path]:.1e}" if decision.kernel else ""
         print(f"  {decision.path:<24}{decision.layer:<12}{what}  {error}")
-    difference = (compiled(input_ids) - model(input_ids)).abs().max().item()
-    print(f"  largest difference of the logits: {difference:.1e}")
+    expected = model(input_ids)
+    difference = (compiled(input_ids) - expected).norm() / expected.norm()
+    print(f"  difference of the logits, by norm: {difference.item():.1e}")
+    if model.config.experts and expected.dtype != torch.float32:
+        print("  (rounding sends a token to another expert here and there)")
 
     # Without the kernel the experts' loop breaks the graph; Inductor gets what it can.
     inductor = with_progress("compiling with Inductor", torch.compile(model), input_ids)

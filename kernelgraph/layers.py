@@ -7,6 +7,7 @@ tagged is extensible here too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -189,24 +190,42 @@ def functions_of(module: nn.Module) -> dict[str, nn.Module]:
 def _function_layer(
     function: Callable[..., Any], layer_name: str, condition: Condition | None, fake: Fake | None
 ) -> nn.Module:
+    # Pickled as a global's name: as any function, it stays one object in its copies and pickles,
+    # so that a kernel chosen for it holds wherever it is called.
+    cls = class_of_function(
+        function,
+        function.__name__,
+        function.__module__,
+        __reduce__=lambda self: function.__qualname__,
+    )
+    replace_kernel_forward_from_hub(cls, layer_name, condition, fake=fake)
+    layer: nn.Module = cls()
+    functools.update_wrapper(layer, function)
+    return layer
+
+
+def class_of_function(
+    function: Callable[..., Any], name: str, module: str, **members: Any
+) -> type[nn.Module]:
+    """An ``nn.Module`` class whose ``forward`` calls ``function``, with its signature.
+
+    Args:
+        function: What to call.
+        name: The class's name.
+        module: The name of the module that it is to belong to.
+        members: Further members of the class.
+    """
     from torch import nn
 
     def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    forward.__signature__ = _as_method(inspect.signature(function))  # type: ignore[attr-defined]
-    members = {
-        "forward": forward,
-        "__module__": function.__module__,
-        # A global's name: as any function, it stays one object in its copies and pickles, so that
-        # a kernel chosen for it holds wherever it is called.
-        "__reduce__": lambda self: function.__qualname__,
-    }
-    cls = type(function.__name__, (nn.Module,), members)
-    replace_kernel_forward_from_hub(cls, layer_name, condition, fake=fake)
-    layer: nn.Module = cls()
-    functools.update_wrapper(layer, function)
-    return layer
+    forward.__doc__ = function.__doc__
+    forward.__module__ = module
+    forward.__qualname__ = f"{name}.forward"
+    with contextlib.suppress(TypeError, ValueError):  # some builtins have none
+        forward.__signature__ = _as_method(inspect.signature(function))  # type: ignore[attr-defined]
+    return type(name, (nn.Module,), {"forward": forward, "__module__": module, **members})
 
 
 def _as_method(signature: inspect.Signature) -> inspect.Signature:

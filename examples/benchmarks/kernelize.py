@@ -86,8 +86,7 @@ def with_kernelgraph(model: nn.Module) -> float:
 
 
 def with_kernels(model: nn.Module) -> float:
-    import kernels  # type: ignore[import-not-found,unused-ignore]
-
+    kernels = importlib.import_module("kernels")
     mapping = {name: {"cpu": ToyRepository()} for name in NAMES}
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         return microseconds(lambda m: kernels.kernelize(m, mode=kernels.Mode.INFERENCE), model)

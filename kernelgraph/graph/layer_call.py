@@ -16,7 +16,11 @@ are guarded; the mapping is not: it counts as it is when the graph is traced.
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import re
+import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,50 +46,59 @@ Forward = Callable[..., Any]
 
 
 def adopt(cls: type[nn.Module]) -> bool:
-    """Have calls of ``cls``, a tagged class, captured where the backend compiles them.
+    """Have calls of ``cls``, an extensible class, captured where the backend compiles them.
+
+    The forward is wrapped in the class that defines it, so that no class gets one that it had not,
+    which could come before another's.
 
     Returns:
-        Whether they were not yet.
+        Whether they were not captured yet.
     """
-    layer = extensible(cls)
-    if layer is None or layer.owner is not cls or hasattr(vars(cls).get("forward"), _REFERENCE):
+    definer = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(definer)["forward"]
+    if extensible(cls) is None or not inspect.isfunction(forward) or hasattr(forward, _REFERENCE):
         return False
-    cls.forward = _captured(layer.reference, cls)
+    setattr(definer, "forward", _captured(forward))  # noqa: B010 (a class without a type for it)
     return True
 
 
 def kernelized_forward(kernel: Kernel, layer: Extensible) -> Forward:
     """What ``kernelize`` puts on an instance for compiling: the kernel, captured by any backend."""
-    return _captured(layer.reference, layer.owner, kernel)
+    return _captured(layer.reference, kernel)
 
 
 _REFERENCE = "__kernelgraph_reference__"
-_owners: list[type] = []
+_references: weakref.WeakValueDictionary[str, Forward] = weakref.WeakValueDictionary()
+_count = itertools.count()
 
 
-def _captured(reference: Forward, owner: type, kernel: Kernel | None = None) -> Forward:
-    """``reference``, or ``kernel``, whose calls Dynamo captures."""
+def _captured(reference: Forward, kernel: Kernel | None = None) -> Forward:
+    """``reference``, or ``kernel`` in its place, whose calls Dynamo captures."""
     eager = reference if kernel is None else kernel.forward
-    if owner not in _owners:
-        _owners.append(owner)
-    key = _owners.index(owner)  # Dynamo takes a number as a constant, and not any class
+    # A text, which Dynamo takes for a constant; a number it may take for one that changes.
+    key = f"{reference.__module__}.{reference.__qualname__} {next(_count)}"
+    _references[key] = reference
 
-    @functools.wraps(reference)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return _traced(key, reference, self, args, kwargs)
         return eager(self, *args, **kwargs)
 
-    setattr(forward, _REFERENCE, reference)
-    setattr(forward, KERNEL, kernel)
-    return forward
+    # Dynamo counts recompiles by code object, and keeps by a code's name which sizes are dynamic:
+    # each layer's forward has code and a name of its own, as ever.
+    code = forward.__code__.replace(co_name=reference.__qualname__)
+    own = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
+    functools.update_wrapper(own, reference)
+    setattr(own, _REFERENCE, reference)
+    setattr(own, KERNEL, kernel)
+    return own
 
 
 def _traced(
-    owner: int, reference: Forward, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    key: str, reference: Forward, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     # Dynamo traces this function; what it calls at trace time looks its variables up by name.
-    plan = kernelgraph_begin(owner)
+    plan = kernelgraph_begin(key)
     if plan is None:
         return reference(module, *args, **kwargs)
     state = []
@@ -101,8 +114,8 @@ def _traced(
     operands: list[Any] = []
     for path in paths:
         value = (args, kwargs, state)
-        for key in path:
-            value = value[key]
+        for step in path:
+            value = value[step]
         operands.append(value)
     operands.extend(numbers)
     results = getattr(getattr(torch.ops, NAMESPACE), op_name).default(*operands)
@@ -134,16 +147,16 @@ class Trace:
 
 # Dynamo puts what these two return among the globals of the user's module, under their names.
 @_torch.at_trace_time
-def kernelgraph_begin(key: int) -> tuple[Path, ...] | None:
+def kernelgraph_begin(key: str) -> tuple[Path, ...] | None:
     """Decide for the call being traced.
 
     Returns:
         The paths of the tensors to read of the layer, or None where the reference is kept.
     """
     frame = Frame()
-    module, owner = frame.value("module"), _owners[key]
+    module = frame.value("module")
     layer = extensible(type(module))
-    if layer is None or layer.owner is not owner:  # reached through super() from another forward
+    if layer is None or layer.reference is not _references[key]:  # reached through super()
         return None
     try:
         trace = Trace.of(frame)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from kernelgraph.layers import class_of_function
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,34 +58,6 @@ def _names(holder: object, wanted: Callable[[object], bool]) -> str:
 
 
 def _layer_of(function: Callable[..., Any], name: str, module: str) -> type[nn.Module]:
-    from torch import nn
-
-    def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    if (signature := _with_self(function)) is not None:
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = function.__doc__
-    forward.__module__ = module
-    forward.__qualname__ = f"{name}.forward"
-    members = {"forward": forward, "__module__": module, "__doc__": function.__doc__}
-    for flag in ("can_torch_compile", "has_backward"):
-        if hasattr(function, flag):
-            members[flag] = getattr(function, flag)
-    return type(name, (nn.Module,), members)
-
-
-def _with_self(function: Callable[..., Any]) -> inspect.Signature | None:
-    """The function's signature as a method's; None where it cannot be told."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-    parameters = list(signature.parameters.values())
-    own = inspect.Parameter(
-        "self" if "self" not in signature.parameters else "_self",
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
-        own = own.replace(kind=parameters[0].kind)  # nothing of another kind may come before one
-    return signature.replace(parameters=[own, *parameters])
+    flags = ("can_torch_compile", "has_backward")
+    said = {flag: getattr(function, flag) for flag in flags if hasattr(function, flag)}
+    return class_of_function(function, name, module, __doc__=function.__doc__, **said)

@@ -170,6 +170,23 @@ class TestBackend:
         assert len(recorder.graphs) == 1
 
     @torch.no_grad()
+    def test_layers_compiled_one_by_one(self) -> None:
+        """Many classes, each the root of a graph of its own, share nothing that could run out."""
+        x = torch.randn(3, 4)
+        for i in range(12):
+
+            @use_kernel_forward_from_hub("Scale")
+            class Another(Scale):
+                amount = float(i)
+
+                def forward(self, x: Tensor) -> Tensor:
+                    return x * self.weight + self.shift + self.eps + self.amount
+
+            layer = Another(4 + i)
+            x = torch.randn(3, 4 + i)
+            assert_same(compiled(layer)(x), layer(x) - i + 10)
+
+    @torch.no_grad()
     def test_dynamic_shapes_compile_once_more_and_no_oftener(self) -> None:
         recorder, model = Recorder(), Chain()
         f = compiled(model, recorder)
@@ -458,6 +475,29 @@ class TestLayers:
         for cls, extra in ((Inherits, 10), (Overrides, 0)):
             model = nn.Sequential(cls())
             assert_same(compiled(model)(x), model(x) + extra)
+
+    @torch.no_grad()
+    def test_adopting_a_class_changes_nobody_elses_forward(self) -> None:
+        class Plain(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x
+
+        class Over(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                return -x
+
+        class Named(Plain):
+            pass
+
+        class Both(Named, Over):
+            pass
+
+        replace_kernel_forward_from_hub(Named, "Scale")
+        x = torch.ones(2)
+        assert Both()(x).tolist() == [-1, -1]
+        compiled(Both())(x)
+        assert Both()(x).tolist() == [-1, -1]
+        assert Named()(x).tolist() == [1, 1]
 
     @torch.no_grad()
     def test_conditions_are_asked_of_each_instance(self) -> None:
