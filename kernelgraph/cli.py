@@ -11,9 +11,13 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with ``arguments``, by default those of the process."""
-    parser = argparse.ArgumentParser(prog="kernelgraph", description="Hub kernels for PyTorch models.")
+    parser = argparse.ArgumentParser(
+        prog="kernelgraph", description="Hub kernels for PyTorch models."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", help="compile a small decoder with the example kernels, and time it")
+    commands.add_parser(
+        "demo", help="compile a small decoder with the example kernels, and time it"
+    )
     parsed = parser.parse_args(arguments)
     {"demo": _demo}[parsed.command]()
 

@@ -6,24 +6,40 @@ gradient may flow, the only one with an autograd formula; with ``_backward`` wha
 calls.
 
 The compile caches of torch hold an op's name and not its body. Therefore the names hold
-everything that a body depends on: the kernel's commit, the reference's code, the form of the
-call, and `LOWERING_VERSION`.
+everything that a body depends on: the kernel's commit, the code of the reference and of the
+layer's ``fake``, the form of the call, and `LOWERING_VERSION`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernelgraph.graph._torch import forgetting_unbacked_symbols
-from kernelgraph.graph.call import Call, Runner, Template, digest, put_leaves, take_leaves
-from kernelgraph.graph.state import stable_repr
+from kernelgraph.graph.call import (
+    Call,
+    Runner,
+    Template,
+    UnsupportedValue,
+    digest,
+    take_leaves,
+)
+from kernelgraph.graph.shapes import (
+    Result,
+    ShapeFunction,
+    Told,
+    describe_output,
+    effects,
+    remember,
+    static_key,
+    tell,
+)
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -34,7 +50,8 @@ LOWERING_VERSION = "1"
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _lock = threading.Lock()
-_lowered: dict[str, Lowered] = {}
+_registered: set[str] = set()
+_answers: dict[Any, Lowered] = {}
 
 
 @dataclass(frozen=True)
@@ -45,19 +62,8 @@ class Lowered:
     """The op's name in `NAMESPACE`."""
     output: Template
     """What the layer returns; its leaves are the op's results."""
-
-
-class NoFake(Exception):
-    """The shape of a layer's output cannot be told."""
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What is known of a result of an op before it runs."""
-
-    dtype: torch.dtype
-    device: torch.device
-    dim: int
+    results: tuple[Result, ...]
+    """The shapes, dtypes and devices of the results of the call that was lowered."""
 
 
 def lower(
@@ -69,32 +75,55 @@ def lower(
         kernel: The kernel to run.
         layer: The layer that it stands in for: its reference gives the op's gradient.
         call: The form of the call.
-        operands: The call's operands, with fake tensors; the fake mode is on.
+        operands: The call's operands. Of tensors only the form counts: fakes will do.
         training: Whether a gradient may flow through the call.
 
     Raises:
         NoFake: If neither the layer's ``fake``, nor the kernel, nor the reference runs on fakes.
-        UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts.
+        UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts, in
+            sizes that depend on values, or writes into its operands or attributes.
+        AttributeError: If the kernel reads an attribute that the layer does not have.
+        RuntimeError: If the kernel does not return the structure that the layer does.
     """
-    shapes, fakes, output = _shape_function(kernel, layer, call, operands)
-    expected = tuple(_Output(t.dtype, t.device, t.dim()) for t in fakes)
-    form = digest(
+    form, sizes = call.describe(), static_key(operands)
+    # A model calls most of its layers alike; running them on fakes is what takes the time here.
+    key = (kernel.layer, kernel.origin, layer, form, sizes, training, torch.get_default_dtype())
+    if sizes is not None and key in _answers:
+        return _answers[key]
+    shapes, told = tell(kernel, layer, call, operands)
+    _check_count(call, told, training)
+    base = f"{kernel_name(kernel)}_" + digest(
         LOWERING_VERSION,
         kernel.origin.revision,
         f"{layer.owner.__module__}.{layer.owner.__qualname__}",
         code_hash(layer.reference),
-        call.describe(),
-        repr([(str(o.dtype), o.device.type, o.dim) for o in expected]),
-        repr(output),
+        code_hash(layer.fake) if layer.fake else "",
+        form,
+        repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
+        repr(told.output),
     )
-    base = f"{kernel_name(kernel)}_{form}"
-    lowered = Lowered(f"{base}_training" if training else base, output)
+    lowered = Lowered(f"{base}_training" if training else base, told.output, told.results)
     with _lock:
-        if lowered.name not in _lowered:
-            op = _KernelOp(kernel, layer, call, shapes, expected, output)
+        if lowered.name not in _registered:
+            written = effects(kernel, layer, call, operands)
+            op = _KernelOp(kernel, layer, call, shapes, lowered, written)
             op.register(base, training=training)
-            _lowered[lowered.name] = lowered
+            _registered.add(lowered.name)
+        if sizes is not None:
+            remember(_answers, key, lowered)
     return lowered
+
+
+_MOST_ARGUMENTS = 64
+"""Of an op, in torch's dispatcher."""
+
+
+def _check_count(call: Call, told: Told, training: bool) -> None:
+    count = len(call.types) + (len(told.results) + 1 if training else 0)
+    if count > _MOST_ARGUMENTS:
+        raise UnsupportedValue(
+            f"the op would have {count} arguments, of which torch allows {_MOST_ARGUMENTS}"
+        )
 
 
 def kernel_name(kernel: Kernel) -> str:
@@ -103,35 +132,6 @@ def kernel_name(kernel: Kernel) -> str:
     # No underscores in front: Inductor writes op names into classes, where Python mangles them.
     name = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_")
     return f"k{name}" if name[0].isdigit() else name
-
-
-def _shape_function(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
-) -> tuple[Runner, list[Tensor], Template]:
-    """The first of the layer's ``fake``, the kernel and the reference that runs on fakes."""
-    if layer.fake is not None:
-        shapes = Runner(layer.fake, call)
-        return (shapes, *_run_fake(shapes, operands))
-    errors = []
-    for what, forward in (("kernel", kernel.forward), ("reference", layer.reference)):
-        shapes = Runner(forward, call)
-        try:
-            return (shapes, *_run_fake(shapes, operands))
-        except Exception as error:
-            errors.append(f"the {what}: {type(error).__name__}: {str(error).splitlines()[0:1]}")
-    raise NoFake(
-        f"the output's shape of layer {layer.layer_name} cannot be told by running it on fake "
-        f"tensors; pass fake= where the layer is made extensible ({'; '.join(errors)})"
-    )
-
-
-def _run_fake(shapes: Runner, operands: Sequence[Any]) -> tuple[list[Tensor], Template]:
-    tensors: list[Any] = []
-    with torch.no_grad(), forgetting_unbacked_symbols():
-        output = take_leaves(shapes(operands), tensors)
-    if not all(isinstance(t, Tensor) for t in tensors):
-        raise TypeError("the layer returns a number, which no custom op can")
-    return tensors, output
 
 
 class _KernelOp:
@@ -143,18 +143,24 @@ class _KernelOp:
         layer: Extensible,
         call: Call,
         shapes: Runner,
-        expected: tuple[_Output, ...],
-        output: Template,
+        lowered: Lowered,
+        written: tuple[int, ...],
     ) -> None:
         self._kernel = kernel
         self._layer = layer
         self._call = call
-        self._run_shapes = shapes
+        self._shapes = ShapeFunction(shapes)
         self._run_kernel = Runner(kernel.forward, call)
         self._run_reference = Runner(layer.reference, call)
-        self._expected = expected
-        self._output = output
-        self._single = len(expected) == 1
+        self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in lowered.results]
+        self._output = lowered.output
+        self._single = len(lowered.results) == 1
+        self._tensors = call.tensors
+        self._is_tensor = [kind == "Tensor" for kind in call.types]
+        self._written = written
+        # Of those the kernel gets copies, and may return them.
+        self._lent = [i for i in call.tensors if i not in written]
+        self._sizes: dict[Any, tuple[Any, ...]] = {}
 
     def register(self, base: str, *, training: bool) -> None:
         """Define the op for inference, or those for training, with fakes and the formula."""
@@ -185,60 +191,102 @@ class _KernelOp:
 
     def forward(self, *operands: Any) -> Any:
         """The kernel, below autograd: its results own their memory and are contiguous."""
+        given = [v.shape if t else v for v, t in zip(operands, self._is_tensor)]  # noqa: B905
+        sizes = self._sizes.get(form := tuple(given))
+        before = [] if sizes else self._versions(operands)
+        if self._written:
+            operands = tuple(v.clone() if i in self._written else v for i, v in enumerate(operands))
         with torch.no_grad():
             try:
                 result = self._run_kernel(operands)
+            except torch.OutOfMemoryError:  # some programs catch it and try a smaller batch
+                raise
             except Exception as error:
                 raise RuntimeError(
                     f"kernel {self._kernel}, called for layer {self._layer.layer_name}, raised "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            tensors = self._results(result)
-            self._check(tensors)
-            made = owned(tensors, [operands[i] for i in self._call.tensors])
+            tensors = self._take(result)
+            if sizes is None:
+                # The first call with operands of these sizes: what costs too much for each.
+                who = f"kernel {self._kernel}, called for layer {self._layer.layer_name},"
+                self._check_unwritten(before, operands, who)
+                sizes = self._told_sizes(operands)
+                remember(self._sizes, form, sizes)
+            self._check(tensors, sizes)
+            made = owned(tensors, [operands[i] for i in self._lent])
         return made[0] if self._single else tuple(made)
 
-    def _results(self, result: Any) -> list[Any]:
+    def _take(self, result: Any) -> list[Any]:
         if isinstance(result, Tensor) and self._output == ("leaf", 0):
             return [result]
         tensors: list[Any] = []
-        if take_leaves(result, tensors) != self._output:
-            raise RuntimeError(
-                f"kernel {self._kernel} returned {_describe(result)} for layer "
-                f"{self._layer.layer_name}, which returns "
-                f"{_describe(put_leaves(self._output, ['a tensor'] * len(self._expected)))}"
-            )
+        try:
+            output = take_leaves(result, tensors)
+        except UnsupportedValue:
+            output = ()
+        if output != self._output or not all(isinstance(t, Tensor) for t in tensors):
+            of_tensors = output and isinstance((tensors or [0])[0], Tensor)
+            found = describe_output(output) if of_tensors else f"a {type(result).__name__}"
+            raise self._mismatch(found, describe_output(self._output))
         return tensors
 
-    def _check(self, tensors: Sequence[Tensor]) -> None:
-        for tensor, expected in zip(tensors, self._expected, strict=True):
+    def _check(self, tensors: Sequence[Tensor], sizes: tuple[Any, ...]) -> None:
+        for tensor, (dtype, device, dims), size in zip(tensors, self._expected, sizes):  # noqa: B905
             if (
-                tensor.dtype is not expected.dtype
-                or tensor.dim() != expected.dim
-                or tensor.device.type != expected.device.type
+                tensor.dtype is not dtype
+                or tensor.device.type != device
+                or (tensor.dim() != dims if size is None else tensor.shape != size)
             ):
+                raise self._mismatch(
+                    f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}",
+                    f"a {dtype} tensor of "
+                    + (f"{dims} dimensions" if size is None else f"shape {tuple(size)}")
+                    + f" on {device}",
+                )
+
+    def _mismatch(self, found: str, expected: str) -> RuntimeError:
+        return RuntimeError(
+            f"kernel {self._kernel} returned {found} for layer {self._layer.layer_name}; expected "
+            f"is {expected}"
+        )
+
+    def _told_sizes(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """The sizes that the results must have; None where they cannot be told."""
+        try:
+            return tuple(torch.Size(r.shape) for r in self._shapes(operands))
+        except Exception:
+            return (None,) * len(self._expected)
+
+    def _versions(self, operands: Sequence[Any]) -> list[int]:
+        """How often torch has written into each operand, where that is counted."""
+        tensors = [operands[i] for i in self._tensors]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def _check_unwritten(self, before: list[int], operands: Sequence[Any], who: str) -> None:
+        for i, old, new in zip(self._tensors, before, self._versions(operands), strict=True):
+            if old != new and i not in self._written:
                 raise RuntimeError(
-                    f"kernel {self._kernel} returned a {tensor.dim()}-d {tensor.dtype} tensor on "
-                    f"{tensor.device} for layer {self._layer.layer_name}, where its fake says "
-                    f"{expected.dim}-d {expected.dtype} on {expected.device}"
+                    f"{who} wrote into its operand {self._call.names[i]}, which does not show on "
+                    "fake tensors"
                 )
 
     def fake(self, *operands: Any) -> Any:
         """What `forward` returns, with the shapes alone."""
-        tensors, _ = _run_fake(self._run_shapes, operands)
-        made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        results = self._shapes(operands)
+        made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
         return made[0] if self._single else tuple(made)
 
     # --- its gradient: the reference's, recomputed --------------------------------------
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = self._call.tensors
+        tensors = self._tensors
         ctx.save_for_backward(*(inputs[i] for i in tensors))
         ctx.numbers = [None if i in tensors else v for i, v in enumerate(inputs)]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = list(ctx.numbers)
-        for i, tensor in zip(self._call.tensors, ctx.saved_tensors, strict=True):
+        for i, tensor in zip(self._tensors, ctx.saved_tensors, strict=True):
             operands[i] = tensor
         needs = list(ctx.needs_input_grad)
         made = iter(self._backward_op(*grads, *operands, needs))
@@ -247,17 +295,19 @@ class _KernelOp:
     def backward(self, *arguments: Any) -> list[Tensor]:
         """The gradients of the operands that ``needs_grad`` marks, by running the reference."""
         grads, operands, needs = self._split(arguments)
-        with torch.enable_grad():
+        with torch.enable_grad(), _recording():
             leaves = [
                 v.detach().requires_grad_(needed) if isinstance(v, Tensor) else v
                 for v, needed in zip(operands, needs, strict=True)
             ]
             # Aliases, so that a reference that writes into its input does not write into a leaf.
             inputs = [v.view_as(v) if isinstance(v, Tensor) else v for v in leaves]
+            before = self._versions(operands)
             results: list[Any] = []
             take_leaves(self._run_reference(inputs), results)
+            self._check_unwritten(before, operands, f"the reference of {self._layer.layer_name}")
             pairs = [
-                (r, g)
+                (r, g.to(r.dtype))
                 for r, g in zip(results, grads, strict=True)
                 if g is not None and r.requires_grad
             ]
@@ -287,6 +337,21 @@ class _KernelOp:
         return arguments[:n], arguments[n:-1], arguments[-1]
 
 
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Have autograd record what happens here, even where the dispatcher is past it.
+
+    It is in a graph compiled for inference, which a gradient that is computed inside a compiled
+    function ends up in; the results of the reference would not depend on anything, and the
+    gradients be zero. Tried on 2.11, 2.13, 2.14.
+    """
+    keys = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
 def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, body, "CompositeExplicitAutograd")
@@ -300,6 +365,8 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     made = []
     for tensor in tensors:
         tensor = tensor.detach()
+        if tensor.is_conj() or tensor.is_neg():  # a sign that is yet to be put into the memory
+            tensor = tensor.resolve_conj().resolve_neg()
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         start, end = _extent(tensor)
@@ -324,11 +391,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
         return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "a tensor"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return stable_repr(value) if isinstance(value, str) else f"a {type(value).__name__}"

@@ -37,6 +37,9 @@ class Options:
             TypeError: If a value is of the wrong type.
         """
         given = dict(options or {})
+        for name in given:
+            if not isinstance(name, str):
+                raise TypeError(f"the name of an option is a string, not {name!r}")
         policy = given.pop("policy", "always")
         if policy not in POLICIES:
             raise ValueError(f"option policy is one of {', '.join(POLICIES)}, not {policy!r}")
@@ -61,8 +64,9 @@ def _check_rest(
 ) -> None:
     ours = "policy, inner and kernel_mode"
     if inner != "inductor":
-        if given or mode:
-            what = ", ".join(sorted(given)) or f"mode={mode!r}"
+        # "default" is what torch.compile means by no mode.
+        if given or mode not in (None, "default"):
+            what = ", ".join([*sorted(given), *([f"mode={mode!r}"] if mode else [])])
             raise ValueError(
                 f"{what}: not an option of hubkernels ({ours}), and Inductor's do not go with "
                 f"inner={inner!r}"

@@ -1,31 +1,33 @@
 """The FX pass: extensible layers that are leaves of a graph become kernel ops.
 
-Dynamo's graphs mostly come with their kernels in them (`kernelgraph.graph.layer_call`). In other
-graphs, those of ``torch.fx`` tracers with layers as leaves, and Dynamo's where it is told not to
-inline modules, an extensible layer is one ``call_module`` node. The pass
+Dynamo's graphs come with their kernels in them (`kernelgraph.graph.layer_call`). In others, those
+of ``torch.fx`` tracers with layers as leaves, an extensible layer is one ``call_module`` node. The
+pass
 
 1. walks the nodes once, and asks for each such node the same question as capture does;
 2. writes the op's call in front of it, with ``get_attr`` nodes for the state that the op reads;
 3. hands the node's uses to the op's results, and removes what is now unused.
 
-It is legal because an op returns what the layer's reference does: tensors of the same shapes and
-dtypes, in the same structure; a layer for which that cannot be told keeps its node.
+It is legal because an op returns what the layer's reference does: tensors of the same ranks,
+dtypes and devices, in the same structure; a layer for which that is not so keeps its node.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import NAMESPACE, Lowered, lower
+from kernelgraph.graph.shapes import Result
+from kernelgraph.graph.state import Path
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
 
@@ -43,7 +45,7 @@ def rewrite(graph_module: fx.GraphModule, choices: Choices) -> int:
         How many nodes were replaced.
 
     Raises:
-        Exception: What `kernelgraph.kernel.decide` raises.
+        Exception: What `kernelgraph.kernel.decide` and `kernelgraph.graph.ops.lower` raise.
     """
     replaced = 0
     for node in graph_module.graph.find_nodes(op="call_module"):
@@ -51,9 +53,8 @@ def rewrite(graph_module: fx.GraphModule, choices: Choices) -> int:
         layer = extensible(type(module))
         if layer is None:
             continue
-        site = Site(module, layer, node.target)
         try:
-            _replace(graph_module, node, site, choices)
+            _replace(graph_module, node, Site(module, layer, node.target), choices)
             replaced += 1
         except KeepReference as kept:
             choices.decisions.append(kept.decision)
@@ -66,49 +67,80 @@ def rewrite(graph_module: fx.GraphModule, choices: Choices) -> int:
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: Choices) -> None:
     args, kwargs = _plain(node.args), _plain(node.kwargs)
-    fake_args, fake_kwargs = _fakes(args, site), _fakes(kwargs, site)
-    tensors = [t for t in pytree.tree_leaves((fake_args, fake_kwargs)) if isinstance(t, Tensor)]
+    try:
+        fakes = _plain(node.args, _fake_of), _plain(node.kwargs, _fake_of)
+    except UnsupportedValue as error:
+        raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
+    tensors = [t for t in pytree.tree_leaves(fakes) if isinstance(t, Tensor)]
     site = choices.place(site, tensors)
     kernel, state = choices.choose(site)
     try:
-        with _torch.fake_mode_of(tensors) as as_fake:
-            values = [as_fake(_attribute(site.module, path)) for path in state.tensors]
-            call, operands = Call.of(state, values, site.layer, fake_args, fake_kwargs)
-            lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+        # The state as it is: making fakes of it would take most of the pass's time.
+        values = [_at_path(site.module, path) for path in state.tensors]
+        call, operands = Call.of(state, values, site.layer, *fakes)
+        lowered = lower(kernel, site.layer, call, operands, training=site.grad)
     except UnsupportedValue as error:
         raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
-    _check_uses(node, lowered, site)
+    _check_fits(node, lowered, site)
 
     graph = graph_module.graph
+    value_key = next((key for key in _VALUES if key in node.meta), "val")
     with graph.inserting_before(node):
         given = [_at((args, kwargs), keys) for keys in call.argument_keys]
-        given += [graph.get_attr(".".join((site.path, *path))) for path in state.tensors]
+        for path in state.tensors:
+            # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
+            given.append(graph.create_node("get_attr", ".".join((site.path, *path))))
         given += [number for _, number in state.numbers]
         overload = getattr(getattr(torch.ops, NAMESPACE), lowered.name).default
         op = graph.call_function(overload, tuple(given))
+        op.meta = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
         results = [op]
-        if (count := len(overload._schema.returns)) > 1:
+        if (count := len(lowered.results)) > 1:
             results = [graph.call_function(operator.getitem, (op, i)) for i in range(count)]
-    _hand_over(graph, node, op, put_leaves(lowered.output, results))
+    _hand_over(graph, node, put_leaves(lowered.output, results))
+    if count > 1:
+        op.meta[value_key] = tuple(piece.meta.get(value_key) for piece in results)
+        for piece in results:
+            if not piece.users:
+                graph.erase_node(piece)
     decision = site.decision(Reason.KERNEL, str(kernel), "", f"{NAMESPACE}::{lowered.name}")
     choices.decisions.append(decision)
 
 
-def _check_uses(node: fx.Node, lowered: Lowered, site: Site) -> None:
-    """Results that are not one tensor can only be handed over piece by piece."""
-    pieces = put_leaves(lowered.output, [True] * 64)
-    if pieces is True:
-        return
-    for user in node.users:
-        if user.target is not operator.getitem or pieces[user.args[1]] is not True:
-            raise KeepReference(site, Reason.NOT_AN_OP, "what it returns is used as a whole")
+def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
+    """Keep a node that the op's results would not fit in the place of."""
+
+    def keep(detail: str) -> KeepReference:
+        return KeepReference(site, Reason.NOT_AN_OP, detail)
+
+    pieces = put_leaves(lowered.output, lowered.results)
+    if isinstance(pieces, Result):
+        uses = [(node, pieces)]
+    else:
+        # Results that are not one tensor can only be handed over piece by piece.
+        uses = []
+        for user in node.users:
+            try:
+                piece = pieces[user.args[1]] if user.target is operator.getitem else None
+            except (LookupError, TypeError):
+                piece = None
+            if not isinstance(piece, Result):
+                raise keep("what it returns is used as a whole")
+            uses.append((user, piece))
+    for traced, result in uses:
+        value = next((traced.meta[key] for key in _VALUES if key in traced.meta), None)
+        if isinstance(value, Tensor) and _form(value) != _form(result):
+            raise keep(f"the kernel returns a {_form(result)}, and the layer a {_form(value)}")
 
 
-def _hand_over(graph: fx.Graph, node: fx.Node, op: fx.Node, value: Any) -> None:
-    """Put ``value``, made by ``op``, in the place of ``node``."""
-    op.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+def _form(value: Any) -> str:
+    return f"{len(value.shape)}-d {value.dtype} tensor on {value.device.type}"
+
+
+def _hand_over(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Put ``value``, a node or nodes in a container, in the place of ``node``."""
     if isinstance(value, fx.Node):
-        op.meta |= {key: node.meta[key] for key in _VALUE_META if key in node.meta}
+        value.meta |= {key: node.meta[key] for key in _VALUE_META if key in node.meta}
         node.replace_all_uses_with(value)
     else:
         for user in list(node.users):
@@ -119,27 +151,29 @@ def _hand_over(graph: fx.Graph, node: fx.Node, op: fx.Node, value: Any) -> None:
     graph.erase_node(node)
 
 
-_VALUE_META = ("val", "example_value", "tensor_meta")
-_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
+_VALUES = ("val", "example_value")
+_VALUE_META = (*_VALUES, "tensor_meta")
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
-def _plain(value: Any) -> Any:
-    """A node's arguments in Python's own containers."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_plain, value)) if type(value) is tuple else list(map(_plain, value))
+def _plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
+    """A node's arguments in Python's own containers, and ``each`` node in them replaced."""
+    if isinstance(value, fx.Node):
+        return each(value)
+    if isinstance(value, list):
+        return [_plain(part, each) for part in value]
+    if type(value) is tuple:
+        return tuple([_plain(part, each) for part in value])
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain(part, each) for key, part in value.items()}
     return value
 
 
-def _fakes(value: Any, site: Site) -> Any:
-    def fake(node: fx.Node) -> Any:
-        for key in _VALUE_META[:2]:
-            if key in node.meta:
-                return node.meta[key]
-        raise KeepReference(site, Reason.NOT_AN_OP, f"node {node} carries no fake value")
-
-    return pytree.tree_map_only(fx.Node, fake, value)
+def _fake_of(node: fx.Node) -> Any:
+    for key in _VALUES:
+        if key in node.meta:
+            return node.meta[key]
+    raise UnsupportedValue(f"node {node} carries no fake value")
 
 
 def _at(value: Any, keys: tuple[Any, ...]) -> Any:
@@ -148,7 +182,7 @@ def _at(value: Any, keys: tuple[Any, ...]) -> Any:
     return value
 
 
-def _attribute(module: nn.Module, path: tuple[str, ...]) -> Any:
+def _at_path(module: nn.Module, path: Path) -> Any:
     value: Any = module
     for name in path:
         value = getattr(value, name)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
-import enum
 import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from kernelgraph.eager import KernelForward
+from kernelgraph.graph.constants import class_text, is_constant, is_number, stable_text
 
 Path = tuple[str, ...]
 """Attribute names from the layer to a value: ``("experts", "weight")`` for self.experts.weight."""
@@ -23,36 +25,54 @@ EVERYTHING: frozenset[Path] = frozenset({()})
 
 
 class UnsupportedState(Exception):
-    """A layer reads something that can be neither an operand nor a guarded constant."""
+    """A layer has state that can be neither an operand nor a guarded constant."""
 
 
-@functools.cache
+# --- what a function reads of self, from its source ------------------------------------------
+
+
 def attribute_reads(forward: Callable[..., Any]) -> frozenset[Path]:
-    """The attribute chains that ``forward`` reads of its first parameter, from its source.
+    """The attribute chains that ``forward`` reads of its first parameter.
 
     Every appearance of ``self`` must be the start of such a chain; where it is anything else (it
     is handed to another function, say), or there is no source, the answer is `EVERYTHING`.
     """
+    return _uses(forward)[0]
+
+
+def attribute_writes(forward: Callable[..., Any]) -> frozenset[Path]:
+    """The attributes that ``forward`` itself sets or deletes, as far as its source tells."""
+    return _uses(forward)[1]
+
+
+@functools.cache
+def _uses(forward: Callable[..., Any]) -> tuple[frozenset[Path], frozenset[Path]]:
+    unknown = EVERYTHING, frozenset[Path]()
+    if hasattr(forward, "__wrapped__"):  # the source would be that of the function inside
+        return unknown
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
-        return EVERYTHING
+        code = forward.__code__
+    except (OSError, TypeError, SyntaxError, AttributeError):
+        return unknown
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef):
-        return EVERYTHING
-    parameters = [*function.args.posonlyargs, *function.args.args]
-    if not parameters:
-        return EVERYTHING
-    visitor = _Reads(parameters[0].arg)
+        return unknown
+    parameters = [p.arg for p in (*function.args.posonlyargs, *function.args.args)]
+    # A file that has changed since it was imported shows another function.
+    if not parameters or tuple(parameters) != code.co_varnames[: code.co_argcount]:
+        return unknown
+    visitor = _Uses(parameters[0])
     for statement in function.body:
         visitor.visit(statement)
-    return EVERYTHING if visitor.escapes else frozenset(visitor.paths)
+    return EVERYTHING if visitor.escapes else frozenset(visitor.reads), frozenset(visitor.writes)
 
 
-class _Reads(ast.NodeVisitor):
+class _Uses(ast.NodeVisitor):
     def __init__(self, self_name: str) -> None:
         self.self_name = self_name
-        self.paths: set[Path] = set()
+        self.reads: set[Path] = set()
+        self.writes: set[Path] = set()
         self.escapes = False
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -61,15 +81,27 @@ class _Reads(ast.NodeVisitor):
         while isinstance(value, ast.Attribute):
             names.append(value.attr)
             value = value.value
-        if isinstance(value, ast.Name) and value.id == self.self_name:
-            self.paths.add(tuple(reversed(names)))
-        else:
+        if not (isinstance(value, ast.Name) and value.id == self.self_name):
             self.visit(value)
+            return
+        path = tuple(reversed(names))
+        (self.reads if isinstance(node.ctx, ast.Load) else self.writes).add(path)
+        # A private name has another one at run time, which depends on the class around it.
+        self.escapes |= any(n.startswith("__") and not n.endswith("__") for n in names)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Attribute):  # written, but read before
+            node.target.ctx = ast.Load()
+            self.visit(node.target)
 
     def visit_Name(self, node: ast.Name) -> None:
         # ``super`` needs the instance without naming it.
-        if node.id in (self.self_name, "super", "__class__"):
+        if node.id in (self.self_name, "super", "__class__", "locals"):
             self.escapes = True
+
+
+# --- what there is of it on an instance -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,7 +115,16 @@ class State:
     constants: tuple[tuple[Path, Any], ...]
     """Other values: part of the op's identity, and guarded."""
     nodes: tuple[tuple[Path, type | None], ...]
-    """What lies on the way to them: modules by their class, other objects as None."""
+    """What lies on the way to them: modules by their class, other objects as None. Parents come
+    first, and the submodules of a module that is read whole in their own order."""
+    registered: tuple[tuple[Path, str], ...] = ()
+    """The tensors of modules that are read whole, for which ``parameters()`` and ``buffers()``
+    count: the name of the dict that holds them."""
+    absent: tuple[Path, ...] = ()
+    """What is read, maybe on a path that is not taken, of attributes that are not there."""
+    untaken: tuple[tuple[Path, str], ...] = ()
+    """Attributes of modules that are read whole which are neither operands nor constants, and
+    their types. The forward may never read them."""
 
     @classmethod
     def of(cls, module: nn.Module, forwards: Iterable[Callable[..., Any]]) -> State:
@@ -91,19 +132,27 @@ class State:
 
         Raises:
             UnsupportedState: If one reads a value that is neither a tensor, a module nor a
-                constant.
+                constant, or sets an attribute, which an op would not do.
         """
-        reads = frozenset[Path]().union(*(attribute_reads(f) for f in forwards))
+        reads: set[Path] = set()
+        for forward in forwards:
+            reads |= attribute_reads(forward)
+            if writes := attribute_writes(forward):
+                names = ", ".join(f"self.{'.'.join(path)}" for path in sorted(writes))
+                where = getattr(forward, "__qualname__", forward)
+                raise UnsupportedState(f"{where} sets {names}, which a custom op cannot")
         walk = _Walk()
         walk.nodes[()] = type(module)
         for path in sorted(reads):
             walk.follow(module, path)
         return cls(
             tuple(sorted(walk.tensors)),
-            *(
-                tuple(sorted(found.items(), key=lambda item: item[0]))
-                for found in (walk.numbers, walk.constants, walk.nodes)
-            ),
+            tuple(sorted(walk.numbers.items())),
+            tuple(sorted(walk.constants.items(), key=lambda item: item[0])),
+            tuple(sorted(walk.nodes.items(), key=lambda item: len(item[0]))),
+            tuple(walk.registered.items()),
+            tuple(sorted(walk.absent)),
+            tuple(walk.untaken.items()),
         )
 
     @property
@@ -117,12 +166,17 @@ class State:
         return (*self.numbers, *self.constants)
 
 
+@dataclass
 class _Walk:
-    def __init__(self) -> None:
-        self.tensors: set[Path] = set()
-        self.numbers: dict[Path, int | float] = {}
-        self.constants: dict[Path, Any] = {}
-        self.nodes: dict[Path, type | None] = {}
+    tensors: set[Path] = field(default_factory=set)
+    numbers: dict[Path, int | float] = field(default_factory=dict)
+    constants: dict[Path, Any] = field(default_factory=dict)
+    nodes: dict[Path, type | None] = field(default_factory=dict)
+    registered: dict[Path, str] = field(default_factory=dict)
+    absent: set[Path] = field(default_factory=set)
+    untaken: dict[Path, str] = field(default_factory=dict)
+    inside: list[nn.Module] = field(default_factory=list)
+    """The modules around the one being read whole."""
 
     def follow(self, module: nn.Module, path: Path) -> None:
         """Add what lies at ``path``: it ends early at a tensor, whose attributes are its own."""
@@ -133,11 +187,18 @@ class _Walk:
                 member = inspect.getattr_static(type(value), name, None)
                 if isinstance(member, (staticmethod, classmethod)):
                     return
-                if not _is_plain(member):
+                if not (is_number(member) or is_constant(member) or _is_tensor(member)) or callable(
+                    member
+                ):
                     # A method or a property may read anything of the instance.
                     self.whole(value, here)
                     return
-            value = getattr(value, name)
+            try:
+                value = getattr(value, name)
+            except AttributeError:
+                # Not wrong yet: a forward may ask another attribute whether there is this one.
+                self.absent.add((*here, name))
+                return
             here = (*here, name)
             if self._take(value, here):
                 return
@@ -152,25 +213,36 @@ class _Walk:
 
     def whole(self, module: nn.Module, here: Path) -> None:
         """Add all of ``module``: its tensors, its constants and its submodules."""
-        # The layer's own hooks run around its forward, as ever.
+        name = f"self.{'.'.join(here)}"
+        if module in self.inside:
+            raise UnsupportedState(f"{name} is a module that it is itself a part of")
+        # The layer's own hooks run around its forward, as ever, and its own forward is not its.
         if here and (module._forward_hooks or module._forward_pre_hooks):
-            raise UnsupportedState(f"self.{'.'.join(here)} has forward hooks")
+            raise UnsupportedState(f"{name} has forward hooks")
+        own_forward = vars(module).get("forward")
+        if here and not (own_forward is None or isinstance(own_forward, KernelForward)):
+            raise UnsupportedState(f"{name} has a forward of its own")
+        self.nodes.pop(here, None)  # to stand where the module before it puts it
         self.nodes[here] = type(module)
-        for name, value in _values(module).items():
-            path = (*here, name)
+        self.inside.append(module)
+        for key, value in _values(module).items():
+            path = (*here, key)
             if isinstance(value, nn.Module):
                 self.whole(value, path)
-            else:
-                # What cannot be taken raises an AttributeError, with its name, if it is read
-                # after all.
-                self._take(value, path)
+            elif not self._take(value, path):
+                self.untaken[path] = type(value).__name__
+            elif path in self.tensors:
+                for home in ("_parameters", "_buffers"):
+                    if key in getattr(module, home):
+                        self.registered[path] = home
+        self.inside.pop()
 
     def _take(self, value: Any, here: Path) -> bool:
-        if isinstance(value, torch.Tensor):
+        if _is_tensor(value):
             self.tensors.add(here)
-        elif _is_number(value):
+        elif is_number(value):
             self.numbers[here] = value
-        elif _is_constant(value):
+        elif is_constant(value):
             self.constants[here] = value
         else:
             return False
@@ -186,43 +258,38 @@ def _values(module: nn.Module) -> dict[str, Any]:
     return {**own, **module._parameters, **module._buffers, **module._modules}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, (bool, enum.Enum))
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
-def _is_plain(value: Any) -> bool:
-    return _is_number(value) or (_is_constant(value) and not callable(value))
+# --- an object that stands in for the instance ------------------------------------------------
 
 
-_CONSTANTS = (
-    type(None),
-    bool,
-    str,
-    bytes,
-    complex,
-    enum.Enum,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    type,
-)
+class Shell(NamedTuple):
+    """The classes and constants of a layer in a call, and no tensors."""
+
+    module: Any
+    """What plays ``self``."""
+    objects: tuple[Any, ...]
+    """It, and all that hangs on it."""
+    slots: list[tuple[dict[str, Any], str]]
+    """For each of the state's operands the dict and key where its value goes."""
+
+    def contents(self) -> dict[tuple[int, str], int]:
+        """What each attribute is, by identity: whatever a call sets shows in it."""
+        return {
+            (number, name): id(value)
+            for number, item in enumerate(self.objects)
+            for name, value in _contents(item).items()
+        }
 
 
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_constant(v) or _is_number(v) for v in value)
-    return isinstance(value, _CONSTANTS)
+def _contents(item: Any) -> dict[str, Any]:
+    return _values(item) if isinstance(item, nn.Module) else vars(item)
 
 
-def new_shell(state: State) -> tuple[nn.Module, list[tuple[dict[str, Any], str]]]:
-    """An object that stands in for a layer in a call: its classes and constants, no tensors.
-
-    Returns:
-        The shell, and for each of ``state.operands`` the dict and key where its value goes.
-    """
+def new_shell(state: State) -> Shell:
+    """An object that stands in for a layer in a call."""
     objects: dict[Path, Any] = {}
     for path, cls in state.nodes:
         node: Any = types.SimpleNamespace()
@@ -231,33 +298,24 @@ def new_shell(state: State) -> tuple[nn.Module, list[tuple[dict[str, Any], str]]
             nn.Module.__init__(node)
         objects[path] = node
         if path:
-            container, key = _place(objects[path[:-1]], path[-1], node)
-            container[key] = node
+            owner = objects[path[:-1]]
+            both = isinstance(node, nn.Module) and isinstance(owner, nn.Module)
+            (owner._modules if both else vars(owner))[path[-1]] = node
     for path, value in state.constants:
-        container, key = _place(objects[path[:-1]], path[-1], value)
-        container[key] = value
-    return objects[()], [_place(objects[p[:-1]], p[-1], None) for p in state.operands]
+        vars(objects[path[:-1]])[path[-1]] = value
+    homes = dict(state.registered)
+    for path, home in state.registered:  # parameters() goes by their order
+        vars(objects[path[:-1]])[home][path[-1]] = None
+    slots = []
+    for path in state.operands:
+        attributes = vars(objects[path[:-1]])
+        slots.append((attributes[homes[path]] if path in homes else attributes, path[-1]))
+    return Shell(objects[()], tuple(objects.values()), slots)
 
 
-def _place(owner: Any, name: str, value: Any) -> tuple[dict[str, Any], str]:
-    if isinstance(value, nn.Module) and isinstance(owner, nn.Module):
-        modules: dict[str, Any] = owner._modules
-        return modules, name
-    return vars(owner), name
-
-
-def describe_constants(values: Iterable[tuple[Path, Any]]) -> Iterator[str]:
-    """The constants as text that is the same in every process."""
-    for path, value in values:
-        yield f"{'.'.join(path)}={stable_repr(value)}"
-
-
-def stable_repr(value: Any) -> str:
-    """A constant as text without addresses."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(stable_repr, value))})"
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, enum.Enum):
-        return f"{stable_repr(type(value))}.{value.name}"
-    return repr(value)
+def describe(state: State) -> str:
+    """Text that is the same for the same form of state in every process."""
+    nodes = [f"{'.'.join(p)}:{class_text(c) if c else ''}" for p, c in state.nodes]
+    operands = [f"{'.'.join(p)}:{dict(state.registered).get(p, '')}" for p in state.operands]
+    constants = [f"{'.'.join(p)}={stable_text(value)}" for p, value in state.constants]
+    return repr((nodes, operands, constants))

@@ -1,0 +1,125 @@
+"""What the FX pass costs, that its cost grows with the graph alone, and its share of a compile.
+
+The graphs are chains of pointwise ops in which every tenth node is an extensible layer, a leaf,
+for which a kernel is there already. They are built with torch.fx, with fake values, and never run.
+
+    python examples/benchmarks/rewrite.py
+
+The compiles that the pass is compared with run in the same process on smaller graphs of the same
+kind, for which the pass has been run, and are scaled up by their number of nodes: Inductor's, with
+empty caches, and that of aot_eager, which traces the graph once more and generates no code.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import torch
+import torch._inductor.config
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kernelgraph
+from kernelgraph.graph.choice import Choices
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.rewrite import rewrite
+from kernelgraph.mapping import current_mapping
+
+NODES = (12_500, 25_000, 50_000)
+COMPILED = {"aot_eager": 2_000, "inductor": 500}
+EVERY = 10
+REPEATS = 3
+SIZE = 16
+
+
+@kernelgraph.use_kernel_forward_from_hub("Scale")
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(SIZE))
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.eps
+
+
+class Kernel(nn.Module):
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.eps
+
+
+class ToyRepository:
+    """A repository whose kernel is there already."""
+
+    def load(self) -> type[nn.Module]:
+        return Kernel
+
+
+def graph_of(nodes: int) -> tuple[fx.GraphModule, Tensor]:
+    """A chain of ``nodes`` nodes, every tenth a layer, and the fake that it takes."""
+    mode = FakeTensorMode()
+    value = mode.from_tensor(torch.ones(8, SIZE))
+    graph, root = fx.Graph(), nn.Module()
+    node = graph.placeholder("x")
+    node.meta["val"] = value
+    for i in range(nodes):
+        if i % EVERY == 0:
+            root.add_module(f"layer{i}", Scale())
+            node = graph.call_module(f"layer{i}", (node,))
+        else:
+            node = graph.call_function(torch.relu if i % 2 else torch.tanh, (node,))
+        node.meta["val"] = value
+    graph.output((node,))
+    return fx.GraphModule(root, graph), value
+
+
+def seconds_of_pass(nodes: int) -> float:
+    """The fastest of a few runs: what disturbs a run only ever slows it."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        graph_module, _ = graph_of(nodes)
+        choices = Choices(Options(), current_mapping())
+        gc.collect()
+        start = time.perf_counter()
+        replaced = rewrite(graph_module, choices)
+        best = min(best, time.perf_counter() - start)
+        assert replaced == len(choices.decisions) == nodes // EVERY
+    return best
+
+
+def seconds_of_compile(backend: str, nodes: int) -> float:
+    """A backend's work on such a graph, the pass done."""
+    graph_module, value = graph_of(nodes)
+    rewrite(graph_module, Choices(Options(), current_mapping()))
+    context = TracingContext(value.fake_mode)  # type: ignore[attr-defined]
+    gc.collect()
+    start = time.perf_counter()
+    with tracing(context), torch._inductor.config.patch(force_disable_caches=True):
+        lookup_backend(backend)(graph_module, [value])
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    mapping = {"Scale": {"cpu": ToyRepository()}}
+    compiles = {}
+    with torch.no_grad(), kernelgraph.use_kernel_mapping(mapping, inherit_mapping=False):
+        seconds_of_pass(NODES[0] // 10)  # imports, and the op's registration
+        print("seconds for 1000 nodes")
+        for backend, nodes in COMPILED.items():
+            seconds_of_compile(backend, EVERY)
+            compiles[backend] = seconds_of_compile(backend, nodes) / nodes * 1e3
+            print(f"{backend} on {nodes} nodes: {compiles[backend]:.3f}")
+        for nodes in NODES:
+            took = seconds_of_pass(nodes) / nodes * 1e3
+            shares = ", ".join(f"{took / c:.2%} of {name}" for name, c in compiles.items())
+            print(f"the pass over {nodes} nodes: {took:.4f}, {shares}")
+
+
+if __name__ == "__main__":
+    main()

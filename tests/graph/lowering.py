@@ -1,0 +1,91 @@
+"""Calls of toy layers, lowered to ops by hand: what capture and the FX pass do in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernelgraph.devices import Device
+from kernelgraph.graph.call import Call, put_leaves
+from kernelgraph.graph.ops import NAMESPACE, Lowered, lower
+from kernelgraph.graph.state import Path, State
+from kernelgraph.hub.importing import Origin
+from kernelgraph.hub.loading import origin_of
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible, extensible
+from kernelgraph.mapping import Selection
+from kernelgraph.modes import Mode
+from tests.graph.toy_models import Repository
+
+
+def at(value: Any, path: Path) -> Any:
+    for name in path:
+        value = getattr(value, name)
+    return value
+
+
+def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
+    return extensible(type(module)) or Extensible(type(module), type(module).__name__, fake=fake)
+
+
+def kernel_of(cls: type[nn.Module], revision: str | None = None, name: str = "toys") -> Kernel:
+    origin = origin_of(cls)
+    if revision is not None:
+        origin = Origin(f"org/{name}", name, revision, "torch-universal")
+    return Kernel(cls, origin, Selection(Repository(cls), Mode.FALLBACK, Device("cpu")))
+
+
+def call_of(
+    module: nn.Module, *args: Any, forward: Callable[..., Any] | None = None, **kwargs: Any
+) -> tuple[Call, list[Any]]:
+    """The form of ``module(*args, **kwargs)`` and its operands."""
+    layer = layer_of(module)
+    state = State.of(module, [layer.reference, *([forward] if forward else [])])
+    values = [at(module, path) for path in state.tensors]
+    return Call.of(state, values, layer, args, kwargs)
+
+
+@dataclass
+class Op:
+    """A call as an op, and its operands."""
+
+    lowered: Lowered
+    call: Call
+    operands: list[Any]
+
+    @property
+    def overload(self) -> Any:
+        return getattr(getattr(torch.ops, NAMESPACE), self.lowered.name).default
+
+    def __call__(self, *operands: Any) -> Any:
+        """Run it, and give what the layer would."""
+        results = self.overload(*(operands or self.operands))
+        return put_leaves(
+            self.lowered.output, (results,) if isinstance(results, Tensor) else results
+        )
+
+
+def lowered(
+    module: nn.Module,
+    kernel: type[nn.Module] | Kernel,
+    *args: Any,
+    training: bool = False,
+    fake: Callable[..., Any] | None = None,
+    mode: FakeTensorMode | None = None,
+    **kwargs: Any,
+) -> Op:
+    """The op for ``module(*args, **kwargs)`` with ``kernel``."""
+    if isinstance(kernel, type):
+        kernel = kernel_of(kernel)
+    layer = layer_of(module, fake)
+    call, operands = call_of(module, *args, forward=kernel.forward, **kwargs)
+    mode = mode or FakeTensorMode()
+    fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in operands]
+    with mode, enable_python_dispatcher():
+        return Op(lower(kernel, layer, call, fakes, training=training), call, operands)

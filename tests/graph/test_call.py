@@ -1,0 +1,366 @@
+"""A call as data, and the body that makes it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import keyword
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections import OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kernelgraph.graph.call import (
+    Runner,
+    UnsupportedValue,
+    _unique,
+    paths_of,
+    put_leaves,
+    take_leaves,
+)
+from tests.graph.lowering import call_of
+
+LEAVES = st.one_of(
+    st.builds(torch.ones, st.integers(0, 3)),
+    st.integers(),
+    st.floats(allow_nan=False),
+)
+CONSTANTS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.sampled_from([torch.float16, torch.device("cpu"), torch.strided, torch.channels_last]),
+)
+VALUES = st.recursive(
+    st.one_of(LEAVES, CONSTANTS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.lists(st.integers(0, 9), max_size=3).map(torch.Size),
+        st.dictionaries(st.one_of(st.text(max_size=2), st.integers(0, 3)), inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one is other
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    return one == other
+
+
+# --- leaves -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES)
+def test_putting_leaves_undoes_taking_them(value):
+    leaves: list[Any] = []
+    template = take_leaves(value, leaves)
+    assert all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
+    assert same(put_leaves(template, leaves), value)
+    assert len(paths_of(template)) == len(leaves)
+    for path, leaf in zip(paths_of(template), leaves, strict=True):
+        found = value
+        for key in path:
+            found = found[key]
+        assert found is leaf
+
+
+Named = namedtuple("Named", "a b")
+
+
+@dataclasses.dataclass
+class Data:
+    a: Tensor
+
+
+class Words(str):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (Named(1, 2), "Named"),
+        (Data(torch.ones(1)), "Data"),
+        (OrderedDict(a=1), "OrderedDict"),
+        ({1.5: 2}, "dict"),
+        ({True: 2}, "dict"),
+        ({1, 2}, "set"),
+        (Words("x"), "Words"),
+        (np.float32(1), "float32"),
+        (object(), "object"),
+        (len, "builtin_function_or_method"),
+        (slice(1), "slice"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_values_are_refused_by_their_type(value, kind):
+    message = f"a {kind} is passed or returned: an op takes and gives tensors, numbers and plain"
+    for nested in (value, [1, {"a": (value,)}]):
+        with pytest.raises(UnsupportedValue, match=re.escape(message)):
+            take_leaves(nested, [])
+
+
+# --- names --------------------------------------------------------------------------------------
+
+AWKWARD = [
+    *keyword.kwlist,
+    *keyword.softkwlist,
+    *("self", "out", "int", "float", "bool", "str", "Tensor", "SymInt", "Any", "Device", "Scalar"),
+    *("NoneType", "Dict", "Union", "List", "Optional", "Layout", "Generator", "Storage", "Future"),
+    *("", "_", "__", "1", "1a", "é", "重み", "a.b", "a b", "a-b", "a_2", "a", "a", "_a", "a_"),
+]
+library = torch.library.Library("kernelgraph_test_call", "FRAGMENT")
+
+
+def test_every_name_is_one_that_an_op_can_have():
+    names = _unique([*AWKWARD, *AWKWARD])
+    assert len(set(names)) == len(names)
+    for i, name in enumerate(names):
+        library.define(f"named_{i}(Tensor {name}) -> Tensor")
+        library.impl(f"named_{i}", lambda x: x.clone(), "CompositeExplicitAutograd")
+        op = getattr(torch.ops.kernelgraph_test_call, f"named_{i}").default
+        assert op(torch.ones(1)).item() == 1
+
+
+@given(st.lists(st.text(max_size=4), max_size=8))
+def test_names_are_distinct_identifiers(texts):
+    names = _unique(texts)
+    assert len(set(names)) == len(texts)
+    assert all(name.isascii() and name.isidentifier() for name in names)
+    assert not any(keyword.iskeyword(name) or name in ("self", "out") for name in names)
+
+
+# --- the form of a call -------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self, act: Any = torch.relu) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.eps = 0.5
+        self.act = act
+
+    def forward(self, x, *rest, scale=1.0, **more):
+        return self.act(x * self.weight + self.eps) * scale
+
+
+def test_a_call_names_its_operands():
+    x = torch.ones(2)
+    call, operands = call_of(Layer(), x, 3, [x, 4.0], scale=2.0, masks={"a": x}, flag=True)
+    assert call.schema == (
+        "Tensor x, SymInt arg1, Tensor arg2_0, float arg2_1, float scale, Tensor masks_a, "
+        "Tensor weight, float eps"
+    )
+    assert call.tensors == (0, 2, 5, 6)
+    keys = call.argument_keys
+    assert keys[:3] == [(0, 0), (0, 1), (0, 2, 0)]
+    assert keys[-1] == (1, "masks", "a")
+    assert [type(o) for o in operands[:6]] == [Tensor, int, Tensor, float, float, Tensor]
+    assert [type(o) for o in operands[6:]] == [nn.Parameter, float]
+
+
+def test_an_autocast_region_belongs_to_the_form():
+    x = torch.ones(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = call_of(Layer(), x)
+    outside, _ = call_of(Layer(), x)
+    assert inside.autocast == ("cpu", torch.bfloat16)
+    assert outside.autocast is None
+    assert inside.describe() != outside.describe()
+
+
+X = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (((X,), {}), ((X, X), {})),
+        (((X,), {}), ((), {"x": X})),
+        (((X, 1), {}), ((X, 1.0), {})),
+        (((X, 1), {}), ((X, True), {})),
+        (((X, None), {}), ((X, "None"), {})),
+        (((X, (X,)), {}), ((X, [X]), {})),
+        (((X, (1, 2)), {}), ((X, torch.Size((1, 2))), {})),
+        (((X,), {"a": True}), ((X,), {"a": False})),
+        (((X,), {"a": torch.float16}), ((X,), {"a": torch.float32})),
+        (((X,), {"a": X, "b": X}), ((X,), {"b": X, "a": X})),
+    ],
+)
+def test_another_form_is_described_otherwise(one, other):
+    layer = Layer()
+
+    def described(arguments):
+        return call_of(layer, *arguments[0], **arguments[1])[0].describe()
+
+    assert described(one) == described(one)
+    assert described(one) != described(other)
+
+
+def test_numbers_and_sizes_do_not_belong_to_the_form():
+    one, other = call_of(Layer(), X, 2)[0], call_of(Layer(), torch.ones(5), 3)[0]
+    assert one.describe() == other.describe()
+
+
+def described_here() -> str:
+    layer = Layer(lambda x: x * 2)
+    return call_of(layer, X, 1, {"b": X, "a": None}, scale=(X, "é"))[0].describe()
+
+
+def test_a_form_is_described_alike_in_another_process():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import tests.graph.test_call as t; print(ascii(t.described_here()))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONHASHSEED": "12"},
+    )
+    assert done.stdout.strip() == ascii(described_here())
+    assert "0x" not in done.stdout
+
+
+# --- Runner -------------------------------------------------------------------------------------
+
+
+def test_a_runner_makes_the_call_again():
+    layer = Layer()
+    call, operands = call_of(layer, X, {"a": [X]}, scale=2.0)
+    runner = Runner(Layer.forward, call)
+    for factor in (1.0, 3.0):
+        given = [o * factor if isinstance(o, Tensor) else o for o in operands]
+        assert torch.equal(runner(given), torch.relu(X * factor * factor + 0.5) * 2)
+
+
+class Joined(nn.Module):
+    def forward(self, x, xs, table, flags=()):
+        xs.append(x)
+        table["new"] = x
+        flags.append("seen")
+        return (len(xs), sorted(table), len(flags))
+
+
+def test_containers_among_the_arguments_are_new_for_each_call():
+    call, operands = call_of(Joined(), X, [X], {"a": X}, flags=["f"])
+    runner = Runner(Joined.forward, call)
+    assert [runner(operands) for _ in range(3)] == [(2, ["a", "new"], 2)] * 3
+    call, operands = call_of(Joined(), X, [], {}, flags=[])  # no leaf in a container
+    runner = Runner(Joined.forward, call)
+    assert [runner(operands) for _ in range(3)] == [(1, ["new"], 1)] * 3
+
+
+def test_threads_do_not_see_each_other():
+    barrier = threading.Barrier(8)
+
+    def forward(self, x, *rest, scale=1.0, **more):
+        barrier.wait()  # all are inside now
+        return x * self.weight * scale
+
+    call, (x, _, weight, *numbers) = call_of(Layer(), X, scale=2.0, forward=forward)
+    runner = Runner(forward, call)
+
+    def run(i):
+        return runner([x * i, 2.0 * i, weight * i, *numbers])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            results = list(pool.map(run, range(8)))
+            assert [r[0].item() for r in results] == [2.0 * i**3 for i in range(8)]
+
+
+def test_a_forward_may_call_itself():
+    def forward(self, x, *rest, scale=1.0, **more):
+        if scale > 0:
+            inner = runner([x + 1, scale - 1, *operands[2:]])
+            return inner + x * self.weight
+        return x * self.weight
+
+    call, operands = call_of(Layer(), X, scale=2.0)
+    runner = Runner(forward, call)
+    assert runner(operands)[0].item() == 1 + 2 + 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_runner_keeps_no_tensor(fails, nested):
+    def forward(self, *args, **kwargs):
+        if fails:
+            raise ValueError("toy")
+        return torch.zeros(1)
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+        def forward(self, x, y=None):
+            return self.inner(x) + next(iter(self.parameters()))
+
+    x = torch.ones(2)
+    call, operands = call_of(Held(), x, y=[x + 1] if nested else x + 1)
+    runner = Runner(forward, call)
+    references = [weakref.ref(o) for o in operands if isinstance(o, Tensor)]
+    assert len(references) > 6
+    for _ in range(2):
+        try:
+            runner(operands)
+        except ValueError:
+            assert fails
+    del operands, x
+    gc.collect()
+    assert [r() for r in references] == [None] * len(references)
+
+
+def test_observing_a_call_tells_what_it_sets():
+    def helper(layer):
+        layer.inner.cache = 1
+        layer.count = 2
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            helper(self)
+            return x
+
+    call, operands = call_of(Outer(), X)
+    with pytest.raises(UnsupportedValue, match=r"Outer\.forward sets cache, count of the layer"):
+        Runner(Outer.forward, call).observe(operands)
+
+
+def test_a_runner_works_in_the_autocast_region_of_its_call():
+    layer = nn.Linear(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        call, operands = call_of(layer, X)
+    assert Runner(nn.Linear.forward, call)(operands).dtype is torch.bfloat16
+    call, operands = call_of(layer, X)
+    assert Runner(nn.Linear.forward, call)(operands).dtype is torch.float32

@@ -1,0 +1,146 @@
+"""The options of the backend."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import pytest
+
+from kernelgraph import Mode
+from kernelgraph.graph.backend import hubkernels
+from kernelgraph.graph.options import Options, of_backend
+
+TRAINING = Mode.TRAINING | Mode.TORCH_COMPILE
+INFERENCE = Mode.INFERENCE | Mode.TORCH_COMPILE
+
+
+def compiler(graph_module: Any, example_inputs: Any) -> Any:
+    return graph_module
+
+
+def test_without_options():
+    assert Options.parse() == Options("always", "inductor", None, {}, None)
+    assert Options.parse(None, {}) == Options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("policy", "always", "always"),
+        ("policy", "never", "never"),
+        ("inner", "inductor", "inductor"),
+        ("inner", "aot_eager", "aot_eager"),
+        ("inner", "eager", "eager"),
+        ("inner", compiler, compiler),
+        ("kernel_mode", None, None),
+        ("kernel_mode", Mode.INFERENCE, INFERENCE),
+        ("kernel_mode", Mode.TRAINING, TRAINING),
+        ("kernel_mode", TRAINING, TRAINING),
+    ],
+)
+def test_each_option(name, value, expected):
+    parsed = Options.parse(None, {name: value})
+    assert getattr(parsed, name) == expected
+    assert parsed == Options(**{name: expected})
+
+
+def test_what_is_inductors_goes_to_inductor():
+    given = {"max_autotune": True, "triton.cudagraphs": False, "epilogue-fusion": True}
+    parsed = Options.parse("max-autotune", {**given, "policy": "never"})
+    assert parsed.inductor == given
+    assert parsed.inductor_mode == "max-autotune"
+    assert parsed.policy == "never"
+
+
+def test_what_was_given_stays_as_it_was():
+    given = {"policy": "never", "max_autotune": True}
+    Options.parse(None, given)
+    assert given == {"policy": "never", "max_autotune": True}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "error", "message"),
+    [
+        (
+            None,
+            {"policy": "sometimes"},
+            ValueError,
+            "option policy is one of always, never, not 'sometimes'",
+        ),
+        (None, {"policy": ["always"]}, ValueError, "option policy is one of always, never, not ["),
+        (None, {"policy": None}, ValueError, "option policy is one of always, never, not None"),
+        (
+            None,
+            {"inner": "cudagraphs"},
+            ValueError,
+            "option inner is one of inductor, aot_eager, eager or a callable that takes a graph "
+            "module and example inputs, not 'cudagraphs'",
+        ),
+        (None, {"inner": None}, ValueError, "option inner is one of inductor, aot_eager, eager or"),
+        (None, {"inner": ["eager"]}, ValueError, "option inner is one of inductor, aot_eager"),
+        (
+            None,
+            {"kernel_mode": "inference"},
+            TypeError,
+            "option kernel_mode is a kernelgraph.Mode, not 'inference'",
+        ),
+        (None, {"kernel_mode": 1}, TypeError, "option kernel_mode is a kernelgraph.Mode, not 1"),
+        (
+            None,
+            {"kernel_mode": Mode.FALLBACK},
+            ValueError,
+            "mode must contain INFERENCE or TRAINING",
+        ),
+        (
+            None,
+            {"kernel_mode": Mode.TORCH_COMPILE},
+            ValueError,
+            "mode must contain INFERENCE or TRAINING",
+        ),
+        (
+            None,
+            {"polcy": "never", "max_autotune": True, "another": 1},
+            ValueError,
+            "unknown option another, polcy: neither one of hubkernels (policy, inner and "
+            "kernel_mode) nor one of Inductor's (torch._inductor.list_options())",
+        ),
+        (None, {1: 2}, TypeError, "the name of an option is a string, not 1"),
+        (
+            None,
+            {"inner": "eager", "max_autotune": True},
+            ValueError,
+            "max_autotune: not an option of hubkernels (policy, inner and kernel_mode), and "
+            "Inductor's do not go with inner='eager'",
+        ),
+        (
+            "max-autotune",
+            {"inner": "aot_eager"},
+            ValueError,
+            "mode='max-autotune': not an option of hubkernels (policy, inner and kernel_mode), and "
+            "Inductor's do not go with inner='aot_eager'",
+        ),
+        (
+            "reduce-overhead",
+            {"inner": "eager", "max_autotune": True},
+            ValueError,
+            "max_autotune, mode='reduce-overhead': not an option of hubkernels",
+        ),
+    ],
+)
+def test_wrong_options(mode, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Options.parse(mode, options)
+
+
+def test_default_mode_goes_with_any_inner():
+    assert Options.parse("default", {"inner": "eager"}).inner == "eager"
+
+
+def test_the_options_of_a_backend():
+    assert of_backend(compiler, {"options": {"policy": "never"}}) is None
+    assert of_backend(hubkernels, {}) == Options()
+    given = {"mode": "max-autotune", "options": {"policy": "never"}}
+    assert of_backend(hubkernels, given) == Options("never", inductor_mode="max-autotune")
+    assert of_backend(functools.partial(compiler), {}) is None
