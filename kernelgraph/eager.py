@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.kernel import Kernel, decide
+from kernelgraph.kernel import BoundForward, Kernel, decide
 from kernelgraph.layers import (
     FUNCTIONS,
     Extensible,
@@ -75,11 +74,11 @@ def _remake(cls: type[nn.Module], selection: Selection, target: Target, mode: Mo
     return Recipe(cls, selection, target, mode, reference_of(cls))
 
 
-class KernelForward(functools.partial[Any]):
-    """A kernel's ``forward`` bound to a layer: what ``kernelize`` puts on the instance.
+class KernelForward(BoundForward):
+    """What ``kernelize`` puts on the instance.
 
-    A ``functools.partial`` costs a call nothing, Dynamo traces it, and unlike a bound method it
-    can say how it is copied (bound to the copy) and pickled (by what it was made from).
+    Unlike a bound method it can say how it is copied (bound to the copy) and pickled (by what it
+    was made from).
     """
 
     recipe: Recipe
@@ -93,7 +92,7 @@ class KernelForward(functools.partial[Any]):
 
 def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
     forward = KernelForward(recipe.function, module)
-    forward.recipe = recipe
+    forward.recipe, forward.mode = recipe, recipe.mode
     return forward
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ class Kernel:
 
     def __str__(self) -> str:
         return f"{self.origin.repository}@{self.origin.revision[:8]}: {self.layer.__name__}"
+
+
+class BoundForward(functools.partial[Any]):
+    """A kernel's ``forward`` bound to a layer, in the place of the instance's own.
+
+    A ``functools.partial`` costs a call nothing, and Dynamo traces it.
+    """
+
+    mode: Mode
+    """The mode that the layer was kernelized for."""
 
 
 def decide(

@@ -22,6 +22,7 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 GraphFunction = Callable[..., Any]
@@ -210,3 +211,33 @@ def fake_mode_of(fakes: list[Any]) -> Iterator[Callable[[torch.Tensor], Any]]:
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
     with mode, enable_python_dispatcher():
         yield functools.partial(mode.from_tensor, static_shapes=True)
+
+
+@contextlib.contextmanager
+def no_data_pointers() -> Iterator[None]:
+    """Have fakes that are made here raise where something asks for their memory."""
+    mode: Any = detect_fake_mode()
+    if mode is None:
+        yield
+        return
+    allowed = mode._allow_unsafe_data_ptr_access
+    mode._allow_unsafe_data_ptr_access = False
+    try:
+        yield
+    finally:
+        mode._allow_unsafe_data_ptr_access = allowed
+
+
+@contextlib.contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Have autograd record what happens here, even where the dispatcher is past it.
+
+    It is in a graph compiled for inference, which a gradient that is computed inside a compiled
+    function ends up in; the results of the reference would not depend on anything, and the
+    gradients be zero. Tried on 2.11, 2.13, 2.14.
+    """
+    keys = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.eager import KernelForward
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.state import State, UnsupportedState
-from kernelgraph.kernel import Kernel, decide
+from kernelgraph.kernel import BoundForward, Kernel, decide
 from kernelgraph.layers import Extensible, first_device
 from kernelgraph.mapping import KernelMapping, Rejection
 from kernelgraph.modes import Mode
@@ -117,6 +116,6 @@ class Choices:
 def kernelized_with(module: nn.Module) -> tuple[Kernel, Mode] | None:
     """The kernel that ``kernelize`` chose for an instance, if it did so for compiling."""
     forward = module.__dict__.get("forward")
-    if isinstance(forward, KernelForward) and (kernel := getattr(forward.func, KERNEL, None)):
-        return kernel, forward.recipe.mode
+    if isinstance(forward, BoundForward) and (kernel := getattr(forward.func, KERNEL, None)):
+        return kernel, forward.mode
     return None

@@ -12,16 +12,16 @@ layer's ``fake``, the form of the call, and `LOWERING_VERSION`.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernelgraph.graph import _torch
 from kernelgraph.graph.call import (
     Call,
     Runner,
@@ -295,7 +295,7 @@ class _KernelOp:
     def backward(self, *arguments: Any) -> list[Tensor]:
         """The gradients of the operands that ``needs_grad`` marks, by running the reference."""
         grads, operands, needs = self._split(arguments)
-        with torch.enable_grad(), _recording():
+        with torch.enable_grad(), _torch.recording_gradients():
             leaves = [
                 v.detach().requires_grad_(needed) if isinstance(v, Tensor) else v
                 for v, needed in zip(operands, needs, strict=True)
@@ -335,21 +335,6 @@ class _KernelOp:
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Any, Any, list[bool]]:
         n = len(self._expected)
         return arguments[:n], arguments[n:-1], arguments[-1]
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Have autograd record what happens here, even where the dispatcher is past it.
-
-    It is in a graph compiled for inference, which a gradient that is computed inside a compiled
-    function ends up in; the results of the reference would not depend on anything, and the
-    gradients be zero. Tried on 2.11, 2.13, 2.14.
-    """
-    keys = torch._C.DispatchKey
-    with contextlib.ExitStack() as stack:
-        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        yield
 
 
 def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, Runner, Template, UnsupportedValue, take_leaves
@@ -60,7 +58,7 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any]) -> Told:
         torch.no_grad(),
         _torch.fake_mode_of(given),
         _torch.forgetting_unbacked_symbols(),
-        no_data_pointers(),
+        _torch.no_data_pointers(),
     ):
         fakes = [_like(v) if isinstance(v, Tensor) else v for v in operands]
         before = [_version(v) for v in fakes]
@@ -70,8 +68,8 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any]) -> Told:
         raise UnsupportedValue("the layer returns a number, which no op can")
     if not tensors:
         raise UnsupportedValue("the layer returns no tensor")
-    known = {symbol for v in given for symbol in free_unbacked_symbols(v)}
-    if any(free_unbacked_symbols(t) - known for t in tensors):
+    known = {symbol for v in given for symbol in _torch.free_unbacked_symbols(v)}
+    if any(_torch.free_unbacked_symbols(t) - known for t in tensors):
         raise _DependsOnValues("the size of what the layer returns depends on values of tensors")
     results = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in tensors)
     return Told(results, output, written)
@@ -86,21 +84,6 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
-
-
-@contextlib.contextmanager
-def no_data_pointers() -> Iterator[None]:
-    """Have fakes that are made here raise where something asks for their memory."""
-    mode: Any = torch._guards.detect_fake_mode()
-    if mode is None:
-        yield
-        return
-    allowed = mode._allow_unsafe_data_ptr_access
-    mode._allow_unsafe_data_ptr_access = False
-    try:
-        yield
-    finally:
-        mode._allow_unsafe_data_ptr_access = allowed
 
 
 class ShapeFunction:

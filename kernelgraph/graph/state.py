@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kernelgraph.eager import KernelForward
 from kernelgraph.graph.constants import class_text, is_constant, is_number, stable_text
+from kernelgraph.kernel import BoundForward
 
 Path = tuple[str, ...]
 """Attribute names from the layer to a value: ``("experts", "weight")`` for self.experts.weight."""
@@ -220,7 +220,7 @@ class _Walk:
         if here and (module._forward_hooks or module._forward_pre_hooks):
             raise UnsupportedState(f"{name} has forward hooks")
         own_forward = vars(module).get("forward")
-        if here and not (own_forward is None or isinstance(own_forward, KernelForward)):
+        if here and not (own_forward is None or isinstance(own_forward, BoundForward)):
             raise UnsupportedState(f"{name} has a forward of its own")
         self.nodes.pop(here, None)  # to stand where the module before it puts it
         self.nodes[here] = type(module)
