@@ -172,14 +172,14 @@ def kernelize(
         if (layer := layers[cls]) is None:
             continue
         own = module.__dict__.get("forward")
+        left = None
         if own is not None and type(own) is not KernelForward:
             left = Reason.OWN_FORWARD
-            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
-            continue
-        if layer.condition is not None and not layer.condition(module):
+        elif layer.condition is not None and not layer.condition(module):
             left = Reason.CONDITION
-            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
             changes.append((module, None))
+        if left is not None:
+            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
             continue
         # Only now, so that what nobody wants is not loaded, and is no error.
         if cls not in plans:

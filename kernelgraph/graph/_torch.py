@@ -206,11 +206,11 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_mode_of(fakes: list[Any]) -> Iterator[Callable[[torch.Tensor], Any]]:
-    """Run code on ``fakes``, as their maker does; gives what makes a parameter one of them."""
+def fake_mode_of(fakes: list[Any]) -> Iterator[None]:
+    """Run code on ``fakes``, as their maker does."""
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
     with mode, enable_python_dispatcher():
-        yield functools.partial(mode.from_tensor, static_shapes=True)
+        yield
 
 
 @contextlib.contextmanager

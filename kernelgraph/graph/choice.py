@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class Choices:
             target = target_of(device)
         except ValueError as error:  # meta, say
             raise KeepReference(site, Reason.NO_DEVICE, str(error)) from None
-        return Site(site.module, site.layer, site.path, target, mode, grad)
+        return replace(site, target=target, mode=mode, grad=grad)
 
 
 def kernelized_with(module: nn.Module) -> tuple[Kernel, Mode] | None:

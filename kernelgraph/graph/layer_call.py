@@ -32,7 +32,7 @@ from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
-from kernelgraph.graph.ops import NAMESPACE, lower
+from kernelgraph.graph.ops import lower, overload
 from kernelgraph.graph.state import Path, State
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
@@ -118,7 +118,7 @@ def _traced(
             value = value[step]
         operands.append(value)
     operands.extend(numbers)
-    results = getattr(getattr(torch.ops, NAMESPACE), op_name).default(*operands)
+    results = overload(op_name)(*operands)
     return put_leaves(output, (results,) if isinstance(results, Tensor) else results)
 
 
@@ -208,8 +208,8 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
         return None
     except Exception as error:
         raise frame.backend_error(error) from error
-    op = f"{NAMESPACE}::{lowered.name}"
-    trace.choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), "", op))
+    decision = site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname)
+    trace.choices.decisions.append(decision)
     keys = [*call.argument_keys, *((2, i) for i in range(len(state.tensors)))]
     numbers = tuple(number for _, number in state.numbers)
     return lowered.name, tuple(keys), numbers, lowered.output

@@ -65,6 +65,16 @@ class Lowered:
     results: tuple[Result, ...]
     """The shapes, dtypes and devices of the results of the call that was lowered."""
 
+    @property
+    def qualname(self) -> str:
+        """The op's name with its namespace."""
+        return f"{NAMESPACE}::{self.name}"
+
+
+def overload(name: str) -> Any:
+    """The op called ``name`` in `NAMESPACE`. Dynamo traces this."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
 
 def lower(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], *, training: bool
@@ -178,7 +188,7 @@ class _KernelOp:
             self.backward,
             self.backward_fake,
         )
-        self._backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{base}_backward").default
+        self._backward_op = overload(f"{base}_backward")
         _define(f"{base}_training", schema, self.forward, self.fake)
         torch.library.register_autograd(
             f"{NAMESPACE}::{base}_training",

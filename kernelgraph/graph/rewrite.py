@@ -14,20 +14,19 @@ dtypes and devices, in the same structure; a layer for which that is not so keep
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
-from kernelgraph.graph.ops import NAMESPACE, Lowered, lower
+from kernelgraph.graph.ops import Lowered, lower, overload
 from kernelgraph.graph.shapes import Result
-from kernelgraph.graph.state import Path
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
 
@@ -76,7 +75,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     kernel, state = choices.choose(site)
     try:
         # The state as it is: making fakes of it would take most of the pass's time.
-        values = [_at_path(site.module, path) for path in state.tensors]
+        values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, *fakes)
         lowered = lower(kernel, site.layer, call, operands, training=site.grad)
     except UnsupportedValue as error:
@@ -86,13 +85,13 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     graph = graph_module.graph
     value_key = next((key for key in _VALUES if key in node.meta), "val")
     with graph.inserting_before(node):
-        given = [_at((args, kwargs), keys) for keys in call.argument_keys]
+        arguments: Any = (args, kwargs)
+        given = [functools.reduce(operator.getitem, k, arguments) for k in call.argument_keys]
         for path in state.tensors:
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
             given.append(graph.create_node("get_attr", ".".join((site.path, *path))))
         given += [number for _, number in state.numbers]
-        overload = getattr(getattr(torch.ops, NAMESPACE), lowered.name).default
-        op = graph.call_function(overload, tuple(given))
+        op = graph.call_function(overload(lowered.name), tuple(given))
         op.meta = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
         results = [op]
         if (count := len(lowered.results)) > 1:
@@ -103,8 +102,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
         for piece in results:
             if not piece.users:
                 graph.erase_node(piece)
-    decision = site.decision(Reason.KERNEL, str(kernel), "", f"{NAMESPACE}::{lowered.name}")
-    choices.decisions.append(decision)
+    choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname))
 
 
 def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
@@ -174,16 +172,3 @@ def _fake_of(node: fx.Node) -> Any:
         if key in node.meta:
             return node.meta[key]
     raise UnsupportedValue(f"node {node} carries no fake value")
-
-
-def _at(value: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        value = value[key]
-    return value
-
-
-def _at_path(module: nn.Module, path: Path) -> Any:
-    value: Any = module
-    for name in path:
-        value = getattr(value, name)
-    return value
