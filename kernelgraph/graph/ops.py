@@ -24,12 +24,12 @@ from torch import Tensor
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import (
     Call,
-    Runner,
     Template,
     UnsupportedValue,
     digest,
     take_leaves,
 )
+from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import (
     Result,
     ShapeFunction,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, Runner, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.runner import Runner
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 

@@ -548,7 +548,7 @@ def test_training_gives_the_reference_its_gradients(name, leave_out):
         ]
 
     reference = op.call  # run as the backward op would, by the same operands
-    from kernelgraph.graph.call import Runner
+    from kernelgraph.graph.runner import Runner
 
     expected = gradients(Runner(type(module).forward, reference), fresh())
     made = gradients(lambda operands: op(*operands), fresh())
