@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import functools
+import keyword
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kernelgraph.graph.call import Call, UnsupportedValue, paths_of, put_leaves
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
 from kernelgraph.graph.state import new_shell
 
 
 class Runner:
-    """Calls a ``forward`` with the operands of a `Call`: the body of an op.
+    """Calls a ``forward`` with the operands of a `Call`.
 
-    The object that plays ``self`` and the containers of the arguments are made once and kept in a
-    pool, since making them costs more than a small kernel; each thread in a call has its own, and
-    between calls they hold no tensor.
+    The objects that play ``self`` are made once and kept in a pool, since making one costs more
+    than a small kernel; each thread in a call has its own, and between calls they hold no tensor.
     """
 
     def __init__(self, forward: Callable[..., Any], call: Call) -> None:
-        self._forward = _in_autocast(forward, call.autocast)
         self._call = call
-        self._free: list[_Activation] = []
+        self._forward = _in_autocast(forward, call.autocast)
+        self.run = _function(self._forward, call)
+        """The call, with the operands as its arguments."""
 
     def __call__(self, operands: Sequence[Any]) -> Any:
-        try:
-            activation = self._free.pop()
-        except IndexError:
-            activation = _Activation(self._call)
-        slots = activation.slots
-        try:
-            for (container, key), value in zip(slots, operands):  # noqa: B905 (hot path)
-                container[key] = value
-            args, kwargs = activation.arguments()
-            return self._forward(activation.shell.module, *args, **kwargs)
-        finally:
-            for container, key in slots:
-                container[key] = None
-            self._free.append(activation)
+        return self.run(*operands)
 
     def observe(self, operands: Sequence[Any]) -> Any:
         """Call, and see that the layer's attributes are afterwards what they were before.
@@ -47,13 +35,14 @@ class Runner:
         Raises:
             UnsupportedValue: If the call sets one: an op has no such effect.
         """
-        activation = _Activation(self._call)
-        for (container, key), value in zip(activation.slots, operands, strict=True):
+        shell = new_shell(self._call.state)
+        count = len(operands) - len(shell.slots)
+        for (container, key), value in zip(shell.slots, operands[count:], strict=True):
             container[key] = value
-        before = activation.shell.contents()
-        args, kwargs = activation.arguments()
-        result = self._forward(activation.shell.module, *args, **kwargs)
-        changed = {name for (_, name), _ in before.items() ^ activation.shell.contents().items()}
+        before = shell.contents()
+        args, kwargs = put_leaves(self._call.arguments, operands)
+        result = self._forward(shell.module, *args, **kwargs)
+        changed = {name for (_, name), _ in before.items() ^ shell.contents().items()}
         if changed:
             where = getattr(self._forward, "__qualname__", self._forward)
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
@@ -76,34 +65,81 @@ def _in_autocast(
     return inside
 
 
-class _Activation:
-    """What a call needs and no other call may use at the same time."""
+def _function(forward: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    """A Python function that calls ``forward`` with the operands that it is given.
 
-    def __init__(self, call: Call) -> None:
-        self.shell = new_shell(call.state)
-        template = call.arguments
-        leaves = paths_of(template)
-        _, (args, kwargs) = template
-        # Containers among the arguments are made anew for each call, which may change them.
-        parts = [*args[1], *(part for _, part in kwargs[1])]
-        flat = all(kind in ("leaf", "const") for kind, _ in parts)
-        self._values: list[Any] = [None] * len(leaves)
-        self._template = None if flat else template
-        self._args: list[Any] = []
-        self._kwargs: dict[str, Any] = {}
-        self.slots: list[tuple[Any, Any]]
-        if flat:
-            nothing = [None] * len(leaves)
-            self._args = list(put_leaves(args, nothing))
-            self._kwargs = put_leaves(kwargs, nothing)
-            containers = (self._args, self._kwargs)
-            self.slots = [(containers[where], key) for where, key in leaves]
-        else:
-            self.slots = [(self._values, i) for i in range(len(leaves))]
-        self.slots += self.shell.slots
+    Written for the call, as a ``dataclass`` writes its ``__init__``: this is what a graph runs,
+    and loops over the operands would cost several times what the function does. For a norm::
 
-    def arguments(self) -> tuple[Sequence[Any], dict[str, Any]]:
-        if self._template is None:
-            return self._args, self._kwargs
-        args, kwargs = put_leaves(self._template, self._values)
-        return args, kwargs
+        def run(a0, a1, a2):
+            try:
+                shell = free.pop()
+            except IndexError:
+                shell = new_shell()
+            module, (d0, d1) = shell
+            try:
+                d0['weight'] = a1
+                d1['eps'] = a2
+                return forward(module, a0)
+            finally:
+                d0['weight'] = None
+                free.append(shell)
+    """
+    slots = new_shell(call.state).slots
+    operands = [f"a{i}" for i in range(len(call.types))]
+    first = len(operands) - len(slots)  # of the state's
+    held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
+    into = [f"{slot} = {a}" for slot, a in zip(held, operands[first:], strict=True)]
+    tensors = [slot for j, slot in enumerate(held) if call.types[first + j] == "Tensor"]
+    namespace: dict[str, Any] = {"forward": forward, "put_leaves": put_leaves, "free": []}
+    namespace["new_shell"] = functools.partial(_shell, call)
+    _, (args, kwargs) = call.arguments
+    given = [_expression(part, operands, namespace) for part in args[1]]
+    given += [_keyword(k, _expression(part, operands, namespace)) for k, part in kwargs[1]]
+    lines = [
+        f"def run({', '.join(operands)}):",
+        "    try:",
+        "        shell = free.pop()",
+        "    except IndexError:",
+        "        shell = new_shell()",
+        f"    module, ({''.join(f'd{j}, ' for j in range(len(slots)))}) = shell",
+        "    try:",
+        *(f"        {line}" for line in into),
+        f"        return forward({', '.join(['module', *given])})",
+        "    finally:",
+        *(f"        {slot} = None" for slot in tensors),
+        "        free.append(shell)",
+    ]
+    exec("\n".join(lines), namespace)
+    made: Callable[..., Any] = namespace["run"]
+    return made
+
+
+def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
+    shell = new_shell(call.state)
+    return shell.module, tuple(container for container, _ in shell.slots)
+
+
+def _keyword(name: str, value: str) -> str:
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{name}={value}" if plain else f"**{{{name!r}: {value}}}"
+
+
+def _expression(template: Template, operands: Sequence[str], namespace: dict[str, Any]) -> str:
+    """``template`` as an expression over the operands, made anew where it is evaluated: a
+    forward may change the containers that it is given."""
+    kind, body = template[0], template[1]
+    if kind == "leaf":
+        return operands[body]
+    if kind in ("tuple", "list"):
+        parts = "".join(f"{_expression(part, operands, namespace)}, " for part in body)
+        return f"({parts})" if kind == "tuple" else f"[{parts}]"
+    if kind == "dict":
+        items = (f"{key!r}: {_expression(part, operands, namespace)}" for key, part in body)
+        return f"{{{', '.join(items)}}}"
+    name = f"c{len(namespace)}"
+    namespace[name] = template
+    if kind == "const":
+        namespace[name] = body
+        return name
+    return f"put_leaves({name}, ({''.join(f'{a}, ' for a in operands)}))"
