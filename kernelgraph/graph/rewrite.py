@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
-from kernelgraph.graph.ops import Lowered, lower, overload
+from kernelgraph.graph.ops import Lowered, lower, overload, pack
 from kernelgraph.graph.shapes import Result
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
@@ -77,7 +77,11 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, *fakes)
-        lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+        place = (site.module, site.path)
+        lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+        if lowered.written:
+            names = ", ".join(call.names[i] for i in lowered.written)
+            raise UnsupportedValue(f"{site.layer.reference.__qualname__} writes into {names}")
     except UnsupportedValue as error:
         raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
     _check_fits(node, lowered, site)
@@ -91,7 +95,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
             given.append(graph.create_node("get_attr", ".".join((site.path, *path))))
         given += [number for _, number in state.numbers]
-        op = graph.call_function(overload(lowered.name), tuple(given))
+        op = graph.call_function(overload(lowered.name), tuple(pack(given, lowered.packed)))
         op.meta = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
         results = [op]
         if (count := len(lowered.results)) > 1:

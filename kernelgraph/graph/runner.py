@@ -115,6 +115,16 @@ def _function(forward: Callable[..., Any], call: Call) -> Callable[..., Any]:
     return made
 
 
+def sizes_function(call: Call) -> Callable[..., tuple[Any, ...]]:
+    """A function from a call's operands to all that sizes may depend on, to look them up by."""
+    operands = [f"a{i}" for i in range(len(call.types))]
+    parts = [f"{a}.shape" if i in call.tensors else a for i, a in enumerate(operands)]
+    made: Callable[..., tuple[Any, ...]] = eval(
+        f"lambda {', '.join(operands)}: ({''.join(f'{part}, ' for part in parts)})"
+    )
+    return made
+
+
 def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
     shell = new_shell(call.state)
     return shell.module, tuple(container for container, _ in shell.slots)

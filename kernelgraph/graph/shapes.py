@@ -199,28 +199,29 @@ def _no_attribute(kernel: Kernel, layer: Extensible, name: str) -> AttributeErro
     )
 
 
-def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
-) -> tuple[int, ...]:
-    """The operands that the kernel writes into, as far as runs on fakes tell.
+class Effects(NamedTuple):
+    """The operands that a call writes into."""
+
+    kernel: tuple[int, ...]
+    layer: tuple[int, ...]
+    """Those that the layer's reference writes into: what is in them is part of its result."""
+
+
+def effects(kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]) -> Effects:
+    """What kernel and reference write into, as far as runs on fakes tell.
 
     Raises:
-        UnsupportedValue: If the reference writes into one: an op has no such effect.
+        UnsupportedValue: If the reference does what no op can.
         RuntimeError: If the two do not return the same structure.
     """
     kernels = _attempt(kernel.forward, call, operands)
     references = _attempt(layer.reference, call, operands)
-    if references is not None and references.written:
-        names = ", ".join(call.names[i] for i in references.written)
-        raise UnsupportedValue(f"{layer.reference.__qualname__} writes into {names}")
-    if kernels is None:
-        return ()
-    if references is not None and references.output != kernels.output:
+    if kernels and references and references.output != kernels.output:
         raise RuntimeError(
             f"kernel {kernel} returns {describe_output(kernels.output)} for layer "
             f"{layer.layer_name}, which returns {describe_output(references.output)}"
         )
-    return kernels.written
+    return Effects(kernels.written if kernels else (), references.written if references else ())
 
 
 def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -> Told | None:

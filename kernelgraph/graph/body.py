@@ -1,0 +1,290 @@
+"""What the ops of one form of call do: run the kernel, and for the gradient the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.memory import extent, owned
+from kernelgraph.graph.places import Places
+from kernelgraph.graph.runner import Runner, sizes_function
+from kernelgraph.graph.shapes import Effects, ShapeFunction, Told, describe_output, remember
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible
+
+
+class _Known(NamedTuple):
+    """What the first call with operands of some sizes told of those that follow."""
+
+    sizes: tuple[Any, ...]
+    """The results' sizes; None where they cannot be told."""
+    reach: tuple[tuple[int, int], ...]
+    """The operands that a result must not share memory with, and how many bytes they span."""
+
+
+class Body:
+    """The functions behind the ops of one form of call.
+
+    Args:
+        kernel: Runs in `forward`.
+        layer: Its reference runs in `backward`.
+        call: The form of the call.
+        shapes: Runs on fakes, for the shapes.
+        told: Of one such call: all have results of these dtypes, devices and ranks.
+        effects: The operands that kernel and layer write into.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        layer: Extensible,
+        call: Call,
+        shapes: Runner,
+        told: Told,
+        effects: Effects,
+    ) -> None:
+        self.places = Places()
+        self.differentiable = False
+        """Whether the results go through autograd."""
+        self.returned = effects.layer
+        """The operands whose contents after the call are results too, behind the others."""
+        self.count = len(told.results) + len(self.returned)
+        """How many results there are."""
+        self._kernel = kernel
+        self._layer = layer
+        self._call = call
+        self._shapes = ShapeFunction(shapes)
+        self._reference = Runner(layer.reference, call)
+        self._run = Runner(kernel.forward, call).run
+        self._output = told.output
+        self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in told.results]
+        self._dtypes = [r.dtype for r in told.results]
+        self._copied = {*effects.kernel, *effects.layer}
+        # Of the copies the kernel may return what it likes.
+        self._lent = [i for i in call.tensors if i not in self._copied]
+        # How its results are had of what the kernel returns, by looking: one is it, several are in
+        # a tuple or list. Other structures, and numbers whose sign may be pending, take longer.
+        self._container = _container(told.output)
+        self._plain = self._container is not None and not any(d.is_complex for d in self._dtypes)
+        self._sizes_of = sizes_function(call)
+        self._known: dict[Any, _Known] = {}
+
+    # --- the forward op -----------------------------------------------------------------
+
+    def forward(self, *operands: Any) -> Any:
+        """The kernel, below autograd: its results own their memory and are contiguous.
+
+        The first call with operands of some sizes is checked in all that a kernel can do wrong.
+        Those that follow take the shortest way to see that nothing has changed.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(*operands)
+        form = self._sizes_of(*operands)
+        known = self._known.get(form)
+        if known is None or self._copied:
+            return self._checked(form, known, operands)
+        try:
+            result = self._run(*operands)
+        except Exception as error:
+            self._fail(error, operands)
+        if self._plain:
+            if self._container is Tensor:
+                if self._is_fit((result,), known, operands):
+                    return result
+            elif type(result) is self._container and self._is_fit(result, known, operands):
+                return result[0] if self.count == 1 else tuple(result)
+        return self._fitted(result, known, operands)
+
+    def _is_fit(self, tensors: Sequence[Any], known: _Known, operands: Sequence[Any]) -> bool:
+        """Whether results can be returned as they are, by the quickest tests that tell.
+
+        What they miss of shared memory is data that decides it: the first call had none.
+        """
+        if len(tensors) != len(known.sizes):
+            return False
+        starts: list[int] = []
+        for tensor, size, dtype in zip(tensors, known.sizes, self._dtypes):  # noqa: B905
+            if (
+                type(tensor) is not Tensor
+                or tensor.shape != size
+                or tensor.dtype is not dtype
+                or not tensor.is_contiguous()
+                or tensor.requires_grad
+                or (self.differentiable and tensor._is_view())
+            ):
+                return False
+            start = tensor.data_ptr()
+            for i, span in known.reach:
+                if 0 <= start - operands[i].data_ptr() < span:
+                    return False
+            starts.append(start)
+        return len(starts) == 1 or len({*starts}) == len(starts)
+
+    def _checked(self, form: Any, known: _Known | None, operands: tuple[Any, ...]) -> Any:
+        """A call in which everything is checked that can be."""
+        before = self._versions(operands)
+        if self._copied:
+            operands = tuple(
+                v.clone(memory_format=torch.contiguous_format) if i in self._copied else v
+                for i, v in enumerate(operands)
+            )
+        try:
+            result = self._run(*operands)
+        except Exception as error:
+            self._fail(error, operands)
+        if known is None:
+            who = f"kernel {self._kernel}, called for {self._where(operands)},"
+            self._check_unwritten(before, operands, who)
+            spans = [(i, extent(operands[i])) for i in self._lent]
+            reach = tuple((i, end - start) for i, (start, end) in spans)
+            known = _Known(self._told_sizes(operands), reach)
+            made = self._fitted(result, known, operands)
+            remember(self._known, form, known)
+            return made
+        return self._fitted(result, known, operands)
+
+    def _fitted(self, result: Any, known: _Known, operands: Sequence[Any]) -> Any:
+        """The op's results, made to fit where they do not."""
+        tensors = self._taken(result, operands)
+        for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
+            self._check(tensor, expected, size, operands)
+        tensors += [operands[i] for i in self.returned]
+        made = owned(tensors, [operands[i] for i in self._lent])
+        return made[0] if self.count == 1 else tuple(made)
+
+    def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
+        """The tensors of what the kernel returned, if that has the layer's structure."""
+        tensors: list[Any] = []
+        try:
+            output = take_leaves(result, tensors)
+        except UnsupportedValue:
+            output = ()
+        if output != self._output or not all(isinstance(t, Tensor) for t in tensors):
+            of_tensors = output and isinstance((tensors or [0])[0], Tensor)
+            found = describe_output(output) if of_tensors else f"a {type(result).__name__}"
+            raise self._mismatch(found, describe_output(self._output), operands)
+        return tensors
+
+    def _check(self, tensor: Tensor, expected: Any, size: Any, operands: Sequence[Any]) -> None:
+        dtype, device, dims = expected
+        if (
+            tensor.dtype is not dtype
+            or tensor.device.type != device
+            or (tensor.dim() != dims if size is None else tensor.shape != size)
+        ):
+            raise self._mismatch(
+                f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}",
+                f"a {dtype} tensor of "
+                + (f"{dims} dimensions" if size is None else f"shape {tuple(size)}")
+                + f" on {device}",
+                operands,
+            )
+
+    def _told_sizes(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """The sizes that the results must have; None where they cannot be told."""
+        try:
+            return tuple(torch.Size(r.shape) for r in self._shapes(operands))
+        except Exception:
+            return (None,) * len(self._expected)
+
+    def fake(self, *operands: Any) -> Any:
+        """What `forward` returns, with the shapes alone."""
+        results = self._shapes(operands)
+        made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+        made += [_like(operands[i]) for i in self.returned]
+        return made[0] if self.count == 1 else tuple(made)
+
+    # --- its gradient: the reference's, recomputed --------------------------------------
+
+    def backward(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """The gradients of the operands that ``needs`` marks, by running the reference."""
+        with torch.enable_grad(), _torch.recording_gradients():
+            leaves = [
+                v.detach().requires_grad_(needed) if isinstance(v, Tensor) else v
+                for v, needed in zip(operands, needs, strict=True)
+            ]
+            # Not the leaves themselves: a reference may write into what it is given.
+            inputs = [
+                v.clone() if i in self.returned else v.view_as(v) if isinstance(v, Tensor) else v
+                for i, v in enumerate(leaves)
+            ]
+            before = self._versions(operands)
+            results: list[Any] = []
+            take_leaves(self._reference(inputs), results)
+            results += [inputs[i] for i in self.returned]
+            who = f"the reference of {self._layer.layer_name}{self.places.describe(operands)}"
+            self._check_unwritten(before, operands, who)
+            pairs = [
+                (r, g.to(r.dtype))
+                for r, g in zip(results, grads, strict=True)
+                if g is not None and r.requires_grad
+            ]
+            wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
+            made: Sequence[Tensor | None] = [None] * len(wanted)
+            if pairs and wanted:
+                made = torch.autograd.grad(
+                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+        whole = [
+            torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else g
+            for v, g in zip(wanted, made, strict=True)
+        ]
+        return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
+
+    def backward_fake(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """What `backward` returns, with the shapes alone."""
+        return [_like(v) for v, needed in zip(operands, needs, strict=True) if needed]
+
+    # --- what goes wrong ----------------------------------------------------------------
+
+    def _versions(self, operands: Sequence[Any]) -> list[int]:
+        """How often torch has written into each operand, where that is counted."""
+        tensors = [operands[i] for i in self._call.tensors]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def _check_unwritten(self, before: list[int], operands: Sequence[Any], who: str) -> None:
+        after = self._versions(operands)
+        for i, old, new in zip(self._call.tensors, before, after, strict=True):
+            if old != new and i not in self._copied:
+                raise RuntimeError(
+                    f"{who} wrote into its operand {self._call.names[i]}, which does not show on "
+                    "fake tensors"
+                )
+
+    def _where(self, operands: Sequence[Any]) -> str:
+        return f"layer {self._layer.layer_name}{self.places.describe(operands)}"
+
+    def _fail(self, error: Exception, operands: Sequence[Any]) -> NoReturn:
+        if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
+            raise error
+        raise RuntimeError(
+            f"kernel {self._kernel}, called for {self._where(operands)}, raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+    def _mismatch(self, found: str, expected: str, operands: Sequence[Any]) -> RuntimeError:
+        return RuntimeError(
+            f"kernel {self._kernel} returned {found} for {self._where(operands)}; expected is "
+            f"{expected}"
+        )
+
+
+def _container(output: Template) -> type[Any] | None:
+    kind, inside = output[0], output[1]
+    if kind in ("tuple", "list") and all(part[0] == "leaf" for part in inside):
+        return tuple if kind == "tuple" else list
+    return Tensor if kind == "leaf" else None
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
