@@ -207,15 +207,14 @@ def call_without_dispatch(op: Any, body: Callable[..., Any]) -> None:
     Tried on 2.11, 2.13, 2.14.
     """
 
-    def run(*operands: Any) -> Any:
-        return op(*operands) if profiling() else body(*operands)
+    profiling = "torch._C._autograd._profiler_enabled()"
 
     def write(node: Any, writeline: Callable[[str], None]) -> None:
         arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
-        writeline(f"{node.get_name()} = {node.python_kernel_name}.run({arguments})")
+        name = node.python_kernel_name
+        writeline(f"{node.get_name()} = ({name} if {profiling} else {name}.run)({arguments})")
 
-    profiling = torch._C._autograd._profiler_enabled
-    op.run = run
+    op.run = body
     CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
 
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves
 from kernelgraph.graph.memory import extent, owned
 from kernelgraph.graph.places import Places
-from kernelgraph.graph.runner import Runner, sizes_function
+from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import Effects, ShapeFunction, Told, describe_output, remember
+from kernelgraph.graph.steady import Known, steady_state
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
-
-
-class _Known(NamedTuple):
-    """What the first call with operands of some sizes told of those that follow."""
-
-    sizes: tuple[Any, ...]
-    """The results' sizes; None where they cannot be told."""
-    reach: tuple[tuple[int, int], ...]
-    """The operands that a result must not share memory with, and how many bytes they span."""
 
 
 class Body:
@@ -37,7 +29,12 @@ class Body:
         shapes: Runs on fakes, for the shapes.
         told: Of one such call: all have results of these dtypes, devices and ranks.
         effects: The operands that kernel and layer write into.
+        differentiable: Whether the results go through autograd.
     """
+
+    forward: Callable[..., Any]
+    """The forward op: the kernel, below autograd. Its results own their memory, and are contiguous
+    and of the shapes that `fake` says."""
 
     def __init__(
         self,
@@ -47,10 +44,11 @@ class Body:
         shapes: Runner,
         told: Told,
         effects: Effects,
+        *,
+        differentiable: bool,
     ) -> None:
         self.places = Places()
-        self.differentiable = False
-        """Whether the results go through autograd."""
+        self.differentiable = differentiable
         self.returned = effects.layer
         """The operands whose contents after the call are results too, behind the others."""
         self.count = len(told.results) + len(self.returned)
@@ -59,104 +57,64 @@ class Body:
         self._layer = layer
         self._call = call
         self._shapes = ShapeFunction(shapes)
-        self._reference = Runner(layer.reference, call)
-        self._run = Runner(kernel.forward, call).run
+        self._run_reference = Runner(layer.reference, call)
+        self._run_kernel = Runner(kernel.forward, call)
         self._output = told.output
         self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in told.results]
-        self._dtypes = [r.dtype for r in told.results]
         self._copied = {*effects.kernel, *effects.layer}
         # Of the copies the kernel may return what it likes.
         self._lent = [i for i in call.tensors if i not in self._copied]
-        # How its results are had of what the kernel returns, by looking: one is it, several are in
-        # a tuple or list. Other structures, and numbers whose sign may be pending, take longer.
-        self._container = _container(told.output)
-        self._plain = self._container is not None and not any(d.is_complex for d in self._dtypes)
-        self._sizes_of = sizes_function(call)
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[Any, Known] = {}
+        self.forward = self._copying if self._copied else self._steady_state()
 
     # --- the forward op -----------------------------------------------------------------
 
-    def forward(self, *operands: Any) -> Any:
-        """The kernel, below autograd: its results own their memory and are contiguous.
+    def _steady_state(self) -> Callable[..., Any]:
+        return steady_state(
+            self._run_kernel,
+            self._output,
+            [dtype for dtype, _, _ in self._expected],
+            self._lent,
+            differentiable=self.differentiable,
+            table=self._known,
+            checked=self._checked,
+            fitted=self._fitted,
+            failed=self._fail,
+        )
 
-        The first call with operands of some sizes is checked in all that a kernel can do wrong.
-        Those that follow take the shortest way to see that nothing has changed.
-        """
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.forward(*operands)
-        form = self._sizes_of(*operands)
-        known = self._known.get(form)
-        if known is None or self._copied:
-            return self._checked(form, known, operands)
-        try:
-            result = self._run(*operands)
-        except Exception as error:
-            self._fail(error, operands)
-        if self._plain:
-            if self._container is Tensor:
-                if self._is_fit((result,), known, operands):
-                    return result
-            elif type(result) is self._container and self._is_fit(result, known, operands):
-                return result[0] if self.count == 1 else tuple(result)
-        return self._fitted(result, known, operands)
-
-    def _is_fit(self, tensors: Sequence[Any], known: _Known, operands: Sequence[Any]) -> bool:
-        """Whether results can be returned as they are, by the quickest tests that tell.
-
-        What they miss of shared memory is data that decides it: the first call had none.
-        """
-        if len(tensors) != len(known.sizes):
-            return False
-        starts: list[int] = []
-        for tensor, size, dtype in zip(tensors, known.sizes, self._dtypes):  # noqa: B905
-            if (
-                type(tensor) is not Tensor
-                or tensor.shape != size
-                or tensor.dtype is not dtype
-                or not tensor.is_contiguous()
-                or tensor.requires_grad
-                or (self.differentiable and tensor._is_view())
-            ):
-                return False
-            start = tensor.data_ptr()
-            for i, span in known.reach:
-                if 0 <= start - operands[i].data_ptr() < span:
-                    return False
-            starts.append(start)
-        return len(starts) == 1 or len({*starts}) == len(starts)
-
-    def _checked(self, form: Any, known: _Known | None, operands: tuple[Any, ...]) -> Any:
-        """A call in which everything is checked that can be."""
+    def _checked(self, form: Any, operands: tuple[Any, ...]) -> Any:
+        """The first call with operands of some sizes: all is checked that a kernel can do wrong."""
         before = self._versions(operands)
-        if self._copied:
-            operands = tuple(
-                v.clone(memory_format=torch.contiguous_format) if i in self._copied else v
-                for i, v in enumerate(operands)
-            )
         try:
-            result = self._run(*operands)
+            result = self._run_kernel(operands)
         except Exception as error:
             self._fail(error, operands)
-        if known is None:
-            who = f"kernel {self._kernel}, called for {self._where(operands)},"
-            self._check_unwritten(before, operands, who)
-            spans = [(i, extent(operands[i])) for i in self._lent]
-            reach = tuple((i, end - start) for i, (start, end) in spans)
-            known = _Known(self._told_sizes(operands), reach)
-            made = self._fitted(result, known, operands)
+        who = f"kernel {self._kernel}, called for {self._where(operands)},"
+        self._check_unwritten(before, operands, who)
+        extents = [extent(operands[i]) for i in self._lent]
+        known = Known(self._told_sizes(operands), tuple(end - start for start, end in extents))
+        made = self._fitted(result, known, operands)
+        if form is not None:
             remember(self._known, form, known)
-            return made
-        return self._fitted(result, known, operands)
+        return made
 
-    def _fitted(self, result: Any, known: _Known, operands: Sequence[Any]) -> Any:
-        """The op's results, made to fit where they do not."""
+    def _fitted(self, result: Any, known: Known, operands: Sequence[Any]) -> Any:
+        """The results of a call, made to fit where they do not."""
         tensors = self._taken(result, operands)
         for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
             self._check(tensor, expected, size, operands)
         tensors += [operands[i] for i in self.returned]
         made = owned(tensors, [operands[i] for i in self._lent])
         return made[0] if self.count == 1 else tuple(made)
+
+    def _copying(self, *operands: Any) -> Any:
+        """The forward op of a kernel that writes into its operands: it gets copies."""
+        copies = tuple(
+            v.clone(memory_format=torch.contiguous_format) if i in self._copied else v
+            for i, v in enumerate(operands)
+        )
+        with torch.no_grad():
+            return self._checked(None, copies)
 
     def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
         """The tensors of what the kernel returned, if that has the layer's structure."""
@@ -218,7 +176,7 @@ class Body:
             ]
             before = self._versions(operands)
             results: list[Any] = []
-            take_leaves(self._reference(inputs), results)
+            take_leaves(self._run_reference(inputs), results)
             results += [inputs[i] for i in self.returned]
             who = f"the reference of {self._layer.layer_name}{self.places.describe(operands)}"
             self._check_unwritten(before, operands, who)
@@ -277,13 +235,6 @@ class Body:
             f"kernel {self._kernel} returned {found} for {self._where(operands)}; expected is "
             f"{expected}"
         )
-
-
-def _container(output: Template) -> type[Any] | None:
-    kind, inside = output[0], output[1]
-    if kind in ("tuple", "list") and all(part[0] == "leaf" for part in inside):
-        return tuple if kind == "tuple" else list
-    return Tensor if kind == "leaf" else None
 
 
 def _like(tensor: Tensor) -> Tensor:

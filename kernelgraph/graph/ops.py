@@ -141,8 +141,8 @@ def _lower(
     name = f"{base}_training" if training else base
     with _lock:
         if name not in _bodies:
-            body = Body(kernel, layer, call, shapes, told, effects(kernel, layer, call, operands))
-            body.differentiable = training
+            written = effects(kernel, layer, call, operands)
+            body = Body(kernel, layer, call, shapes, told, written, differentiable=training)
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]

@@ -1,4 +1,8 @@
-"""Running a ``forward`` with the operands of an op: the body of one."""
+"""Running a ``forward`` with the operands of an op.
+
+What a graph runs is a Python function that is written for the call, as a ``dataclass`` writes its
+``__init__``: loops over the operands would cost several times what many kernels do.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,93 @@ class Runner:
     """
 
     def __init__(self, forward: Callable[..., Any], call: Call) -> None:
-        self._call = call
-        self._forward = _in_autocast(forward, call.autocast)
-        self.run = _function(self._forward, call)
+        self.call = call
+        self.forward = _in_autocast(forward, call.autocast)
+        self.operands = [f"a{i}" for i in range(len(call.types))]
+        """The names of the operands in the functions that are written."""
+        self._namespace: dict[str, Any] = {"forward": self.forward, "put_leaves": put_leaves}
+        self._namespace |= {"free": [], "new_shell": functools.partial(_shell, call)}
+        self.run = self._write([*self._call_lines(), "return result"], {})
         """The call, with the operands as its arguments."""
 
     def __call__(self, operands: Sequence[Any]) -> Any:
         return self.run(*operands)
+
+    def around(
+        self, before: Sequence[str], on_error: str, after: Sequence[str], names: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """A function that makes the call between other lines.
+
+        Args:
+            before: Lines in front of the call.
+            on_error: What to do with the ``error`` that it raises.
+            after: Lines behind it, which find what it returns as ``result``.
+            names: What the lines call by name.
+        """
+        return self._write([*before, *self._call_lines(on_error), *after], names)
+
+    def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
+        namespace = {**self._namespace, **names}
+        body = "\n".join(f"    {line}" for line in lines)
+        exec(f"def written({', '.join(self.operands)}):\n{body}", namespace)
+        made: Callable[..., Any] = namespace["written"]
+        return made
+
+    def _call_lines(self, on_error: str = "") -> list[str]:
+        """The lines of the call. For a norm with a weight and an eps::
+
+        try:
+            shell = free.pop()
+        except IndexError:
+            shell = new_shell()
+        module, (d0, d1, ) = shell
+        try:
+            d0['weight'] = a1
+            d1['eps'] = a2
+            result = forward(module, a0)
+        finally:
+            d0['weight'] = None
+            free.append(shell)
+        """
+        slots = new_shell(self.call.state).slots
+        first = len(self.operands) - len(slots)  # of the state's
+        held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
+        tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
+        _, (args, kwargs) = self.call.arguments
+        given = [self._expression(part) for part in args[1]]
+        given += [_keyword(name, self._expression(part)) for name, part in kwargs[1]]
+        return [
+            "try:",
+            "    shell = free.pop()",
+            "except IndexError:",
+            "    shell = new_shell()",
+            f"module, ({''.join(f'd{j}, ' for j in range(len(slots)))}) = shell",
+            "try:",
+            *(f"    {s} = {a}" for s, a in zip(held, self.operands[first:], strict=True)),
+            f"    result = forward({', '.join(['module', *given])})",
+            *(["except Exception as error:", f"    {on_error}"] if on_error else []),
+            "finally:",
+            *(f"    {slot} = None" for slot in tensors),
+            "    free.append(shell)",
+        ]
+
+    def _expression(self, template: Template) -> str:
+        """``template`` as an expression over the operands, made anew where it is evaluated: a
+        forward may change the containers that it is given."""
+        kind, body = template[0], template[1]
+        if kind == "leaf":
+            return self.operands[body]
+        if kind in ("tuple", "list"):
+            parts = "".join(f"{self._expression(part)}, " for part in body)
+            return f"({parts})" if kind == "tuple" else f"[{parts}]"
+        if kind == "dict":
+            return f"{{{', '.join(f'{k!r}: {self._expression(part)}' for k, part in body)}}}"
+        name = f"c{len(self._namespace)}"
+        self._namespace[name] = template
+        if kind == "const":
+            self._namespace[name] = body
+            return name
+        return f"put_leaves({name}, ({''.join(f'{a}, ' for a in self.operands)}))"
 
     def observe(self, operands: Sequence[Any]) -> Any:
         """Call, and see that the layer's attributes are afterwards what they were before.
@@ -35,16 +119,16 @@ class Runner:
         Raises:
             UnsupportedValue: If the call sets one: an op has no such effect.
         """
-        shell = new_shell(self._call.state)
+        shell = new_shell(self.call.state)
         count = len(operands) - len(shell.slots)
         for (container, key), value in zip(shell.slots, operands[count:], strict=True):
             container[key] = value
         before = shell.contents()
-        args, kwargs = put_leaves(self._call.arguments, operands)
-        result = self._forward(shell.module, *args, **kwargs)
+        args, kwargs = put_leaves(self.call.arguments, operands)
+        result = self.forward(shell.module, *args, **kwargs)
         changed = {name for (_, name), _ in before.items() ^ shell.contents().items()}
         if changed:
-            where = getattr(self._forward, "__qualname__", self._forward)
+            where = getattr(self.forward, "__qualname__", self.forward)
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
         return result
 
@@ -65,66 +149,6 @@ def _in_autocast(
     return inside
 
 
-def _function(forward: Callable[..., Any], call: Call) -> Callable[..., Any]:
-    """A Python function that calls ``forward`` with the operands that it is given.
-
-    Written for the call, as a ``dataclass`` writes its ``__init__``: this is what a graph runs,
-    and loops over the operands would cost several times what the function does. For a norm::
-
-        def run(a0, a1, a2):
-            try:
-                shell = free.pop()
-            except IndexError:
-                shell = new_shell()
-            module, (d0, d1) = shell
-            try:
-                d0['weight'] = a1
-                d1['eps'] = a2
-                return forward(module, a0)
-            finally:
-                d0['weight'] = None
-                free.append(shell)
-    """
-    slots = new_shell(call.state).slots
-    operands = [f"a{i}" for i in range(len(call.types))]
-    first = len(operands) - len(slots)  # of the state's
-    held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
-    into = [f"{slot} = {a}" for slot, a in zip(held, operands[first:], strict=True)]
-    tensors = [slot for j, slot in enumerate(held) if call.types[first + j] == "Tensor"]
-    namespace: dict[str, Any] = {"forward": forward, "put_leaves": put_leaves, "free": []}
-    namespace["new_shell"] = functools.partial(_shell, call)
-    _, (args, kwargs) = call.arguments
-    given = [_expression(part, operands, namespace) for part in args[1]]
-    given += [_keyword(k, _expression(part, operands, namespace)) for k, part in kwargs[1]]
-    lines = [
-        f"def run({', '.join(operands)}):",
-        "    try:",
-        "        shell = free.pop()",
-        "    except IndexError:",
-        "        shell = new_shell()",
-        f"    module, ({''.join(f'd{j}, ' for j in range(len(slots)))}) = shell",
-        "    try:",
-        *(f"        {line}" for line in into),
-        f"        return forward({', '.join(['module', *given])})",
-        "    finally:",
-        *(f"        {slot} = None" for slot in tensors),
-        "        free.append(shell)",
-    ]
-    exec("\n".join(lines), namespace)
-    made: Callable[..., Any] = namespace["run"]
-    return made
-
-
-def sizes_function(call: Call) -> Callable[..., tuple[Any, ...]]:
-    """A function from a call's operands to all that sizes may depend on, to look them up by."""
-    operands = [f"a{i}" for i in range(len(call.types))]
-    parts = [f"{a}.shape" if i in call.tensors else a for i, a in enumerate(operands)]
-    made: Callable[..., tuple[Any, ...]] = eval(
-        f"lambda {', '.join(operands)}: ({''.join(f'{part}, ' for part in parts)})"
-    )
-    return made
-
-
 def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
     shell = new_shell(call.state)
     return shell.module, tuple(container for container, _ in shell.slots)
@@ -133,23 +157,3 @@ def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
 def _keyword(name: str, value: str) -> str:
     plain = name.isidentifier() and not keyword.iskeyword(name)
     return f"{name}={value}" if plain else f"**{{{name!r}: {value}}}"
-
-
-def _expression(template: Template, operands: Sequence[str], namespace: dict[str, Any]) -> str:
-    """``template`` as an expression over the operands, made anew where it is evaluated: a
-    forward may change the containers that it is given."""
-    kind, body = template[0], template[1]
-    if kind == "leaf":
-        return operands[body]
-    if kind in ("tuple", "list"):
-        parts = "".join(f"{_expression(part, operands, namespace)}, " for part in body)
-        return f"({parts})" if kind == "tuple" else f"[{parts}]"
-    if kind == "dict":
-        items = (f"{key!r}: {_expression(part, operands, namespace)}" for key, part in body)
-        return f"{{{', '.join(items)}}}"
-    name = f"c{len(namespace)}"
-    namespace[name] = template
-    if kind == "const":
-        namespace[name] = body
-        return name
-    return f"put_leaves({name}, ({''.join(f'{a}, ' for a in operands)}))"
