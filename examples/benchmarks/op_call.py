@@ -138,22 +138,18 @@ def cpu_times() -> dict[str, float]:
 
 
 def cuda_graph_times() -> dict[str, float]:
-    """Microseconds a call under CUDA graphs, the median over replays of MANY calls."""
+    """Microseconds a call under CUDA graphs, from the medians of replays that take turns."""
     x = torch.ones(1 << 14, SIZE, device="cuda")
     made = programs("cuda", {"triton.cudagraphs": True})
-    direct = made["direct"](MANY)
-    for _ in range(3):
-        direct(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        direct(x)
-    runs: dict[str, Callable[[], Any]] = {"direct": graph.replay}
-    for name in ("bare op", "hubkernels"):
-        runs[name] = functools.partial(made[name](MANY), x)
+    runs: dict[tuple[str, int], Callable[[], Any]] = {}
+    for name, make in made.items():
+        for count in (FEW, MANY):
+            run: Callable[[], Any] = functools.partial(make(count), x)
+            runs[name, count] = captured(run) if name == "direct" else run
     event: Any = torch.cuda.Event
-    seen: dict[str, list[float]] = {name: [] for name in runs}
+    seen: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
     for round_ in range(ROUNDS):
-        for name, run in runs.items():
+        for key, run in runs.items():
             start, end = (event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(10):
@@ -161,8 +157,19 @@ def cuda_graph_times() -> dict[str, float]:
             end.record()
             end.synchronize()
             if round_ > 3:  # after the warm-up and the recording
-                seen[name].append(start.elapsed_time(end) / 10 / MANY * 1e3)
-    return {name: sorted(times)[len(times) // 2] for name, times in seen.items()}
+                seen[key].append(start.elapsed_time(end) / 10 * 1e3)
+    median = {key: sorted(times)[len(times) // 2] for key, times in seen.items()}
+    return {name: (median[name, MANY] - median[name, FEW]) / (MANY - FEW) for name in made}
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What replays the kernels of ``run`` as a CUDA graph."""
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def main() -> None:

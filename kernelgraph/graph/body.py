@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves
-from kernelgraph.graph.memory import extent, owned
+from kernelgraph.graph.memory import contiguous_copy, extent, owned
 from kernelgraph.graph.places import Places
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import Effects, ShapeFunction, Told, describe_output, remember
@@ -52,7 +52,10 @@ class Body:
         self.returned = effects.layer
         """The operands whose contents after the call are results too, behind the others."""
         self.count = len(told.results) + len(self.returned)
-        """How many results there are."""
+        """How many results there are that a gradient may come for."""
+        self.kept = effects.layer if differentiable else ()
+        """The operands whose contents before the call are the last results, for the backward:
+        by then they have been written over."""
         self._kernel = kernel
         self._layer = layer
         self._call = call
@@ -110,11 +113,13 @@ class Body:
     def _copying(self, *operands: Any) -> Any:
         """The forward op of a kernel that writes into its operands: it gets copies."""
         copies = tuple(
-            v.clone(memory_format=torch.contiguous_format) if i in self._copied else v
-            for i, v in enumerate(operands)
+            contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
         )
         with torch.no_grad():
-            return self._checked(None, copies)
+            made = self._checked(None, copies)
+            return (
+                (*made, *(contiguous_copy(operands[i]) for i in self.kept)) if self.kept else made
+            )
 
     def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
         """The tensors of what the kernel returned, if that has the layer's structure."""
@@ -155,8 +160,8 @@ class Body:
         """What `forward` returns, with the shapes alone."""
         results = self._shapes(operands)
         made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
-        made += [_like(operands[i]) for i in self.returned]
-        return made[0] if self.count == 1 else tuple(made)
+        made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
+        return made[0] if len(made) == 1 else tuple(made)
 
     # --- its gradient: the reference's, recomputed --------------------------------------
 

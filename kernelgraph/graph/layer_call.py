@@ -110,7 +110,7 @@ def _traced(
     lowered = kernelgraph_finish()
     if lowered is None:
         return reference(module, *args, **kwargs)
-    op_name, paths, numbers, output, count, written, packed = lowered
+    op_name, paths, numbers, output, count, written, first_state, packed = lowered
     operands: list[Any] = []
     for path in paths:
         value = (args, kwargs, state)
@@ -122,7 +122,8 @@ def _traced(
     if isinstance(results, Tensor):
         results = (results,)
     for i, value in zip(written, results[count:]):  # noqa: B905 (Dynamo does not know strict)
-        operands[i].copy_(value)
+        # No gradient goes from one call to the next through what a layer counts.
+        operands[i].copy_(value.detach() if i >= first_state else value)
     return put_leaves(output, results)
 
 
@@ -196,8 +197,8 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     Returns:
         The op's name, the keys from ``(args, kwargs, state)`` to its first operands, the numbers
         that are its last, the form of what the layer returns and how many results that takes,
-        the operands that the other results are to be written into, and those that are packed;
-        None where the reference is kept after all.
+        the operands that the next results are to be written into, where those that are state
+        begin, and those that are packed; None where the reference is kept after all.
     """
     frame = Frame()
     trace = Trace.of(frame)
@@ -218,8 +219,8 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     trace.choices.decisions.append(decision)
     keys = [*call.argument_keys, *((2, i) for i in range(len(state.tensors)))]
     numbers = tuple(number for _, number in state.numbers)
-    count, written, packed = len(lowered.results), lowered.written, lowered.packed
-    return lowered.name, tuple(keys), numbers, lowered.output, count, written, packed
+    written = (len(lowered.results), lowered.written, len(call.argument_keys))
+    return lowered.name, tuple(keys), numbers, lowered.output, *written, lowered.packed
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,11 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         taken.append((start, end))
         made.append(tensor)
     return made
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, without the strides of ``tensor``."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

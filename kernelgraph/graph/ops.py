@@ -51,7 +51,7 @@ class Lowered:
     """The shapes, dtypes and devices of these results in the call that was lowered."""
     written: tuple[int, ...] = ()
     """The operands that the layer writes into. The op does not: what is to be in them are its
-    last results."""
+    next results."""
     packed: tuple[int, ...] = ()
     """The operands that the op takes as one list, where it would have too many arguments."""
 
@@ -179,7 +179,8 @@ def _register(base: str, call: Call, body: Body) -> None:
     taken = pack([f"{t} {n}" for t, n in zip(call.types, call.names, strict=True)], packed)
     if packed:
         taken[0] = "Tensor[] tensors"
-    returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+    made = ["Tensor"] * (count + len(body.kept))
+    returns = "Tensor" if len(made) == 1 else f"({', '.join(made)})"
     schema = f"({', '.join(taken)}) -> {returns}"
     forward, fake = body.forward, body.fake
     if packed:
@@ -218,18 +219,22 @@ class _Formula:
     def __init__(self, backward_op: Any, call: Call, body: Body) -> None:
         self._op = backward_op
         self._tensors = call.tensors
-        self._written = body.returned
+        self._count = body.count
+        self._kept = body.kept
         self._packed = _packed(call, body)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
-        # What the layer writes into is written anew before there is a backward.
-        ctx.save_for_backward(
-            *(operands[i].clone() if i in self._written else operands[i] for i in self._tensors)
-        )
+        for i, before in zip(
+            self._kept, output[-len(self._kept) :] if self._kept else (), strict=True
+        ):
+            ctx.mark_non_differentiable(before)
+            operands[i] = before
+        ctx.save_for_backward(*(operands[i] for i in self._tensors))
         ctx.numbers = [None if i in self._tensors else v for i, v in enumerate(operands)]
 
     def differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        grads = grads[: self._count]
         operands = list(ctx.numbers)
         for i, tensor in zip(self._tensors, ctx.saved_tensors, strict=True):
             operands[i] = tensor

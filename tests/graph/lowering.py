@@ -69,7 +69,7 @@ class Op:
         results = self.overload(*pack(operands, self.lowered.packed))
         results = (results,) if isinstance(results, Tensor) else results
         count = len(self.lowered.results)
-        for i, value in zip(self.lowered.written, results[count:], strict=True):
+        for i, value in zip(self.lowered.written, results[count:]):  # noqa: B905 (more follow)
             operands[i].copy_(value)
         return put_leaves(self.lowered.output, results)
 
