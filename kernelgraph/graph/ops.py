@@ -225,11 +225,11 @@ class _Formula:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
-        for i, before in zip(
-            self._kept, output[-len(self._kept) :] if self._kept else (), strict=True
-        ):
-            ctx.mark_non_differentiable(before)
-            operands[i] = before
+        if self._kept:
+            kept = output[-len(self._kept) :]
+            ctx.mark_non_differentiable(*kept)
+            for i, before in zip(self._kept, kept, strict=True):
+                operands[i] = before
         ctx.save_for_backward(*(operands[i] for i in self._tensors))
         ctx.numbers = [None if i in self._tensors else v for i, v in enumerate(operands)]
 
