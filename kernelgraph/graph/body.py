@@ -117,9 +117,9 @@ class Body:
         )
         with torch.no_grad():
             made = self._checked(None, copies)
-            return (
-                (*made, *(contiguous_copy(operands[i]) for i in self.kept)) if self.kept else made
-            )
+            if self.kept:
+                made = (*made, *(contiguous_copy(operands[i]) for i in self.kept))
+            return made
 
     def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
         """The tensors of what the kernel returned, if that has the layer's structure."""
