@@ -6,8 +6,9 @@ Each entry names the versions that it was tried on; a new torch is tried against
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -21,7 +22,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -209,6 +211,30 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 def fake_mode_of(fakes: list[Any]) -> Iterator[None]:
     """Run code on ``fakes``, as their maker does."""
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    found: FakeTensorMode | None = detect_fake_mode(list(values))
+    return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+@contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
     with mode, enable_python_dispatcher():
         yield
 

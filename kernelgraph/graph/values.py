@@ -1,0 +1,150 @@
+"""The fake values of a graph's nodes: those that it carries, or those of a run on fakes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.call import UnsupportedValue
+from kernelgraph.graph.shapes import Result
+
+VALUES = ("val", "example_value")
+"""Where nodes carry their values: as FX passes and torch.export have it, and as Dynamo has it."""
+
+
+class NoValue(UnsupportedValue):
+    """A node carries no fake value."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value that a node carries.
+
+    Raises:
+        NoValue: If it carries none.
+    """
+    for key in VALUES:
+        if key in node.meta:
+            return node.meta[key]
+    raise NoValue(f"node {node} carries no fake value")
+
+
+def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
+    """A node's arguments in Python's own containers, and ``each`` node in them replaced."""
+    if isinstance(value, fx.Node):
+        return each(value)
+    if isinstance(value, list):
+        return [plain(part, each) for part in value]
+    if type(value) is tuple:
+        return tuple([plain(part, each) for part in value])
+    if isinstance(value, dict):
+        return {key: plain(part, each) for key, part in value.items()}
+    return value
+
+
+def fakes_of(results: Sequence[Result]) -> list[Tensor]:
+    """What an op returns, in the fake mode that is on."""
+    return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+
+
+LeafCall = Callable[[fx.Node, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""What a node that calls a module gives, from the module and its arguments."""
+
+
+def propagate(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    values: dict[fx.Node, Any],
+    call_leaf: LeafCall,
+) -> None:
+    """The value of each node of a graph, and of the graph modules in it, in a run on fakes.
+
+    The run is on a copy of the modules, in which each tensor is a fake: nothing of the caller's
+    is written into, not even by a module that sets its own attributes.
+
+    Args:
+        graph_module: The graph.
+        example_inputs: Its inputs. Where some are fakes, the values are of the same mode.
+        values: Where to put each value.
+        call_leaf: Called for each node that calls a module, with its copy of the module.
+
+    Raises:
+        ValueError: If the inputs do not fit the graph.
+        RuntimeError: If a node does not run on fakes.
+    """
+    inputs = graph_module.graph.process_inputs(*example_inputs)
+    _check_count(graph_module, len(inputs))
+    mode = _torch.fake_mode_for(inputs)
+    fakes = [_torch.to_fake(mode, v) if isinstance(v, Tensor) else v for v in inputs]
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _torch.running_on(mode),
+        _torch.no_data_pointers(),
+    ):
+        copy = _torch.fake_copy(graph_module, mode)
+        _Run(graph_module, copy, call_leaf, values).run(*fakes, enable_io_processing=False)
+
+
+def _check_count(graph_module: fx.GraphModule, given: int) -> None:
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if any(str(node.target).startswith("*") for node in placeholders):
+        return
+    needed = sum(not node.args for node in placeholders)  # the others have a default
+    if not needed <= given <= len(placeholders):
+        names = ", ".join(str(node.target) for node in placeholders)
+        raise ValueError(f"example_inputs are {given} values, and the graph takes ({names})")
+
+
+class _NotOnFakes(RuntimeError):
+    """Says which node."""
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph with the modules of a fake copy of its graph module."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        copy: nn.Module,
+        call_leaf: LeafCall,
+        values: dict[fx.Node, Any],
+    ) -> None:
+        super().__init__(copy, graph=graph_module.graph)
+        self.extra_traceback = False  # the error below says all of it
+        self._original, self._call_leaf, self._values = graph_module, call_leaf, values
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = self._value_of(n)
+        except _NotOnFakes:  # of a node of a graph module in this one
+            raise
+        except Exception as error:
+            raise _NotOnFakes(
+                f"node {n} ({n.target}) does not run on fake tensors of example_inputs: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        # As of now: a later node may change its shape in place.
+        self._values[n] = pytree.tree_map_only(Tensor, lambda t: t.detach(), value)
+        return value
+
+    def _value_of(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if node.op == "call_module":
+            original, module = self._original.get_submodule(target), self.fetch_attr(target)
+            if isinstance(original, fx.GraphModule):
+                args, kwargs = self.fetch_args_kwargs_from_env(node)
+                inputs = inspect.signature(original.forward).bind(*args, **kwargs)
+                inputs.apply_defaults()
+                return _Run(original, module, self._call_leaf, self._values).run(*inputs.args)
+        elif node.op == "call_function" and isinstance(target, nn.Module):
+            module = target  # an extensible function, which holds no tensor
+        else:
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return self._call_leaf(node, module, plain(args), plain(kwargs))
