@@ -1,4 +1,4 @@
-"""What is to become of each call of an extensible layer in a graph: decided, and nothing changed."""
+"""What is to become of each call of an extensible layer in a graph; nothing is changed yet."""
 
 from __future__ import annotations
 
@@ -70,33 +70,34 @@ def plan_with(
     by_node = {item.node: item for item in plans}
     values: dict[fx.Node, Any] = {}
 
-    def call_leaf(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def forward_of(node: fx.Node, module: nn.Module) -> Callable[..., Any]:
         if (item := by_node.get(node)) is None:
-            return module(*args, **kwargs)
+            return module
         before, item.outcome = item.outcome, _decide(item, values.__getitem__, choices)
         if isinstance(item.outcome, KeepReference):
-            return _call_reference(item.site, module, args, kwargs)
+            return _reference(item.site, module)
         lowered = item.outcome[2]
         if before is not None and not (
             isinstance(before, tuple) and before[2].name == lowered.name
         ):
             detail = "the graph module around it is called with tensors of several kinds"
             item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, detail)
-        return put_leaves(lowered.output, fakes_of(lowered.results))
+        return lambda *args, **kwargs: put_leaves(lowered.output, fakes_of(lowered.results))
 
-    propagate(graph_module, example_inputs, values, call_leaf)
+    propagate(graph_module, example_inputs, values, forward_of)
     for node, value in values.items():
         node.meta.pop("example_value", None)
         node.meta["val"] = value
     return plans
 
 
-def _call_reference(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _reference(site: Site, module: nn.Module) -> Callable[..., Any]:
+    """What tells the shape of a call that stays."""
     if site.layer.fake is not None:
-        return site.layer.fake(module, *args, **kwargs)
+        return functools.partial(site.layer.fake, module)
     if isinstance(vars(module).get("forward"), BoundForward):  # a kernel, which may need memory
-        return site.layer.reference(module, *args, **kwargs)
-    return module(*args, **kwargs)
+        return functools.partial(site.layer.reference, module)
+    return module
 
 
 def _layer_calls(graph_module: fx.GraphModule, within: str, seen: set[nn.Module]) -> Iterator[Plan]:

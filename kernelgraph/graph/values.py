@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,15 +53,15 @@ def fakes_of(results: Sequence[Result]) -> list[Tensor]:
     return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
 
 
-LeafCall = Callable[[fx.Node, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-"""What a node that calls a module gives, from the module and its arguments."""
+Forwards = Callable[[fx.Node, nn.Module], Callable[..., Any]]
+"""What to call for a node that calls a module; the module is given, with fakes for tensors."""
 
 
 def propagate(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     values: dict[fx.Node, Any],
-    call_leaf: LeafCall,
+    forward_of: Forwards,
 ) -> None:
     """The value of each node of a graph, and of the graph modules in it, in a run on fakes.
 
@@ -71,11 +72,12 @@ def propagate(
         graph_module: The graph.
         example_inputs: Its inputs. Where some are fakes, the values are of the same mode.
         values: Where to put each value.
-        call_leaf: Called for each node that calls a module, with its copy of the module.
+        forward_of: What each node that calls a module calls in this run.
 
     Raises:
         ValueError: If the inputs do not fit the graph.
         RuntimeError: If a node does not run on fakes.
+        Exception: What ``forward_of`` raises.
     """
     inputs = graph_module.graph.process_inputs(*example_inputs)
     _check_count(graph_module, len(inputs))
@@ -88,7 +90,7 @@ def propagate(
         _torch.no_data_pointers(),
     ):
         copy = _torch.fake_copy(graph_module, mode)
-        _Run(graph_module, copy, call_leaf, values).run(*fakes, enable_io_processing=False)
+        _Run(graph_module, copy, forward_of, values).run(*fakes, enable_io_processing=False)
 
 
 def _check_count(graph_module: fx.GraphModule, given: int) -> None:
@@ -112,16 +114,17 @@ class _Run(fx.Interpreter):
         self,
         graph_module: fx.GraphModule,
         copy: nn.Module,
-        call_leaf: LeafCall,
+        forward_of: Forwards,
         values: dict[fx.Node, Any],
     ) -> None:
         super().__init__(copy, graph=graph_module.graph)
         self.extra_traceback = False  # the error below says all of it
-        self._original, self._call_leaf, self._values = graph_module, call_leaf, values
+        self._original, self._forward_of, self._values = graph_module, forward_of, values
 
     def run_node(self, n: fx.Node) -> Any:
+        run = self._run_of(n)
         try:
-            value = self._value_of(n)
+            value = run()
         except _NotOnFakes:  # of a node of a graph module in this one
             raise
         except Exception as error:
@@ -133,18 +136,21 @@ class _Run(fx.Interpreter):
         self._values[n] = pytree.tree_map_only(Tensor, lambda t: t.detach(), value)
         return value
 
-    def _value_of(self, node: fx.Node) -> Any:
+    def _run_of(self, node: fx.Node) -> Callable[[], Any]:
         target: Any = node.target
         if node.op == "call_module":
             original, module = self._original.get_submodule(target), self.fetch_attr(target)
             if isinstance(original, fx.GraphModule):
-                args, kwargs = self.fetch_args_kwargs_from_env(node)
-                inputs = inspect.signature(original.forward).bind(*args, **kwargs)
-                inputs.apply_defaults()
-                return _Run(original, module, self._call_leaf, self._values).run(*inputs.args)
+                return functools.partial(self._run_inside, original, module, node)
         elif node.op == "call_function" and isinstance(target, nn.Module):
             module = target  # an extensible function, which holds no tensor
         else:
-            return super().run_node(node)
+            return functools.partial(super().run_node, node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        return self._call_leaf(node, module, plain(args), plain(kwargs))
+        return functools.partial(self._forward_of(node, module), *plain(args), **plain(kwargs))
+
+    def _run_inside(self, original: fx.GraphModule, copy: nn.Module, node: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        inputs = inspect.signature(original.forward).bind(*args, **kwargs)
+        inputs.apply_defaults()
+        return _Run(original, copy, self._forward_of, self._values).run(*inputs.args)
