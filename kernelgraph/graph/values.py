@@ -103,10 +103,6 @@ def _check_count(graph_module: fx.GraphModule, given: int) -> None:
         raise ValueError(f"example_inputs are {given} values, and the graph takes ({names})")
 
 
-class _NotOnFakes(RuntimeError):
-    """Says which node."""
-
-
 class _Run(fx.Interpreter):
     """Runs a graph with the modules of a fake copy of its graph module."""
 
@@ -122,35 +118,35 @@ class _Run(fx.Interpreter):
         self._original, self._forward_of, self._values = graph_module, forward_of, values
 
     def run_node(self, n: fx.Node) -> Any:
-        run = self._run_of(n)
-        try:
-            value = run()
-        except _NotOnFakes:  # of a node of a graph module in this one
-            raise
-        except Exception as error:
-            raise _NotOnFakes(
-                f"node {n} ({n.target}) does not run on fake tensors of example_inputs: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        inner = self._original.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(inner, fx.GraphModule):
+            value = self._run_inside(inner, n)
+        else:
+            run = self._run_of(n)
+            try:
+                value = run()
+            except Exception as error:
+                raise RuntimeError(
+                    f"node {n} ({n.target}) does not run on fake tensors of example_inputs: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
         # As of now: a later node may change its shape in place.
         self._values[n] = pytree.tree_map_only(Tensor, lambda t: t.detach(), value)
         return value
 
+    def _run_inside(self, inner: fx.GraphModule, node: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        inputs = inspect.signature(inner.forward).bind(*args, **kwargs)
+        inputs.apply_defaults()
+        copy = self.fetch_attr(str(node.target))
+        return _Run(inner, copy, self._forward_of, self._values).run(*inputs.args)
+
     def _run_of(self, node: fx.Node) -> Callable[[], Any]:
-        target: Any = node.target
         if node.op == "call_module":
-            original, module = self._original.get_submodule(target), self.fetch_attr(target)
-            if isinstance(original, fx.GraphModule):
-                return functools.partial(self._run_inside, original, module, node)
-        elif node.op == "call_function" and isinstance(target, nn.Module):
-            module = target  # an extensible function, which holds no tensor
+            module = self.fetch_attr(str(node.target))
+        elif node.op == "call_function" and isinstance(node.target, nn.Module):
+            module = node.target  # an extensible function, which holds no tensor
         else:
             return functools.partial(super().run_node, node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         return functools.partial(self._forward_of(node, module), *plain(args), **plain(kwargs))
-
-    def _run_inside(self, original: fx.GraphModule, copy: nn.Module, node: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        inputs = inspect.signature(original.forward).bind(*args, **kwargs)
-        inputs.apply_defaults()
-        return _Run(original, copy, self._forward_of, self._values).run(*inputs.args)
