@@ -226,6 +226,13 @@ def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     return mode.from_tensor(tensor, static_shapes=True)
 
 
+def hint(value: Any) -> Any:
+    """A number for a symbolic size: what it was where it was traced, or any."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.has_hint() else 2
+    return value
+
+
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
     with FakeCopyMode(mode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,15 @@ from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
 
 
+class Chosen(NamedTuple):
+    """The op for a call."""
+
+    kernel: Kernel
+    call: Call
+    operands: list[Any]
+    lowered: Lowered
+
+
 @dataclass
 class Plan:
     """A node that calls an extensible layer, and what is to become of it."""
@@ -27,7 +36,7 @@ class Plan:
     graph_module: fx.GraphModule
     node: fx.Node
     site: Site
-    outcome: tuple[Kernel, Call, Lowered] | KeepReference | None = None
+    outcome: Chosen | KeepReference | None = None
     """The op that takes its place, or why there is none; None: not decided."""
 
 
@@ -76,10 +85,9 @@ def plan_with(
         before, item.outcome = item.outcome, _decide(item, values.__getitem__, choices)
         if isinstance(item.outcome, KeepReference):
             return _reference(item.site, module)
-        lowered = item.outcome[2]
-        if before is not None and not (
-            isinstance(before, tuple) and before[2].name == lowered.name
-        ):
+        lowered = item.outcome.lowered
+        alike = isinstance(before, Chosen) and before.lowered.name == lowered.name
+        if before is not None and not alike:
             detail = "the graph module around it is called with tensors of several kinds"
             item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, detail)
         return lambda *args, **kwargs: put_leaves(lowered.output, fakes_of(lowered.results))
@@ -127,7 +135,7 @@ def _path_of_function(node: fx.Node) -> str:
 
 def _decide(
     item: Plan, value_of: Callable[[fx.Node], Any], choices: Choices
-) -> tuple[Kernel, Call, Lowered] | KeepReference:
+) -> Chosen | KeepReference:
     """What is to become of a call, given its inputs' values; its site is completed."""
 
     def operand(node: fx.Node) -> Any:
@@ -152,7 +160,8 @@ def _decide(
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, args, kwargs)
-        return kernel, call, lower(kernel, site.layer, call, operands, training=site.grad)
+        lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+        return Chosen(kernel, call, operands, lowered)
     except KeepReference as kept:
         return kept
     except NoValue:

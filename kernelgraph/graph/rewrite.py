@@ -26,7 +26,8 @@ from kernelgraph.graph.call import put_leaves, take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, overload
 from kernelgraph.graph.options import Options
-from kernelgraph.graph.plan import Plan, plan, plan_with
+from kernelgraph.graph.plan import Chosen, Plan, plan, plan_with
+from kernelgraph.graph.saved import save_op
 from kernelgraph.graph.shapes import Result
 from kernelgraph.graph.values import VALUES, fakes_of, plain
 from kernelgraph.mapping import current_mapping
@@ -90,6 +91,7 @@ def rewrite(
         plans = plan_with(graph_module, example_inputs, choices)
     for item, op in replace_layers(plans, choices):
         _complete(item, op)
+        _save(item)
     publish(Report("rewrite", tuple(choices.decisions)))
     return graph_module
 
@@ -114,9 +116,9 @@ def replace_layers(plans: Sequence[Plan], choices: Choices) -> list[tuple[Plan, 
         except KeepReference as kept:
             choices.decisions.append(kept.decision)
             continue
-        assert isinstance(item.outcome, tuple)
-        kernel, _, lowered = item.outcome
-        decision = item.site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname)
+        assert isinstance(item.outcome, Chosen)
+        kernel, op = str(item.outcome.kernel), item.outcome.lowered.qualname
+        decision = item.site.decision(Reason.KERNEL, kernel, "", op)
         choices.decisions.append(decision)
     for graph_module in dict.fromkeys(item.graph_module for item, _ in done):
         graph_module.graph.lint()
@@ -131,7 +133,7 @@ def _replace(item: Plan) -> fx.Node:
         raise item.outcome
     if item.outcome is None:
         raise KeepReference(item.site, Reason.NOT_AN_OP, "the graph module around it is not run")
-    _, call, lowered = item.outcome
+    call, lowered = item.outcome.call, item.outcome.lowered
     node, graph = item.node, item.graph_module.graph
     _check_fits(node, lowered, item.site)
 
@@ -228,7 +230,7 @@ def _complete(item: Plan, op: fx.Node) -> None:
 
     The layer's may have other strides. A backend traces the graph once more and needs none of it.
     """
-    assert isinstance(item.outcome, tuple)
+    assert isinstance(item.outcome, Chosen)
     found = [(key, n) for n in (op, *op.all_input_nodes) for key in VALUES if key in n.meta]
     key, carrier = found[0] if found else ("val", op)
     mode = _torch.fake_mode_for([carrier.meta.get(key)])
@@ -238,9 +240,12 @@ def _complete(item: Plan, op: fx.Node) -> None:
             for name in str(node.target).split("."):
                 state = getattr(state, name)
             node.meta[key] = _torch.to_fake(mode, state)
-    results = item.outcome[2].results
-    with _torch.running_on(mode):
-        values = fakes_of(results)
+    results = item.outcome.lowered.results
+    whole = op.meta.get(key)
+    values: Sequence[Any] = [whole] if len(results) == 1 else list(whole or ())
+    if not (len(values) == len(results) and all(map(_is_told, values, results))):
+        with _torch.running_on(mode):
+            values = fakes_of(results)
     made: list[tuple[fx.Node, Any]] = [(op, values[0])]
     if len(values) > 1:
         pieces: list[Any] = [(user, user.args[1]) for user in op.users]
@@ -249,6 +254,34 @@ def _complete(item: Plan, op: fx.Node) -> None:
         node.meta[key] = value
         if getattr(node.meta.get("tensor_meta"), "stride", None) not in (None, _stride(value)):
             del node.meta["tensor_meta"]
+
+
+def _is_told(value: Any, result: Result) -> bool:
+    """Whether a value is what an op returns; never asked of symbols, which it would guard."""
+    return (
+        isinstance(value, Tensor)
+        and all(type(n) is int for n in (*value.shape, *result.shape))
+        and (tuple(value.shape), value.dtype, value.device) == tuple(result)
+        and value.is_contiguous()
+    )
+
+
+def _save(item: Plan) -> None:
+    site, chosen = item.site, item.outcome
+    assert isinstance(chosen, Chosen)
+    assert site.target is not None
+    assert site.mode is not None
+    save_op(
+        item.graph_module,
+        chosen.lowered.name,
+        chosen.kernel,
+        type(site.module),
+        site.target,
+        site.mode,
+        chosen.call,
+        chosen.operands,
+        training=site.grad,
+    )
 
 
 def _stride(value: Any) -> Any:
