@@ -55,7 +55,8 @@ def rewrite(
     An op needs to know the ranks, dtypes and devices of what a layer takes, from the fake values
     that the nodes carry (``meta["val"]``, or Dynamo's ``meta["example_value"]``) or from a run of
     the graph on fakes of ``example_inputs``, which leaves each node its ``val``. The nodes that
-    are not replaced keep the rest of their metadata, and an op has its layer's.
+    are not replaced keep the rest of their metadata, and an op has its layer's. What a layer reads
+    of itself other than tensors, and the autocast region around this call, are those of now.
 
     Args:
         graph_module: What to change.

@@ -154,6 +154,53 @@ def test_a_model_kernelized_for_eager_runs_its_kernels_as_they_are():
         assert torch.equal(graph_module(X), model(X))
 
 
+class Project(nn.Module):
+    kernel_layer_name = "Project"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Project10(nn.Module):
+    def forward(self, x):
+        return x @ self.weight + 10
+
+
+def test_the_autocast_region_is_that_of_the_rewrite():
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rewritten(nn.Sequential(Project()), X[None], Project=Project10)
+        assert inside(X[None]).dtype is torch.bfloat16
+    assert next(iter(ops_of(inside))).meta["val"].dtype is torch.bfloat16
+    assert inside(X[None]).dtype is torch.bfloat16
+    outside = rewritten(nn.Sequential(Project()), X[None], Project=Project10)
+    assert outside(X[None]).dtype is torch.float32
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=r"expected is a torch\.float32 tensor"),
+    ):
+        outside(X[None])
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x = torch.randn(2, 4)
+        graph_module = rewritten(Chain(), x)
+        assert torch.equal(graph_module(x), kernelized(Chain())(x))
+
+
+def test_the_graph_can_be_transformed_and_exported():
+    graph_module = rewritten(Chain(), X[None])
+    expected = graph_module(X[None])
+    assert torch.equal(fx.Transformer(graph_module).transform()(X[None]), expected)
+    program = torch.export.export(graph_module, (X[None],))
+    assert len(ops_of(program.graph_module)) == 2
+    assert torch.equal(program.module()(X[None]), expected)
+
+
 # --- once more ----------------------------------------------------------------------------------
 
 
