@@ -58,7 +58,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The decisions of one ``kernelize``, compile or ``rewrite``, in the order in which they were made."""
+    """The decisions of one ``kernelize``, compile or ``rewrite``, in the order of their making."""
 
     source: str
     """What made the decisions: ``kernelize``, ``torch.compile`` or ``rewrite``."""

@@ -187,9 +187,8 @@ def test_the_autocast_region_is_that_of_the_rewrite():
 
 def test_inference_mode():
     with torch.inference_mode():
-        x = torch.randn(2, 4)
-        graph_module = rewritten(Chain(), x)
-        assert torch.equal(graph_module(x), kernelized(Chain())(x))
+        model, x = Chain(), torch.randn(2, 4)
+        assert torch.equal(rewritten(model, x)(x), kernelized(model)(x))
 
 
 def test_the_graph_can_be_transformed_and_exported():
