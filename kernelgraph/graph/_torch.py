@@ -6,8 +6,9 @@ Each entry names the versions that it was tried on; a new torch is tried against
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,7 +26,8 @@ from torch._inductor.codegen.custom_extern_kernel_codegen import (
     CUSTOM_EXTERN_KERNEL_CODEGEN,
     CustomCodegen,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -233,6 +235,37 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 def fake_mode_of(fakes: list[Any]) -> Iterator[None]:
     """Run code on ``fakes``, as their maker does."""
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    found: FakeTensorMode | None = detect_fake_mode(list(values))
+    return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def hint(value: Any) -> Any:
+    """A number for a symbolic size: what it was where it was traced, or any."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.has_hint() else 2
+    return value
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+@contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
     with mode, enable_python_dispatcher():
         yield
 
