@@ -33,6 +33,7 @@ from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import (
     Result,
     ShapeFunction,
+    Source,
     Told,
     describe_output,
     effects,
@@ -89,9 +90,10 @@ def lower(
         training: Whether a gradient may flow through the call.
 
     Raises:
-        NoFake: If neither the layer's ``fake``, nor the kernel, nor the reference runs on fakes.
+        NoFake: If nothing tells the shapes of the results (see `tell`).
         UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts, in
-            sizes that depend on values, or writes into its operands or attributes.
+            sizes that depend on values where no ``fake`` says so, or writes into its operands or
+            attributes.
         AttributeError: If the kernel reads an attribute that the layer does not have.
         RuntimeError: If the kernel does not return the structure that the layer does.
     """
@@ -115,11 +117,11 @@ def lower(
     lowered = Lowered(f"{base}_training" if training else base, told.output, told.results)
     with _lock:
         if lowered.name not in _registered:
-            written = effects(kernel, layer, call, operands)
+            written = effects(kernel, layer, call, operands, told)
             op = _KernelOp(kernel, layer, call, shapes, lowered, written)
             op.register(base, training=training)
             _registered.add(lowered.name)
-        if sizes is not None:
+        if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
 
@@ -152,7 +154,7 @@ class _KernelOp:
         kernel: Kernel,
         layer: Extensible,
         call: Call,
-        shapes: Runner,
+        shapes: Source,
         lowered: Lowered,
         written: tuple[int, ...],
     ) -> None:
@@ -285,6 +287,7 @@ class _KernelOp:
         """What `forward` returns, with the shapes alone."""
         results = self._shapes(operands)
         made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+        _torch.bind_unbacked_symbols(made, operands)
         return made[0] if self._single else tuple(made)
 
     # --- its gradient: the reference's, recomputed --------------------------------------
