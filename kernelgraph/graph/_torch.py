@@ -251,6 +251,12 @@ def expression(value: Any) -> Any:
     return int(expr) if expr.is_number else expr
 
 
+def evaluate(value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+    """What a symbolic int is where its symbols are as ``known``; any other value as it is."""
+    expr = expression(value)
+    return int(expr.xreplace(dict(known))) if isinstance(expr, Expression) else expr
+
+
 def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
     """The symbols in ``values``, and what they are in the call that is traced: None where that
     depends on values of tensors. Tried on 2.11, 2.13, 2.14."""

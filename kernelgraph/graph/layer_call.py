@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelgraph.graph import _torch, options
+from kernelgraph.graph import _torch, options, verify
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
@@ -202,7 +202,12 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
         with frame.fake_mode():
             args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
             call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
+            if trace.choices.options.verify:
+                verify.check(site, kernel, call, operands)
             lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+    except KeepReference as kept:
+        trace.choices.decisions.append(kept.decision)
+        return None
     except (UnsupportedValue, NotImplementedError) as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
         return None

@@ -139,7 +139,7 @@ class Probe:
         sizes = _sizes(operands)
         expressions = tuple(map(_torch.expression, sizes))
         # The values of Python's types too: 1 is not 1.0.
-        form = tuple((v.dtype, v.device) if isinstance(v, Tensor) else type(v) for v in operands)
+        form = tuple(map(_form_of, operands))
         explained = self._known.get((form, expressions)) or next(
             (e for (f, _), e in tuple(self._known.items()) if f == form and e.fits(expressions)),
             None,
@@ -154,8 +154,7 @@ class Probe:
     def _probe(
         self, operands: Sequence[Any], sizes: Sequence[Any], expressions: Sequence[Any]
     ) -> _Explained:
-        strides = (n for v in operands if isinstance(v, Tensor) for n in v.stride())
-        hints = _torch.hints((*sizes, *strides))
+        hints = _torch.hints(n for v in operands for n in samples.measures(v))
         ties = _ties(hints, {n for n in expressions if type(n) is int})
         free = [symbol for symbol in hints if symbol not in ties]
         for number, choices in enumerate(_choices([hints[symbol] for symbol in free])):
@@ -172,7 +171,7 @@ class Probe:
                 continue
             break
         tied = [_substituted(e, ties) for e in expressions]
-        explained = _explained(tied, [[_value(e, v) for e in expressions] for v in values], runs)
+        explained = _explained(tied, [[_torch.evaluate(n, v) for n in sizes] for v in values], runs)
         for value in sizes:
             if isinstance(value, torch.SymInt):
                 for symbol, other in ties.items():
@@ -182,11 +181,17 @@ class Probe:
 
     def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> Told:
         with samples.apart(operands):
-            made = samples.make(operands, lambda n: _value(_torch.expression(n), values), seed)
+            made = samples.make(operands, lambda n: _torch.evaluate(n, values), seed)
             return observe(self._runner, made)[0]
 
 
 _MOST_KNOWN = 256
+
+
+def _form_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.device
+    return int if isinstance(value, torch.SymInt) else type(value)
 
 
 def _sizes(operands: Sequence[Any]) -> tuple[Any, ...]:
@@ -226,12 +231,6 @@ def _choices(hints: Sequence[int | None]) -> Iterator[list[list[int]]]:
 def _varied(first: Sequence[int], alone: Sequence[int], together: Sequence[int]) -> list[list[int]]:
     singly = [[*first[:i], alone[i], *first[i + 1 :]] for i in range(len(first))]
     return [list(first), list(first), *singly, *([list(together)] if first else [])]
-
-
-def _value(expression: Any, values: Mapping[Any, int]) -> Any:
-    if isinstance(expression, _torch.Expression):
-        return int(expression.xreplace(dict(values)))
-    return expression
 
 
 def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from kernelgraph.graph import verify
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower, overload
@@ -77,6 +78,8 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, *fakes)
+        if choices.options.verify:
+            verify.check(site, kernel, call, operands)
         lowered = lower(kernel, site.layer, call, operands, training=site.grad)
     except UnsupportedValue as error:
         raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None

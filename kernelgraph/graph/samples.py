@@ -34,6 +34,13 @@ def apart(operands: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def measures(value: Any) -> tuple[Any, ...]:
+    """The sizes and strides of a tensor; a number itself."""
+    if not isinstance(value, Tensor):
+        return (value,)
+    return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
+
+
 def make(
     operands: Sequence[Any], size: Callable[[Any], int], seed: int, *, bools: bool = False
 ) -> list[Any]:

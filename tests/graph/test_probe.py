@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
@@ -71,8 +71,9 @@ class Probed:
         return made
 
     def __call__(self, *dynamic: tuple[int, int]) -> Told:
+        fakes = self.fakes(*dynamic)
         with self.mode:
-            return self.probe(self.fakes(*dynamic))
+            return self.probe(fakes)
 
     def at(self, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes told for arguments of ``shapes``, without a run of the kernel."""
@@ -96,6 +97,7 @@ def explicable(draw: Any) -> tuple[str, tuple[int, ...], int, int]:
     return kind, terms, constant, count
 
 
+@settings(deadline=None)
 @given(explicable(), st.lists(st.integers(1, 200), min_size=4, max_size=4))
 @example(("product", (0, 1), 1, 2), [9, 12, 1, 1])
 def test_a_probe_tells_what_the_kernel_gives_at_any_sizes(formula, sizes):
@@ -106,7 +108,7 @@ def test_a_probe_tells_what_the_kernel_gives_at_any_sizes(formula, sizes):
 
     def native(self, *xs):
         size = combine([constant, *(xs[i].numpy().shape[0] for i in terms)])
-        return torch.from_numpy(np.broadcast_to(np.float32(1), (size, 2)))
+        return torch.ones(1).expand(size, 2)
 
     probed = Probed(native, *(torch.ones(20 + i) for i in range(count)), torch.ones(8))
     probed(*((i, 0) for i in range(count)))
@@ -135,6 +137,7 @@ def test_what_no_formula_gives_is_refused(name):
         probed((0, 0), (1, 0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=2), min_size=1), st.data())
 def test_an_explanation_holds_in_every_run(runs, data):
     """`explain` gives no formula that one of its runs contradicts, and the shortest there is."""
@@ -198,9 +201,7 @@ def test_a_size_that_equals_one_of_the_weights_stays_it():
     assert {x[1] for (x,) in probed.runs} == {16}
     assert result.shape[1] == 16
     assert type(result.shape[1]) is int
-    assert [str(guard.expr) for guard in probed.env.guards] == ["Eq(s1, 16)"] or len(
-        probed.env.guards
-    ) == 1
+    assert len(probed.env.guards) == 1
 
 
 def test_sizes_that_are_equal_in_the_call_stay_equal():
@@ -218,13 +219,11 @@ def test_sizes_follow_the_symbols_they_are_made_of():
         return torch.from_numpy(np.add(x.numpy().repeat(2), y.numpy()))
 
     probed = Probed(doubled, torch.ones(6), torch.ones(12))
+    (x, _) = probed.fakes((0, 0))
     with probed.mode:
-        (x, _) = probed.fakes((0, 0))
         told = probed.probe([x, torch.cat([x, x])])
         assert all(y == (2 * n,) for (n,), y in probed.runs)
-        assert (told.results[0].shape[0] == 2 * x.shape[0]) is True or bool(
-            told.results[0].shape[0] == 2 * x.shape[0]
-        )
+        assert told.results[0].shape[0].node.expr == 2 * x.shape[0].node.expr
     assert probed.at((5,), (10,)) == [(10,)]
 
 
@@ -233,8 +232,8 @@ def test_other_relations_are_probed_anew():
         return torch.from_numpy(np.zeros(len(y.numpy()) - len(x.numpy())))
 
     probed = Probed(longer, torch.ones(6), torch.ones(12))
+    (x, _) = probed.fakes((0, 0))
     with probed.mode:
-        (x, _) = probed.fakes((0, 0))
         probed.probe([x, torch.cat([x, x])])
     count = len(probed.runs)
     told = probed.probe([torch.empty(5), torch.empty(11)])
@@ -275,7 +274,7 @@ def test_operands_are_made_up_like_those_of_the_call():
     def looks(self, *xs):
         xs[0].numpy()
         seen.append([(x.dtype, x.stride(), x.is_contiguous(), x.requires_grad) for x in xs])
-        seen.append([x.abs().sum().item() == 0 for x in xs])
+        seen.append([not x.to(torch.complex64).any() for x in xs])
         return xs[0] + 1
 
     args = (
@@ -284,7 +283,7 @@ def test_operands_are_made_up_like_those_of_the_call():
         torch.randn(4, 8, dtype=torch.complex64)[:, ::2],
         torch.ones(5, dtype=torch.int32),
         torch.ones(5, dtype=torch.bool),
-        torch.randn(4).to(torch.float8_e4m3fn).to(torch.float16),
+        torch.randn(4).to(torch.float8_e4m3fn),
         torch.ones(()),
         torch.ones(0, 4),
     )

@@ -140,6 +140,30 @@ def test_a_layer_and_a_kernel_that_no_fake_can_run(inner):
         assert torch.equal(f(x), x + rows)
 
 
+def test_a_number_that_is_dynamic_counts_as_a_size():
+    runs = []
+
+    def repeats(self, x, n):
+        runs.append(type(x))
+        return torch.from_numpy(x.numpy().repeat(n))
+
+    def reference(self, x, n):
+        return loop(self, x[:, None])[:, 0].repeat_interleave(n)
+
+    module = layer(reference)
+
+    class Model(nn.Module):
+        def forward(self, x, y):
+            return module(x, y.shape[0] * 2)
+
+    f = compiled(Model(), repeats, dynamic=True)
+    for n in (2, 3, 7):
+        x, y = torch.randn(5), torch.ones(n)
+        count = len(runs)
+        assert f(x, y).shape == (10 * n,)
+    assert len(runs) == count + 1, "what was found is used for other sizes"
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_probe_is_asked_anew_for_other_sizes(dynamic):
     def flattens(self, x):
