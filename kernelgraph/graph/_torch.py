@@ -206,25 +206,24 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
     Whatever the user set for the rest of the graph: what a layer does inside is its own matter.
     Tried on 2.11, 2.13, 2.14.
     """
-    mode = detect_fake_mode()
-    if mode is None or mode.shape_env is None:
-        yield
-        return
-    env: Any = mode.shape_env
-    before = env.settings
-    # What ``torch.library.get_ctx()`` gives to the fake of an op.
+    mode: Any = detect_fake_mode()
+    # What ``torch.library.get_ctx()`` gives to the fake of an op; its second argument is what it
+    # raises where there can be no such size.
     context: Any = FakeImplCtx
-    env.settings = dataclasses.replace(
-        before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True
-    )
-    try:
-        with (
-            env.ignore_fresh_unbacked_symbols(),
-            set_ctx_getter(lambda: context(mode, "a layer's fake")),
-        ):
+    env = mode.shape_env
+    with set_ctx_getter(lambda: context(mode, "new_dynamic_size() needs fakes with a ShapeEnv")):
+        if env is None:
             yield
-    finally:
-        env.settings = before
+            return
+        before = env.settings
+        env.settings = dataclasses.replace(
+            before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True
+        )
+        try:
+            with env.ignore_fresh_unbacked_symbols():
+                yield
+        finally:
+            env.settings = before
 
 
 def bind_unbacked_symbols(made: Iterable[torch.Tensor], given: Iterable[Any]) -> None:

@@ -126,13 +126,18 @@ def tell(
     3. the kernel run for real, on small inputs that are made up (`kernelgraph.graph.probe`).
 
     Raises:
-        NoFake: If none can.
+        NoFake: If none can, or the ``fake`` raises.
         UnsupportedValue: If the kernel or the reference does what no op can.
         AttributeError: If the kernel reads an attribute that the layer does not have.
     """
     if layer.fake is not None:
         source: Source = _on_fakes("fake", layer.fake, call)
-        return source, source(operands)
+        try:
+            return source, source(operands)
+        except UnsupportedValue:
+            raise
+        except Exception as error:
+            raise NoFake(f"fake= of layer {layer.layer_name} raised {_text(error)}") from error
     _check_annotated(kernel, layer, call)
     attempts: list[tuple[str, Source]] = [
         ("the kernel", _on_fakes("kernel", kernel.forward, call)),
@@ -151,14 +156,17 @@ def tell(
                 isinstance(error, UnsupportedValue) and what != "the kernel"
             ):
                 raise
-            first_line = (str(error).splitlines() or [""])[0]
-            kind = "" if isinstance(error, NoFake) else f"{type(error).__name__}: "
-            errors.append(f"{what}: {kind}{first_line}")
+            errors.append(f"{what}: {_text(error)}")
     raise NoFake(
         f"the shape of what kernel {kernel} returns for layer {layer.layer_name} cannot be told "
         "by running it or the layer on fake tensors, nor by probing it; pass fake= where the "
         f"layer is made extensible ({'; '.join(errors)})"
     )
+
+
+def _text(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return first_line if isinstance(error, NoFake) else f"{type(error).__name__}: {first_line}"
 
 
 def _on_fakes(source: str, forward: Callable[..., Any], call: Call) -> Source:

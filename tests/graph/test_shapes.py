@@ -121,6 +121,16 @@ def test_a_compile_ends_in_that_error():
         compiled(layer(branches), refuses)(torch.ones(4))
 
 
+def test_a_fake_that_raises_is_an_error_that_names_the_layer():
+    def fake(self, x):
+        raise TypeError("no")
+
+    with pytest.raises(NoFake, match=r"fake= of layer Layer raised TypeError: no"):
+        lowered(layer(branches, fake), kernel(refuses), torch.ones(4))
+    with pytest.raises(NoFake, match=r"new_dynamic_size\(\) needs fakes with a ShapeEnv"):
+        lowered(layer(positive, fake_positive), kernel(positive), torch.ones(4, 4))
+
+
 # --- a probe in a graph -------------------------------------------------------------------------
 
 
@@ -213,6 +223,39 @@ def test_a_fake_may_say_so(toy, inner, dynamic):
     report = last_report()
     assert report is not None
     assert {d.reason for d in report.decisions} == {Reason.KERNEL}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_gradients_flow_through_such_sizes(inner):
+    def weighted(self, x):
+        return positive(self, x) * self.weight
+
+    def fake(self, x):
+        return fake_positive(self, x)
+
+    with torch.enable_grad():
+        module = layer(weighted, fake)
+        module.weight = nn.Parameter(torch.linspace(1, 2, 4))
+        x = torch.randn(8, 4, requires_grad=True)
+        f = compiled(module, lambda self, x: native_positive(self, x.detach()), inner)
+        f(x).sum().backward()
+        expected = torch.autograd.grad(module(x).sum(), (x, module.weight))
+    torch.testing.assert_close((x.grad, module.weight.grad), expected)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_size_that_depends_on_values_on_the_way_in(native):
+    """The result of one such layer is the argument of the next, which is probed."""
+    first = layer(positive, fake_positive)
+    second = type("Second", (nn.Module,), {"forward": loop, "__module__": __name__})
+    replace_kernel_forward_from_hub(second, "Second")
+    mapping = on_cpu(Layer=kernel(native_positive), Second=kernel(opaque if native else loop))
+    module = nn.Sequential(first, second())
+    f = torch.compile(module, backend="hubkernels", fullgraph=True, options={"inner": "aot_eager"})
+    x = torch.randn(9, 4)
+    with use_kernel_mapping(mapping, inherit_mapping=False):
+        expected = opaque(None, positive(None, x)) if native else loop(None, positive(None, x))
+        assert torch.equal(f(x), expected)
 
 
 def test_two_calls_have_sizes_of_their_own():
