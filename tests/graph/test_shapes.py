@@ -217,8 +217,7 @@ def test_a_fake_may_say_so(toy, inner, dynamic):
     module = nn.Sequential(layer(positive, fake_positive), nn.Linear(4, 4))
     f = compiled(module, toy, inner, dynamic=dynamic)
     for count in (9, 12):
-        for _ in range(2):
-            x = torch.randn(count, 4)
+        for x in (torch.randn(count, 4), torch.randn(count, 4), -torch.ones(count, 4)):
             torch.testing.assert_close(f(x), module(x))
     report = last_report()
     assert report is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -287,7 +287,7 @@ def outputs(*tensors: Tensor) -> list[Output]:
 @settings(deadline=None)
 @given(
     st.sampled_from(sorted(TOLERANCES, key=str)),
-    st.floats(-3, 3),
+    st.floats(-1, 1.5),  # eight bits hold no more
     st.floats(0.0, 8.0),
     st.integers(0, 2**32),
 )
@@ -301,8 +301,8 @@ def test_the_tolerance_is_that_of_the_table(dtype, magnitude, ratio, seed):
     allowed = absolute * wide.abs().square().mean().sqrt() + relative * wide.abs()
     made = (wide + ratio * allowed * torch.rand(50, generator=generator).to(real)).to(dtype)
     errors = (made.to(real) - wide).abs()
-    if (errors - allowed).abs().div(allowed).min() < 1e-3:
-        return  # too near to tell in the arithmetic of the result itself
+    # Nearer it is the arithmetic of the result itself that tells.
+    assume((errors - allowed).abs().div(allowed).min() > 1e-3)
     assert bool(difference(*outputs(made, reference))) == bool((errors > allowed).any())
 
 
