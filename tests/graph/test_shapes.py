@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from kernelgraph import last_report, replace_kernel_forward_from_hub, use_kernel_mapping
@@ -148,6 +149,22 @@ def test_a_layer_and_a_kernel_that_no_fake_can_run(inner):
     for rows in (3, 5, 7):  # static, then dynamic
         x = torch.randn(rows, 4)
         assert torch.equal(f(x), x + rows)
+
+
+def test_an_op_with_a_probe_holds_to_what_torch_asks_of_it():
+    op = lowered(layer(loop), kernel(opaque), torch.randn(6, 4))
+    torch.library.opcheck(op.overload, tuple(op.operands))
+
+
+def test_an_op_is_probed_in_the_middle_of_another_trace():
+    """Its fake is asked by whoever traces, with sizes that were not there when it was made."""
+    op = lowered(layer(loop), kernel(opaque), torch.randn(6, 4))
+    for how in ("fake", "symbolic"):
+        graph = make_fx(lambda x: op.overload(x) + 1, tracing_mode=how)(torch.randn(7, 4))
+        x = torch.randn(7, 4)
+        assert torch.equal(graph(x), x + 7 + 1)
+        (node,) = [n for n in graph.graph.nodes if n.target is op.overload]
+        assert len(node.users) == 1
 
 
 def test_a_number_that_is_dynamic_counts_as_a_size():
