@@ -6,7 +6,8 @@ The kernel is given operands that are made up (`samples`), like those of the cal
    weight's, most often, and a kernel may be built for it. A symbol that is equal, in the call
    that is traced, to such a number or to another symbol is taken for the same, and the graph is
    guarded on that, as Dynamo itself does with sizes that are equal when it first sees them: a
-   native kernel given sizes that do not fit together may read beyond its tensors.
+   native kernel given sizes that do not fit together may read beyond its tensors. (One that
+   checks nothing, and wants of two dynamic sizes other than that they be equal, needs a ``fake``.)
 2. The kernel is run at a first choice of the symbols' values, and once more with other values in
    the tensors; then with each symbol changed alone, and with all of them changed at once.
    Expressions follow their symbols. Where it refuses such sizes, multiples of the call's own
@@ -33,7 +34,7 @@ from torch import Tensor
 from kernelgraph.graph import _torch, samples
 from kernelgraph.graph.call import Template, UnsupportedValue
 from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.told import NoFake, Result, Told, observe
+from kernelgraph.graph.told import NoFake, Result, Told, observe, remember
 
 # --- explanations -----------------------------------------------------------------------------
 
@@ -146,9 +147,7 @@ class Probe:
         )
         if explained is None:
             explained = self._probe(operands, sizes, expressions)
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            self._known[form, expressions] = explained
+            remember(self._known, (form, expressions), explained)
         return explained.told(sizes)
 
     def _probe(
@@ -156,36 +155,39 @@ class Probe:
     ) -> _Explained:
         hints = _torch.hints(n for v in operands for n in samples.measures(v))
         ties = _ties(hints, {n for n in expressions if type(n) is int})
-        free = [symbol for symbol in hints if symbol not in ties]
-        for number, choices in enumerate(_choices([hints[symbol] for symbol in free])):
-            values = [dict(zip(free, choice, strict=True)) for choice in choices]
-            for known in values:
-                known |= {symbol: known.get(other, other) for symbol, other in ties.items()}
+        free = {symbol: hint for symbol, hint in hints.items() if symbol not in ties}
+        values, runs = self._runs(operands, free, ties)
+        tied = [_substituted(e, ties) for e in expressions]
+        explained = _explained(tied, [[_torch.evaluate(n, v) for n in sizes] for v in values], runs)
+        symbolic = next((n for n in sizes if isinstance(n, torch.SymInt)), None)
+        if symbolic is not None:
+            for symbol, other in ties.items():
+                _torch.guard_equal(symbolic, symbol, other)
+        return explained
+
+    def _runs(
+        self, operands: Sequence[Any], free: Mapping[Any, int | None], ties: Mapping[Any, Any]
+    ) -> tuple[list[dict[Any, int]], list[Told]]:
+        """Values of the symbols, and what the kernel returned where they are these."""
+        choices = _choices(list(free.values()))
+        for choice in choices:
+            values = []
+            for numbers in choice:
+                chosen = dict(zip(free, numbers, strict=True))
+                values.append(chosen | {s: chosen.get(other, other) for s, other in ties.items()})
             try:
-                runs = [self._run(operands, known, seed) for seed, known in enumerate(values)]
+                return values, [self._run(operands, v, seed) for seed, v in enumerate(values)]
             except UnsupportedValue:
                 raise
             except Exception:
-                if number == 1 or not free:  # nothing else to try
+                if choice is choices[-1]:
                     raise
-                continue
-            break
-        tied = [_substituted(e, ties) for e in expressions]
-        explained = _explained(tied, [[_torch.evaluate(n, v) for n in sizes] for v in values], runs)
-        for value in sizes:
-            if isinstance(value, torch.SymInt):
-                for symbol, other in ties.items():
-                    _torch.guard_equal(value, symbol, other)
-                break
-        return explained
+        raise AssertionError("there is always a choice")
 
     def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> Told:
         with samples.apart(operands):
             made = samples.make(operands, lambda n: _torch.evaluate(n, values), seed)
             return observe(self._runner, made)[0]
-
-
-_MOST_KNOWN = 256
 
 
 def _form_of(value: Any) -> Any:
@@ -218,19 +220,23 @@ _ALONE = (67, 71, 73, 79, 83, 89, 97, 101)
 _TOGETHER = (13, 17, 23, 31, 41, 47, 53, 59)
 
 
-def _choices(hints: Sequence[int | None]) -> Iterator[list[list[int]]]:
-    """Sets of values for symbols that are ``hints`` in the call."""
+def _choices(hints: Sequence[int | None]) -> list[list[list[int]]]:
+    """Sets of values for symbols that are ``hints`` in the call: the one to try first, and next."""
     count = len(hints)
+    if count == 0:
+        return [[[], []]]
     if count > len(_FIRST):
         raise NoFake(f"{count} sizes are dynamic, and at most {len(_FIRST)} can be probed")
-    yield _varied(_FIRST[:count], _ALONE[:count], _TOGETHER[:count])
     own = [_FIRST[i] if hint is None else hint for i, hint in enumerate(hints)]
-    yield _varied(own, [2 * n for n in own], [4 * n for n in own])
+    return [
+        _varied(_FIRST[:count], _ALONE[:count], _TOGETHER[:count]),
+        _varied(own, [2 * n for n in own], [4 * n for n in own]),
+    ]
 
 
 def _varied(first: Sequence[int], alone: Sequence[int], together: Sequence[int]) -> list[list[int]]:
     singly = [[*first[:i], alone[i], *first[i + 1 :]] for i in range(len(first))]
-    return [list(first), list(first), *singly, *([list(together)] if first else [])]
+    return [list(first), list(first), *singly, list(together)]
 
 
 def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:

@@ -17,6 +17,7 @@ from kernelgraph.graph.told import NoFake as NoFake
 from kernelgraph.graph.told import Result as Result
 from kernelgraph.graph.told import Told as Told
 from kernelgraph.graph.told import observe
+from kernelgraph.graph.told import remember as remember
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -105,13 +106,6 @@ def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
         else:
             key.append(value)
     return tuple(key)
-
-
-def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> None:
-    """Put ``value`` into a table that never grows beyond ``most`` entries."""
-    if len(known) >= most:
-        known.clear()
-    known[key] = value
 
 
 def tell(

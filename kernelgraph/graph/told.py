@@ -59,3 +59,10 @@ def observe(runner: Runner, operands: Sequence[Any]) -> tuple[Told, list[Tensor]
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> None:
+    """Put ``value`` into a table that never grows beyond ``most`` entries."""
+    if len(known) >= most:
+        known.clear()
+    known[key] = value

@@ -151,6 +151,22 @@ def test_a_layer_and_a_kernel_that_no_fake_can_run(inner):
         assert torch.equal(f(x), x + rows)
 
 
+def test_what_a_probe_took_for_equal_is_guarded():
+    def reference(self, x):
+        return loop(self, x) * self.weight
+
+    def scales(self, x):
+        assert x.shape[1] == len(self.weight)  # beyond which it would read
+        return torch.from_numpy(x.numpy() * self.weight.detach().numpy() + len(x))
+
+    module = layer(reference)
+    module.weight = nn.Parameter(torch.linspace(1, 2, 16))
+    f = compiled(module, scales, dynamic=True)
+    for rows in (16, 5, 7, 16, 9):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(f(x), x * module.weight + rows)
+
+
 def test_an_op_with_a_probe_holds_to_what_torch_asks_of_it():
     op = lowered(layer(loop), kernel(opaque), torch.randn(6, 4))
     torch.library.opcheck(op.overload, tuple(op.operands))
