@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     POLICY = "the policy keeps the reference"
     DISABLED = "DISABLE_KERNEL_MAPPING is set"
     NOT_AN_OP = "the call cannot become a custom op"
+    WRONG = "the kernel does not compute what the layer does"
 
 
 class Decision(NamedTuple):

@@ -13,7 +13,7 @@ from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves
 from kernelgraph.graph.memory import contiguous_copy, extent, owned
 from kernelgraph.graph.places import Places
 from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.shapes import Effects, ShapeFunction, Told, describe_output, remember
+from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, Told, describe_output, remember
 from kernelgraph.graph.steady import Known, steady_state
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -26,7 +26,7 @@ class Body:
         kernel: Runs in `forward`.
         layer: Its reference runs in `backward`.
         call: The form of the call.
-        shapes: Runs on fakes, for the shapes.
+        shapes: Tells the shapes of a call.
         told: Of one such call: all have results of these dtypes, devices and ranks.
         effects: The operands that kernel and layer write into.
         differentiable: Whether the results go through autograd.
@@ -41,7 +41,7 @@ class Body:
         kernel: Kernel,
         layer: Extensible,
         call: Call,
-        shapes: Runner,
+        shapes: Source,
         told: Told,
         effects: Effects,
         *,
@@ -160,6 +160,7 @@ class Body:
         """What `forward` returns, with the shapes alone."""
         results = self._shapes(operands)
         made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+        _torch.bind_unbacked_symbols(made, operands)
         made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
         return made[0] if len(made) == 1 else tuple(made)
 

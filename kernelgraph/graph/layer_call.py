@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelgraph.graph import _torch, options
+from kernelgraph.graph import _torch, options, verify
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
@@ -208,8 +208,13 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         with frame.fake_mode():
             args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
             call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
+            if trace.choices.options.verify:
+                verify.check(site, kernel, call, operands)
             place = (site.module, site.path)
             lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+    except KeepReference as kept:
+        trace.choices.decisions.append(kept.decision)
+        return None
     except (UnsupportedValue, NotImplementedError) as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
         return None

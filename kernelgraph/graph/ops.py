@@ -30,7 +30,7 @@ from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 NAMESPACE = "hubkernels"
-LOWERING_VERSION = "1"
+LOWERING_VERSION = "2"
 """Counted up whenever this package gives the same op name another body."""
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -107,9 +107,9 @@ def lower(
         place: The instance that is called and its path in the model, for errors.
 
     Raises:
-        NoFake: If neither the layer's ``fake``, nor the kernel, nor the reference runs on fakes.
+        NoFake: If nothing tells the shapes of the results (see `tell`).
         UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts, in
-            sizes that depend on values, or sets attributes.
+            sizes that depend on values where no ``fake`` says so, or sets attributes.
         AttributeError: If the kernel reads an attribute that the layer does not have.
         RuntimeError: If the kernel does not return the structure that the layer does.
     """
@@ -141,13 +141,13 @@ def _lower(
     name = f"{base}_training" if training else base
     with _lock:
         if name not in _bodies:
-            written = effects(kernel, layer, call, operands)
+            written = effects(kernel, layer, call, operands, told)
             body = Body(kernel, layer, call, shapes, told, written, differentiable=training)
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
         lowered = Lowered(name, told.output, told.results, body.returned, _packed(call, body))
-        if sizes is not None:
+        if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from kernelgraph.graph import verify
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower
@@ -160,6 +161,8 @@ def _decide(
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, args, kwargs)
+        if choices.options.verify:
+            verify.check(site, kernel, call, operands)
         place = (site.module, site.path)
         lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
         if lowered.written:

@@ -28,7 +28,6 @@ from kernelgraph.graph import ops
 from kernelgraph.graph.body import Body
 from kernelgraph.graph.call import UnsupportedValue
 from kernelgraph.graph.ops import lower
-from kernelgraph.graph.shapes import NoFake
 from tests.graph.lowering import Op, call_of, kernel_of, layer_of, lowered
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -405,50 +404,6 @@ def test_the_gradient_goes_through_what_a_layer_writes():
 
 
 # --- shapes told by fakes -----------------------------------------------------------------------
-
-
-def test_fake_goes_before_the_kernel_and_the_kernel_before_the_reference():
-    ran = []
-
-    def reference(self, x):
-        ran.append("reference")
-        return x + 1
-
-    def toy(self, x):
-        ran.append("kernel")
-        return x + 10
-
-    def fake(self, x):
-        ran.append("fake")
-        return torch.empty_like(x)
-
-    def first(*, native=False, **kwargs):
-        ran.clear()
-        forward = (lambda self, x: x.numpy()) if native else toy
-        lowered(layer(reference), kernel(forward), torch.ones(4), **kwargs)
-        return ran[0]
-
-    assert first(fake=fake) == "fake"
-    assert first() == "kernel"
-    assert first(native=True) == "reference"
-
-
-def test_no_fake_says_what_failed():
-    def native(self, x):
-        return torch.from_numpy(x.numpy() + 1)
-
-    def branches(self, x):
-        return x if x.sum() > 0 else -x
-
-    expected = (
-        r"the output's shape of layer Layer cannot be told by running it on fake tensors; pass "
-        r"fake= where the layer is made extensible \(the kernel: RuntimeError: .*numpy.*; the "
-        r"reference: DataDependentOutputException: .*\)"
-    )
-    with pytest.raises(NoFake, match=expected):
-        lowered(layer(branches), kernel(native), torch.ones(4))
-    fake = lambda self, x: torch.empty_like(x)  # noqa: E731
-    assert lowered(layer(branches), kernel(native), torch.ones(4), fake=fake)()[0].item() == 2
 
 
 def test_sizes_that_depend_on_values_are_refused():
