@@ -27,7 +27,8 @@ from kernelgraph.graph.call import (
     Template,
     UnsupportedValue,
     digest,
-    take_leaves,
+    take_tensors,
+    template_text,
 )
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import (
@@ -110,7 +111,7 @@ def lower(
         code_hash(layer.fake) if layer.fake else "",
         form,
         repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
-        repr(told.output),
+        template_text(told.output),
     )
     lowered = Lowered(f"{base}_training" if training else base, told.output, told.results)
     with _lock:
@@ -232,12 +233,11 @@ class _KernelOp:
             return [result]
         tensors: list[Any] = []
         try:
-            output = take_leaves(result, tensors)
+            output = take_tensors(result, tensors)
         except UnsupportedValue:
             output = ()
-        if output != self._output or not all(isinstance(t, Tensor) for t in tensors):
-            of_tensors = output and isinstance((tensors or [0])[0], Tensor)
-            found = describe_output(output) if of_tensors else f"a {type(result).__name__}"
+        if output != self._output:
+            found = describe_output(output) if output else f"a {type(result).__name__}"
             raise self._mismatch(found, describe_output(self._output))
         return tensors
 
@@ -314,7 +314,7 @@ class _KernelOp:
             inputs = [v.view_as(v) if isinstance(v, Tensor) else v for v in leaves]
             before = self._versions(operands)
             results: list[Any] = []
-            take_leaves(self._run_reference(inputs), results)
+            take_tensors(self._run_reference(inputs), results)
             self._check_unwritten(before, operands, f"the reference of {self._layer.layer_name}")
             pairs = [
                 (r, g.to(r.dtype))

@@ -14,7 +14,6 @@ dtypes and devices, in the same structure; a layer for which that is not so keep
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower, overload
+from kernelgraph.graph.paths import read
 from kernelgraph.graph.shapes import Result
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
@@ -73,9 +73,11 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     tensors = [t for t in pytree.tree_leaves(fakes) if isinstance(t, Tensor)]
     site = choices.place(site, tensors)
     kernel, state = choices.choose(site)
+    if not all(isinstance(step, str) for path in state.tensors for step in path):
+        raise KeepReference(site, Reason.NOT_AN_OP, "a container holds a tensor that it reads")
     try:
         # The state as it is: making fakes of it would take most of the pass's time.
-        values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
+        values = [read(site.module, path) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, *fakes)
         lowered = lower(kernel, site.layer, call, operands, training=site.grad)
     except UnsupportedValue as error:
@@ -86,7 +88,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     value_key = next((key for key in _VALUES if key in node.meta), "val")
     with graph.inserting_before(node):
         arguments: Any = (args, kwargs)
-        given = [functools.reduce(operator.getitem, k, arguments) for k in call.argument_keys]
+        given = [read(arguments, path) for path in call.argument_paths]
         for path in state.tensors:
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
             given.append(graph.create_node("get_attr", ".".join((site.path, *path))))

@@ -86,7 +86,7 @@ class _Activation:
         _, (args, kwargs) = template
         # Containers among the arguments are made anew for each call, which may change them.
         parts = [*args[1], *(part for _, part in kwargs[1])]
-        flat = all(kind in ("leaf", "const") for kind, _ in parts)
+        flat = all(part[0] in ("leaf", "const") for part in parts)
         self._values: list[Any] = [None] * len(leaves)
         self._template = None if flat else template
         self._args: list[Any] = []
@@ -97,7 +97,7 @@ class _Activation:
             self._args = list(put_leaves(args, nothing))
             self._kwargs = put_leaves(kwargs, nothing)
             containers = (self._args, self._kwargs)
-            self.slots = [(containers[where], key) for where, key in leaves]
+            self.slots = [(containers[where], key) for (where,), (key,) in leaves]
         else:
             self.slots = [(self._values, i) for i in range(len(leaves))]
         self.slots += self.shell.slots

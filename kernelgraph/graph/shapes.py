@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_tensors
 from kernelgraph.graph.runner import Runner
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -63,10 +63,8 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any]) -> Told:
     ):
         fakes = [_like(v) if isinstance(v, Tensor) else v for v in operands]
         before = [_version(v) for v in fakes]
-        output = take_leaves(runner.observe(fakes), tensors)
+        output = take_tensors(runner.observe(fakes), tensors)
         written = tuple(i for i, v in enumerate(fakes) if _version(v) != before[i])
-    if not all(isinstance(t, Tensor) for t in tensors):
-        raise UnsupportedValue("the layer returns a number, which no op can")
     if not tensors:
         raise UnsupportedValue("the layer returns no tensor")
     known = {symbol for v in given for symbol in _torch.free_unbacked_symbols(v)}
@@ -236,12 +234,13 @@ def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -
 
 def describe_output(output: Template) -> str:
     """A template in words."""
-    kind, body = output
+    kind, body = output[:2]
     if kind == "leaf":
         return "a tensor"
     if kind == "const":
         return repr(body)
-    if kind == "dict":
+    if kind in ("dict", "OrderedDict", "dataclass"):
+        kind = output[2].__name__ if kind == "dataclass" else kind
         inside = ", ".join(f"{key!r}: {describe_output(part)}" for key, part in body)
-        return f"a dict {{{inside}}}"
+        return f"a {kind} {{{inside}}}"
     return f"a {kind} of {len(body)} ({', '.join(map(describe_output, body))})"

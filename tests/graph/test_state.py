@@ -19,16 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from kernelgraph.graph.state import (
-    EVERYTHING,
-    State,
-    UnsupportedState,
-    attribute_reads,
-    attribute_writes,
-    describe,
-    new_shell,
-)
-from tests.graph.lowering import at
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.reads import CALL, EVERYTHING, uses
+from kernelgraph.graph.state import State, UnsupportedState, describe, new_shell
 
 
 def module_level(x: Tensor) -> Tensor:
@@ -63,6 +56,10 @@ def passed_on(self, x):
 
 def by_getattr(self, x):
     return getattr(self, "bias", None)
+
+
+def by_a_computed_name(self, x):
+    return getattr(self, x)
 
 
 def by_super(self, x):
@@ -141,11 +138,12 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
             chains,
             {("weight",), ("config", "inner", "eps"), ("training",), ("proj", "weight", "shape")},
         ),
-        (method, {("helper",), ("scale",)}),
+        (method, {("helper", CALL), ("scale",)}),
         (nested, {("a",), ("b",), ("c",)}),
         (nested_other_self, {("a",)}),
         (passed_on, EVERYTHING),
-        (by_getattr, EVERYTHING),
+        (by_getattr, {("bias",)}),
+        (by_a_computed_name, EVERYTHING),
         (by_super, EVERYTHING),
         (by_locals, EVERYTHING),
         (posonly, {("weight",)}),
@@ -157,7 +155,7 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
         (reads_nothing, set()),
         (coroutine, EVERYTHING),
         (no_self, EVERYTHING),
-        (with_default, {("weight", "sum")}),
+        (with_default, {("weight", "sum", CALL)}),
         (decorated, EVERYTHING),
         (wrapped, EVERYTHING),
         (in_a_lambda, EVERYTHING),
@@ -168,7 +166,7 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_reads_are_told_from_the_source(forward, reads):
-    assert attribute_reads(forward) == reads
+    assert uses(forward).reads == reads
 
 
 def sets(self, x):
@@ -205,11 +203,11 @@ def unpacks(self, x):
     ],
 )
 def test_writes_are_told_from_the_source(forward, writes):
-    assert attribute_writes(forward) == writes
+    assert uses(forward).writes == writes
 
 
 def test_what_is_added_to_is_read_too():
-    assert attribute_reads(adds) == {("count",)}
+    assert uses(adds).reads == {("count",)}
 
 
 def test_source_that_changed_after_the_import_is_not_believed(tmp_path):
@@ -219,7 +217,7 @@ def test_source_that_changed_after_the_import_is_not_believed(tmp_path):
     exec(compile(file.read_text(), str(file), "exec"), module)
     file.write_text("def other(this):\n    return this.after\n")
     linecache.checkcache()
-    assert attribute_reads(module["forward"]) == EVERYTHING
+    assert uses(module["forward"]).reads == EVERYTHING
 
 
 # --- State.of -----------------------------------------------------------------------------------
@@ -358,7 +356,7 @@ def test_members_that_may_read_anything_read_everything(body):
 def test_several_forwards_read_together():
     state = State.of(Everything(), [source("self.weight"), source("self.eps + self.weight")])
     assert state.operands == (("weight",), ("eps",))
-    assert state.guarded == ((("eps",), 1e-5),)
+    assert state.values == ((("eps",), 1e-5),)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +514,7 @@ def fill(state: State, module: nn.Module) -> Any:
     shell = new_shell(state)
     assert not tensors_of(shell.module)
     for (container, key), path in zip(shell.slots, state.operands, strict=True):
-        container[key] = at(module, path)
+        container[key] = read(module, path)
     return shell.module
 
 
