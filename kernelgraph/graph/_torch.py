@@ -8,18 +8,21 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import ConstantVariable
+from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import Guard, TracingContext, detect_fake_mode
@@ -164,18 +167,25 @@ class Frame:
 
 
 def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
-    """The parts of a container and their keys or names; None of anything else."""
+    """The parts of a container and their keys or names; None of anything else.
+
+    Got as Dynamo traces code that reads them. Tried on 2.11, 2.13, 2.14.
+    """
     cls = variable.python_type()
     names = cls._fields if is_named_tuple(cls) else field_names(cls)
     if names is not None:
-        return [(name, variable.var_getattr(tx, name)) for name in names]
+        return [(n, _call(tx, getattr, variable, ConstantVariable.create(n))) for n in names]
     if cls in (tuple, list, torch.Size):
         return list(enumerate(variable.unpack_var_sequence(tx)))
     if cls in (dict, OrderedDict):
         keys = variable.unpack_var_sequence(tx)
-        parts = [variable.call_method(tx, "__getitem__", [key], {}) for key in keys]
-        return [(key.as_python_constant(), p) for key, p in zip(keys, parts, strict=True)]
+        return [(k.as_python_constant(), _call(tx, operator.getitem, variable, k)) for k in keys]
     return None
+
+
+def _call(tx: Any, function: Any, *arguments: Any) -> Any:
+    """The result of a builtin function, as Dynamo traces a call of it."""
+    return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
 
 
 def _tensors_in(tx: Any, variable: Any) -> Iterator[torch.Tensor]:
@@ -199,7 +209,8 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
-        for name in field_names(type(leaf)) or ():
+        cls: type = type(leaf)
+        for name in field_names(cls) or ():
             yield from _tensors_of(getattr(leaf, name))
 
 

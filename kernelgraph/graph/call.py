@@ -49,7 +49,7 @@ def take_tensors(value: Any, tensors: list[Any]) -> Template:
 
 
 def _take(value: Any, leaves: list[Any], numbers: tuple[type[Any], ...]) -> Template:
-    cls = type(value)
+    cls: type = type(value)
     if cls in numbers or isinstance(value, torch.Tensor):
         leaves.append(value)
         return ("leaf", len(leaves) - 1)
@@ -223,10 +223,10 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _argument_name(path: Path, parameters: Sequence[str]) -> str:
-    (where,), (first,), *rest = path
-    if where == 0:
+    where, first = path[0][0], path[1][0]
+    if where == 0 and isinstance(first, int):
         first = parameters[first] if first < len(parameters) else f"arg{first}"
-    return path_name((str(first), *rest))
+    return path_name((str(first), *path[2:]))
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list, dict)):
         ours, theirs = parts_of(one), parts_of(other)
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return one is other or one == other or (one != one and other != other)  # noqa: PLR0124 (NaN)
+    return one is other or one == other or (one != one and other != other)
 
 
 def stable_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where a value is: the attributes and keys that lead to it, as constants that Dynamo can handle."""
+"""Where a value is: the attributes and keys that lead to it, as data that Dynamo can handle."""
 
 from __future__ import annotations
 

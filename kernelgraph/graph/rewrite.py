@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower, overload
-from kernelgraph.graph.paths import read
+from kernelgraph.graph.paths import path_text, read
 from kernelgraph.graph.shapes import Result
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
@@ -73,8 +73,10 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     tensors = [t for t in pytree.tree_leaves(fakes) if isinstance(t, Tensor)]
     site = choices.place(site, tensors)
     kernel, state = choices.choose(site)
-    if not all(isinstance(step, str) for path in state.tensors for step in path):
-        raise KeepReference(site, Reason.NOT_AN_OP, "a container holds a tensor that it reads")
+    for path in state.tensors:  # a get_attr node goes by names alone
+        if not all(isinstance(step, str) for step in path):
+            detail = f"a tensor that it reads is in a container, self.{path_text(path)}"
+            raise KeepReference(site, Reason.NOT_AN_OP, detail)
     try:
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [read(site.module, path) for path in state.tensors]
@@ -91,7 +93,8 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
         given = [read(arguments, path) for path in call.argument_paths]
         for path in state.tensors:
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
-            given.append(graph.create_node("get_attr", ".".join((site.path, *path))))
+            target = f"{site.path}.{path_text(path)}"
+            given.append(graph.create_node("get_attr", target))
         given += [number for _, number in state.numbers]
         op = graph.call_function(overload(lowered.name), tuple(given))
         op.meta = {key: node.meta[key] for key in _ORIGIN if key in node.meta}

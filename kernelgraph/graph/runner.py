@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernelgraph.graph.call import Call, UnsupportedValue, paths_of, put_leaves
+from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import new_shell
 
 
@@ -97,7 +98,7 @@ class _Activation:
             self._args = list(put_leaves(args, nothing))
             self._kwargs = put_leaves(kwargs, nothing)
             containers = (self._args, self._kwargs)
-            self.slots = [(containers[where], key) for (where,), (key,) in leaves]
+            self.slots = [(read(containers, path[:1]), path[1][0]) for path in leaves]
         else:
             self.slots = [(self._values, i) for i in range(len(leaves))]
         self.slots += self.shell.slots

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_tensors
+from kernelgraph.graph.paths import path_text
 from kernelgraph.graph.runner import Runner
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -165,7 +166,7 @@ def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
     declared = {n for base in kernel.layer.__mro__ for n in _annotations(base)}
     for path in call.state.absent:
         if path[0] in declared:
-            raise _no_attribute(kernel, layer, ".".join(path))
+            raise _no_attribute(kernel, layer, path_text(path))
 
 
 def _annotations(cls: type) -> frozenset[str]:
@@ -183,8 +184,8 @@ def _explain_attribute(
     for path, kind in call.state.untaken:
         if path[-1] == error.name:
             raise UnsupportedValue(
-                f"the {what} reads self.{'.'.join(path)}, a {kind}, which is neither a tensor, a "
-                "module nor a constant"
+                f"the {what} reads self.{path_text(path)}, a {kind}, which is neither a tensor, a "
+                "module, a constant nor made of such"
             ) from error
     if what == "kernel":
         raise _no_attribute(kernel, layer, str(error.name)) from error

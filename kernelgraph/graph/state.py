@@ -119,7 +119,7 @@ class State:
     def checks(self) -> tuple[tuple[Path, Callable[[Any], bool]], ...]:
         """What else must stay as it is, as functions of the value at a path."""
         return (
-            *((path[:-1], functools.partial(_lacks, path[-1])) for path in self.absent),
+            *((path[:-1], functools.partial(_lacks, str(path[-1]))) for path in self.absent),
             *((path, functools.partial(_has_names, names)) for path, names in self.whole),
             *((p, functools.partial(_has_form, n)) for p, n in self.nodes if type(n) is Container),
         )

@@ -1,4 +1,4 @@
-"""Whatever a kernel or layer does, it compiles with ``fullgraph=True`` and does as in eager mode."""
+"""Whatever a kernel or layer does, it does with ``fullgraph=True`` too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import enum
 import functools
 import logging
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -268,7 +267,7 @@ class Router(nn.Module):
         return self.layer(x) * self.top_k
 
 
-class Callable_:
+class Factor:
     def __init__(self) -> None:
         self.factor = 3.0
 
@@ -310,7 +309,7 @@ class Base(nn.Module):
         self.tensor_dict = {"k": torch.ones(4) * 5, "n": {"m": (torch.ones(4) * 6, 7)}}
         self.module_list = [nn.Linear(4, 4), nn.Linear(4, 4, bias=False)]
         self.config = Settings(inner=SimpleNamespace(eps=0.125, shape=[4, 4]))
-        self.callable = Callable_()
+        self.callable = Factor()
         self.parent = (nn.Sequential(nn.Identity()),)
 
     def forward(self, x: Tensor) -> Tensor:
