@@ -197,9 +197,9 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
     assert trace.pending is not None, "finish without begin"
     site, kernel, state = trace.pending
     try:
+        args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
-            args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
-            call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
+            call, operands = Call.of(state, values, site.layer, args, kwargs)
             lowered = lower(kernel, site.layer, call, operands, training=site.grad)
     except (UnsupportedValue, NotImplementedError) as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
