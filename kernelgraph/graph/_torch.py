@@ -105,6 +105,10 @@ class Frame:
         kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
         install_guard(self._source(name, path).make_guard(kind))
 
+    def guard_identity(self, name: str) -> None:
+        """Trace anew when a local variable is another object."""
+        install_guard(self._source(name, ()).make_guard(GuardBuilder.ID_MATCH))
+
     def guard_type(self, name: str, path: Path) -> None:
         """Trace anew when what is at ``path`` of a local variable has another type."""
         install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))

@@ -163,10 +163,9 @@ def kernelgraph_begin(key: str) -> tuple[Path, ...] | None:
 
 def _begin(frame: Frame, trace: Trace, site: Site) -> tuple[Path, ...] | None:
     try:
-        site = trace.choices.place(site, frame.tensors("args", "kwargs"))
         if site.layer.condition is not None:
-            frame.guard("module", (), site.module)
-        kernel, state = trace.choices.choose(site)
+            frame.guard_identity("module")
+        site, kernel, state = trace.choices.settle(site, frame.tensors("args", "kwargs"))
         for path, value in state.values:
             frame.guard("module", path, value)
         for path in state.types:

@@ -71,8 +71,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: C
     except UnsupportedValue as error:
         raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
     tensors = [t for t in pytree.tree_leaves(fakes) if isinstance(t, Tensor)]
-    site = choices.place(site, tensors)
-    kernel, state = choices.choose(site)
+    site, kernel, state = choices.settle(site, tensors)
     for path in state.tensors:  # a get_attr node goes by names alone
         if not all(isinstance(step, str) for step in path):
             detail = f"a tensor that it reads is in a container, self.{path_text(path)}"

@@ -859,3 +859,145 @@ def test_functions_of_any_kind() -> None:
         assert reasons() == ["", ""]
         kernelize(model, mode=Mode.INFERENCE, device="cpu")
         assert_alike(made, model(x_()))
+
+
+# --- what keeps its reference -------------------------------------------------------------------
+
+
+def kept(
+    layer: nn.Module, hub_layer: type[nn.Module], *args: Any, **options: Any
+) -> tuple[Any, str]:
+    """The result of a compiled layer that keeps its reference, and why it does."""
+    replace_kernel_forward_from_hub(type(layer), "Layer")
+    with use_kernel_mapping(on_cpu(Layer=hub_layer), inherit_mapping=False):
+        made = torch.compile(
+            layer, backend="hubkernels", fullgraph=True, options={"inner": "eager"}, **options
+        )(*args)
+    (reason,) = reasons()
+    return made, reason
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+        self.history: list[int] = []
+        self.opaque = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def remember(self, x: Tensor) -> Tensor:
+        self.last = x
+        return x
+
+
+def sets(self, x):
+    self.last = x
+    return x + 10
+
+
+def sets_in_a_method(self, x):
+    return self.remember(x) + 10
+
+
+def sets_by_name(self, x):
+    setattr(self, "last", 3)  # noqa: B010
+    return x + 10
+
+
+def appends(self, x):
+    self.history.append(len(x))
+    return x + 10
+
+
+def locks(self, x):
+    with self.opaque:
+        return x + 10
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (sets, "sets sets self.last, which a custom op cannot"),
+        (sets_in_a_method, "Remembers.remember sets self.last, which a custom op cannot"),
+        (sets_by_name, "sets_by_name sets last of the layer"),
+        (appends, "appends sets history of the layer"),
+        (locks, "self.opaque is a lock, which is neither a tensor, a module, a constant nor made"),
+    ],
+)
+def test_a_kernel_that_no_op_can_be_is_not_used(forward: Callable[..., Any], why: str) -> None:
+    layer = Remembers()
+    made, reason = kept(layer, kernel(forward), torch.ones(3))
+    assert made.tolist() == [2, 2, 2]
+    assert why in reason
+    assert (layer.last, layer.history) == (None, [])
+
+
+def test_a_number_that_is_no_constant_of_the_call() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x + 1, x.shape[0]
+
+    class HubLayer(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x + 10, x.shape[0]
+
+    (made, size), reason = kept(Layer(), HubLayer, torch.ones(3), dynamic=True)
+    assert (made.tolist(), size) == ([2, 2, 2], 3)
+    assert "a SymInt is passed or returned" in reason
+
+
+def test_gradients_of_tensors_that_are_no_parameters() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = [torch.ones(3, requires_grad=True)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.held[0]
+
+    class HubLayer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.held[0] + 10
+
+    replace_kernel_forward_from_hub(Layer, "Layer")
+    layer, x = Layer(), torch.full((3,), 2.0)
+    with use_kernel_mapping(on_cpu(Layer=HubLayer), inherit_mapping=False):
+        made = compiled(layer, "aot_eager")(x)
+    made.sum().backward()
+    assert made.tolist() == [12, 12, 12]
+    assert layer.held[0].grad is not None
+    assert layer.held[0].grad.tolist() == [2, 2, 2]
+
+
+# --- transformers' own ----------------------------------------------------------------------
+
+
+def test_the_configs_and_outputs_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    output = transformers.modeling_outputs.BaseModelOutputWithPooling
+
+    class Layer(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            return output(self.proj(x.last_hidden_state) + head_size(self.config))
+
+    def head_size(config: Any) -> int:
+        return config.hidden_size // config.num_attention_heads
+
+    class HubLayer(nn.Module):
+        def forward(self, x: Any) -> Any:
+            y = torch.from_numpy(self.proj(x.last_hidden_state).detach().numpy() + 10)
+            return output(y + head_size(self.config))
+
+    for config in (transformers.LlamaConfig(hidden_size=64), transformers.GPT2Config(n_head=4)):
+        layer = Layer(config)
+        given = output(torch.randn(3, 4), pooler_output=torch.ones(2))
+        check(layer, HubLayer, given)
+        made = compiled(lambda x, layer=layer: layer(output(x * 2)).last_hidden_state)
+        assert made(torch.ones(3, 4)).shape == (3, 4)
