@@ -31,6 +31,12 @@ from kernelgraph import (
 )
 from tests.graph.toy_models import on_cpu
 
+try:
+    import triton
+    from triton import language
+except ImportError:
+    triton = None
+
 INNER = ["eager", "aot_eager"]
 
 
@@ -227,6 +233,36 @@ def test_kernels_of_any_kind_in_training(kernel: type[nn.Module]) -> None:
     assert layer.weight.grad is not None
     assert torch.equal(x.grad, torch.full((3, 4), 2.0))
     assert torch.equal(layer.weight.grad, torch.full((4,), 3.0))
+
+
+if triton is not None:
+
+    @triton.jit
+    def double(x_ptr, out_ptr, n, block: language.constexpr):
+        at = language.program_id(0) * block + language.arange(0, block)
+        inside = at < n
+        language.store(out_ptr + at, 2 * language.load(x_ptr + at, mask=inside), mask=inside)
+
+
+class InTriton(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        with torch.cuda.device(x.device), torch.cuda.stream(torch.cuda.current_stream()):
+            double[(triton.cdiv(x.numel(), 64),)](x, out, x.numel(), block=64)
+        return out + self.weight + 10
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("inner", [*INNER, "inductor"])
+@pytest.mark.parametrize("kernel", [InTriton, WithNestedCompile, WithTry])
+def test_kernels_on_a_device(kernel: type[nn.Module], inner: str) -> None:
+    layer, x = Affine().cuda(), torch.randn(3, 4, device="cuda")
+    replace_kernel_forward_from_hub(Affine, "Layer")
+    mapping = {"Layer": {d: on_cpu(Layer=kernel)["Layer"]["cpu"] for d in ("cpu", "cuda")}}
+    with use_kernel_mapping(mapping, inherit_mapping=False), torch.no_grad():
+        torch.testing.assert_close(compiled(layer, inner)(x), layer(x) + 10)
+    assert reasons() == [""]
 
 
 # --- state ----------------------------------------------------------------------------------
