@@ -10,7 +10,7 @@ import torch
 
 from kernelgraph.graph.call import Call, UnsupportedValue, paths_of, put_leaves
 from kernelgraph.graph.paths import read
-from kernelgraph.graph.state import new_shell
+from kernelgraph.graph.shell import new_shell
 
 
 class Runner:

@@ -19,7 +19,6 @@ from kernelgraph.graph.constants import (
     is_data,
     is_named_tuple,
     is_number,
-    parts_of,
     stable_text,
 )
 from kernelgraph.graph.paths import Path, path_text
@@ -134,7 +133,7 @@ def _lacks(name: str, value: Any) -> bool:
 
 
 def _has_names(names: tuple[str, ...], value: Any) -> bool:
-    return names == tuple(_contents(value))
+    return names == tuple(contents_of(value))
 
 
 def _has_form(form: Container, value: Any) -> bool:
@@ -196,7 +195,7 @@ class _Walk:
                 # Not wrong yet: a forward may ask another attribute whether there is this one.
                 self.absent.add(here)
                 return
-            if isinstance(value, types.MethodType) and name not in vars(owner):
+            if isinstance(value, types.MethodType) and name not in getattr(owner, "__dict__", ()):
                 value, here = owner, here[:-1]
                 break
             if self.leaf(value, here) or self.container(value, here):
@@ -241,7 +240,7 @@ class _Walk:
         Returns:
             Whether there can be an object that stands in for ``value``.
         """
-        if not (isinstance(value, nn.Module) or _can_be_blank(value)):
+        if not (isinstance(value, nn.Module) or can_be_blank(value)):
             return False
         if any(value is around for around in self.inside):
             raise UnsupportedState(f"self.{path_text(here)} is a part of itself")
@@ -249,9 +248,9 @@ class _Walk:
             self.check_submodule(value, here)
         self.nodes.pop(here, None)  # to stand where what is around it puts it
         self.nodes[here] = type(value)
-        self.whole[here] = tuple(_contents(value))
+        self.whole[here] = tuple(contents_of(value))
         self.inside.append(value)
-        for name, part in _contents(value).items():
+        for name, part in contents_of(value).items():
             path = (*here, name)
             in_module = isinstance(value, nn.Module)
             submodule = in_module and name in value._modules
@@ -309,11 +308,11 @@ class _Walk:
             # A module above this one is not its state, whatever way it is reached.
             here = (self.root, *self.inside)
             is_above = any(part is outer for part in value.modules() for outer in here)
-            return not is_above and not any(_can_be_blank(outer) for outer in around)
+            return not is_above and not any(can_be_blank(outer) for outer in around)
         if _is_container(value):
             keys = Container.of(value).keys
             return all(type(k) in (str, int) and self.can_carry(value[k], inside) for k in keys)
-        return _can_be_blank(value) and all(
+        return can_be_blank(value) and all(
             self.can_carry(part, inside) for part in vars(value).values()
         )
 
@@ -339,7 +338,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
     return {**own, **module._parameters, **module._buffers, **module._modules}
 
 
-def _contents(item: Any) -> dict[str, Any]:
+def contents_of(item: Any) -> dict[str, Any]:
+    """The attributes of a module or an object."""
     return _values(item) if isinstance(item, nn.Module) else vars(item)
 
 
@@ -351,7 +351,7 @@ def _is_container(value: Any) -> bool:
     return type(value) in (tuple, list, dict, OrderedDict) or is_named_tuple(type(value))
 
 
-def _can_be_blank(value: Any) -> bool:
+def can_be_blank(value: Any) -> bool:
     """Whether ``value`` is a plain object: all that there is of it is its attributes."""
     cls = type(value)
     if isinstance(value, (nn.Module, type)) or any(
@@ -359,97 +359,14 @@ def _can_be_blank(value: Any) -> bool:
     ):
         return False
     try:
-        return hasattr(_blank(cls), "__dict__")
+        return hasattr(blank(cls), "__dict__")
     except TypeError:  # a type of C's, which needs to make its objects itself
         return False
 
 
-def _blank(cls: type) -> Any:
+def blank(cls: type) -> Any:
+    """An object of a class without any attributes."""
     return cls() if cls is types.SimpleNamespace else object.__new__(cls)
-
-
-# --- an object that stands in for the instance ------------------------------------------------
-
-
-class Shell(NamedTuple):
-    """The classes and constants of a layer in a call, and no tensors."""
-
-    module: Any
-    """What plays ``self``."""
-    objects: tuple[Any, ...]
-    """It, and all that hangs on it."""
-    slots: list[tuple[Any, Any]]
-    """For each of the state's operands the container and key where its value goes."""
-
-    def contents(self) -> dict[tuple[int, str], Any]:
-        """What each attribute is, by identity: whatever a call sets shows in it."""
-        return {
-            (number, name): _identity(value)
-            for number, item in enumerate(self.objects)
-            for name, value in _contents(item).items()
-        }
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, (tuple, list, set, dict)):
-        return id(value), *map(_identity, parts_of(value))
-    return id(value)
-
-
-class _Tuple:
-    """A tuple whose parts can be set: each time it makes the tuple anew."""
-
-    def __init__(self, form: Container, container: Any, key: Any) -> None:
-        self._make = form.type._make if is_named_tuple(form.type) else form.type
-        self._parts: list[Any] = [None] * len(form.keys)
-        self._container, self._key = container, key
-
-    def __setitem__(self, index: int, value: Any) -> None:
-        self._parts[index] = value
-        self._container[self._key] = self._make(self._parts)
-
-
-def new_shell(state: State) -> Shell:
-    """An object that stands in for a layer in a call."""
-    objects: dict[Path, Any] = {}
-    homes = dict(state.registered)
-
-    def slot(path: Path, value: Any = None) -> tuple[Any, Any]:
-        owner, step = objects[path[:-1]], path[-1]
-        if not isinstance(step, str):
-            return owner, step[0]
-        if isinstance(value, nn.Module) and isinstance(owner, nn.Module):
-            return owner._modules, step
-        return vars(owner)[homes[path]] if path in homes else vars(owner), step
-
-    for path, kind in state.nodes:
-        node: Any
-        if isinstance(kind, Container):
-            container, key = slot(path)
-            if issubclass(kind.type, tuple):
-                node = _Tuple(kind, container, key)  # puts itself there once it has parts
-            else:
-                node = (
-                    [None] * len(kind.keys) if kind.type is list else kind.type.fromkeys(kind.keys)
-                )
-                container[key] = node
-        else:
-            node = _blank(kind or types.SimpleNamespace)
-            if isinstance(node, nn.Module):
-                nn.Module.__init__(node)
-            if path:
-                container, key = slot(path, node)
-                container[key] = node
-        objects[path] = node
-    for path, home in state.registered:  # parameters() goes by their order
-        vars(objects[path[:-1]])[home][path[-1]] = None
-    for path, value in state.constants:
-        container, key = slot(path)
-        container[key] = copy_of(value)
-    attributed = tuple(
-        objects[path] for path, kind in state.nodes if not isinstance(kind, Container)
-    )
-    return Shell(objects[()], attributed, [slot(path) for path in state.operands])
 
 
 def describe(state: State) -> str:

@@ -25,7 +25,8 @@ from torch.nn.utils import parametrize
 from kernelgraph.graph.constants import same
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.reads import CALL, EVERYTHING, uses
-from kernelgraph.graph.state import State, UnsupportedState, describe, new_shell
+from kernelgraph.graph.shell import new_shell
+from kernelgraph.graph.state import State, UnsupportedState, describe
 
 
 def module_level(x: Tensor) -> Tensor:
@@ -410,6 +411,21 @@ def test_objects_are_read_whole_where_they_are_used_whole():
     assert dict(whole.nodes)[("config",)] is Config
     assert whole.tensors == (("config", "mask"),)
     assert dict(whole.constants) == {("config", "scale"): 0.5, ("config", "sizes"): [1]}
+
+
+def test_an_object_without_a_dict_is_read_in_part_only():
+    @dataclasses.dataclass(slots=True)
+    class Slotted:
+        scale: float = 0.5
+
+        def total(self) -> float:
+            return self.scale
+
+    module = Everything()
+    module.config = Slotted()
+    assert state_of("self.config.scale", module).numbers == ((("config", "scale"), 0.5),)
+    with pytest.raises(UnsupportedState, match=r"self\.config is a Slotted, which is neither"):
+        state_of("self.config.total()", module)
 
 
 def test_what_an_object_holds_counts_only_if_it_is_data():
