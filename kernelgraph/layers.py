@@ -47,7 +47,12 @@ class Extensible:
 
 def reference_of(cls: type[nn.Module]) -> Callable[..., Any]:
     """The ``forward`` of ``cls`` without the wrapper that captures its calls in compiled graphs."""
-    return getattr(cls.forward, "__kernelgraph_reference__", cls.forward)
+    return original(cls.forward)
+
+
+def original(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` without the wrapper that captures a forward's calls, if it has one."""
+    return getattr(function, "__kernelgraph_reference__", function)
 
 
 def extensible(cls: type) -> Extensible | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
 from kernelgraph.graph.memory import contiguous_copy, extent, owned
 from kernelgraph.graph.places import Places
 from kernelgraph.graph.runner import Runner
@@ -125,12 +125,11 @@ class Body:
         """The tensors of what the kernel returned, if that has the layer's structure."""
         tensors: list[Any] = []
         try:
-            output = take_leaves(result, tensors)
+            output = take_tensors(result, tensors)
         except UnsupportedValue:
             output = ()
-        if output != self._output or not all(isinstance(t, Tensor) for t in tensors):
-            of_tensors = output and isinstance((tensors or [0])[0], Tensor)
-            found = describe_output(output) if of_tensors else f"a {type(result).__name__}"
+        if output != self._output:
+            found = describe_output(output) if output else f"a {type(result).__name__}"
             raise self._mismatch(found, describe_output(self._output), operands)
         return tensors
 
@@ -182,7 +181,7 @@ class Body:
             ]
             before = self._versions(operands)
             results: list[Any] = []
-            take_leaves(self._run_reference(inputs), results)
+            take_tensors(self._run_reference(inputs), results)
             results += [inputs[i] for i in self.returned]
             who = f"the reference of {self._layer.layer_name}{self.places.describe(operands)}"
             self._check_unwritten(before, operands, who)

@@ -33,7 +33,8 @@ from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
 from kernelgraph.graph.ops import lower, overload, pack
-from kernelgraph.graph.state import Path, State
+from kernelgraph.graph.paths import Path, read
+from kernelgraph.graph.state import State
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
 from kernelgraph.mapping import current_mapping
@@ -103,21 +104,14 @@ def _traced(
         return reference(module, *args, **kwargs)
     state = []
     for path in plan:
-        value = module
-        for name in path:
-            value = getattr(value, name)
-        state.append(value)
+        state.append(read(module, path))
     lowered = kernelgraph_finish()
     if lowered is None:
         return reference(module, *args, **kwargs)
     op_name, paths, numbers, output, count, written, first_state, packed = lowered
     operands: list[Any] = []
     for path in paths:
-        value = (args, kwargs, state)
-        for step in path:
-            value = value[step]
-        operands.append(value)
-    operands.extend(numbers)
+        operands.append(read((args, kwargs, state, numbers), path))
     results = overload(op_name)(*pack(operands, packed))
     if isinstance(results, Tensor):
         results = (results,)
@@ -174,12 +168,15 @@ def kernelgraph_begin(key: str) -> tuple[Path, ...] | None:
 
 def _begin(frame: Frame, trace: Trace, site: Site) -> tuple[Path, ...] | None:
     try:
-        site = trace.choices.place(site, frame.tensors("args", "kwargs"))
         if site.layer.condition is not None:
-            frame.guard("module", (), site.module)
-        kernel, state = trace.choices.choose(site)
-        for path, value in state.guarded:
+            frame.guard_identity("module")
+        site, kernel, state = trace.choices.settle(site, frame.tensors("args", "kwargs"))
+        for path, value in state.values:
             frame.guard("module", path, value)
+        for path in state.types:
+            frame.guard_type("module", path)
+        for path, check in state.checks:
+            frame.guard_check("module", path, check)
     except KeepReference as kept:
         trace.choices.decisions.append(kept.decision)
         return None
@@ -195,19 +192,19 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     """The op for the call that was begun, its state now read.
 
     Returns:
-        The op's name, the keys from ``(args, kwargs, state)`` to its first operands, the numbers
-        that are its last, the form of what the layer returns and how many results that takes,
-        the operands that the next results are to be written into, where those that are state
-        begin, and those that are packed; None where the reference is kept after all.
+        The op's name, the paths from ``(args, kwargs, state, numbers)`` to its operands, these
+        numbers, the form of what the layer returns and how many results that takes, the operands
+        that the next results are to be written into, where those that are state begin, and those
+        that are packed; None where the reference is kept after all.
     """
     frame = Frame()
     trace = Trace.of(frame)
     assert trace.pending is not None, "finish without begin"
     site, kernel, state = trace.pending
     try:
+        args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
-            args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
-            call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
+            call, operands = Call.of(state, values, site.layer, args, kwargs)
             if trace.choices.options.verify:
                 verify.check(site, kernel, call, operands)
             place = (site.module, site.path)
@@ -222,10 +219,16 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         raise frame.backend_error(error) from error
     decision = site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname)
     trace.choices.decisions.append(decision)
-    keys = [*call.argument_keys, *((2, i) for i in range(len(state.tensors)))]
-    numbers = tuple(number for _, number in state.numbers)
-    written = (len(lowered.results), lowered.written, len(call.argument_keys))
-    return lowered.name, tuple(keys), numbers, lowered.output, *written, lowered.packed
+    paths = [*call.argument_paths, *(((2,), (i,)) for i in range(len(state.tensors)))]
+    numbers = [number for _, number in state.numbers]
+    paths += [((3,), (i,)) for i in range(len(numbers))]
+    for i, operand in enumerate(operands):
+        if isinstance(operand, float) and i < len(call.argument_paths):  # may be a symbol there
+            paths[i] = ((3,), (len(numbers),))
+            numbers.append(operand)
+    written = (len(lowered.results), lowered.written, len(call.argument_paths))
+    op = (lowered.name, tuple(paths), tuple(numbers), lowered.output)
+    return *op, *written, lowered.packed
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.body import Body
-from kernelgraph.graph.call import Call, Template, digest
+from kernelgraph.graph.call import Call, Template, digest, template_text
 from kernelgraph.graph.shapes import Result, effects, remember, static_key, tell
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
@@ -136,7 +136,7 @@ def _lower(
         code_hash(layer.fake) if layer.fake else "",
         form,
         repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
-        repr(told.output),
+        template_text(told.output),
     )
     name = f"{base}_training" if training else base
     with _lock:

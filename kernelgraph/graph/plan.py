@@ -15,6 +15,7 @@ from kernelgraph.graph import verify
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower
+from kernelgraph.graph.paths import path_text, read
 from kernelgraph.graph.values import NoValue, fakes_of, plain, propagate, value_of
 from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.layers import extensible
@@ -154,12 +155,16 @@ def _decide(
     try:
         args, kwargs = plain(node.args, operand), plain(node.kwargs, operand)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        site = item.site = choices.place(site, tensors)
-        kernel, state = choices.choose(site)
+        site, kernel, state = choices.settle(site, tensors)
+        item.site = site
+        for path in state.tensors:  # a get_attr node goes by names alone
+            if not all(isinstance(step, str) for step in path):
+                text = path_text(path)
+                raise UnsupportedValue(f"a tensor that it reads is in a container, self.{text}")
         if state.tensors and node.op == "call_function":
             raise UnsupportedValue("it is called as a function, and the graph has not its state")
         # The state as it is: making fakes of it would take most of the pass's time.
-        values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
+        values = [read(site.module, path) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, args, kwargs)
         if choices.options.verify:
             verify.check(site, kernel, call, operands)

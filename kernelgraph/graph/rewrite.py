@@ -26,6 +26,7 @@ from kernelgraph.graph.call import put_leaves, take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.graph.options import Options
+from kernelgraph.graph.paths import Path, path_text, read
 from kernelgraph.graph.plan import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.saved import save_op
 from kernelgraph.graph.shapes import Result
@@ -141,10 +142,10 @@ def _replace(item: Plan) -> fx.Node:
     origin = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
     with graph.inserting_before(node):
         arguments = plain(node.args), plain(node.kwargs)
-        given = [_pick(graph, arguments, keys, origin) for keys in call.argument_keys]
+        given = [_pick(graph, arguments, path, origin) for path in call.argument_paths]
         for path in call.state.tensors:
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
-            given.append(graph.create_node("get_attr", ".".join((str(node.target), *path))))
+            given.append(graph.create_node("get_attr", f"{node.target}.{path_text(path)}"))
             given[-1].meta = dict(origin)
         given += [number for _, number in call.state.numbers]
         op = graph.call_function(overload(lowered.name), tuple(pack(given, lowered.packed)))
@@ -165,16 +166,19 @@ def _replace(item: Plan) -> fx.Node:
     return op
 
 
-def _pick(graph: fx.Graph, value: Any, keys: tuple[Any, ...], origin: dict[str, Any]) -> Any:
-    """What ``keys`` lead to in arguments, some of it maybe inside what one node returns."""
-    for key in keys:
+def _pick(graph: fx.Graph, value: Any, path: Path, origin: dict[str, Any]) -> Any:
+    """What ``path`` leads to in arguments, some of it maybe inside what one node returns."""
+    for step in path:
         if isinstance(value, fx.Node):
             whole = value
-            value = graph.call_function(operator.getitem, (whole, key))
-            inside = {k: whole.meta[k][key] for k in VALUES if k in whole.meta}
+            by_name = isinstance(step, str)
+            value = graph.call_function(
+                getattr if by_name else operator.getitem, (whole, step if by_name else step[0])
+            )
+            inside = {k: read(whole.meta[k], (step,)) for k in VALUES if k in whole.meta}
             value.meta = {**origin, **inside}
         else:
-            value = value[key]
+            value = read(value, (step,))
     return value
 
 

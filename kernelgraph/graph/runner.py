@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
-from kernelgraph.graph.state import new_shell
+from kernelgraph.graph.shell import new_shell
 
 
 class Runner:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, Template, UnsupportedValue
+from kernelgraph.graph.paths import path_text
 from kernelgraph.graph.probe import Probe
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.told import NoFake as NoFake
@@ -172,7 +173,7 @@ def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
     declared = {n for base in kernel.layer.__mro__ for n in _annotations(base)}
     for path in call.state.absent:
         if path[0] in declared:
-            raise _no_attribute(kernel, layer, ".".join(path))
+            raise _no_attribute(kernel, layer, path_text(path))
 
 
 def _annotations(cls: type) -> frozenset[str]:
@@ -190,8 +191,8 @@ def _explain_attribute(
     for path, kind in call.state.untaken:
         if path[-1] == error.name:
             raise UnsupportedValue(
-                f"{what} reads self.{'.'.join(path)}, a {kind}, which is neither a tensor, a "
-                "module nor a constant"
+                f"{what} reads self.{path_text(path)}, a {kind}, which is neither a tensor, a "
+                "module, a constant nor made of such"
             ) from error
     if what != "the reference":
         raise _no_attribute(kernel, layer, str(error.name)) from error
@@ -247,12 +248,13 @@ def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -
 
 def describe_output(output: Template) -> str:
     """A template in words."""
-    kind, body = output
+    kind, body = output[:2]
     if kind == "leaf":
         return "a tensor"
     if kind == "const":
         return repr(body)
-    if kind == "dict":
+    if kind in ("dict", "OrderedDict", "dataclass"):
+        kind = output[2].__name__ if kind == "dataclass" else kind
         inside = ", ".join(f"{key!r}: {describe_output(part)}" for key, part in body)
-        return f"a dict {{{inside}}}"
+        return f"a {kind} {{{inside}}}"
     return f"a {kind} of {len(body)} ({', '.join(map(describe_output, body))})"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.call import Template, UnsupportedValue, take_leaves
+from kernelgraph.graph.call import Template, UnsupportedValue, take_tensors
 from kernelgraph.graph.runner import Runner
 
 
@@ -47,10 +47,8 @@ def observe(runner: Runner, operands: Sequence[Any]) -> tuple[Told, list[Tensor]
     """
     tensors: list[Any] = []
     before = [_version(v) for v in operands]
-    output = take_leaves(runner.observe(operands), tensors)
+    output = take_tensors(runner.observe(operands), tensors)
     written = tuple(i for i, v in enumerate(operands) if _version(v) != before[i])
-    if not all(isinstance(t, Tensor) for t in tensors):
-        raise UnsupportedValue("the layer returns a number, which no op can")
     if not tensors:
         raise UnsupportedValue("the layer returns no tensor")
     results = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in tensors)

@@ -10,7 +10,6 @@ return is compared, and not the gradients.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch, samples
 from kernelgraph.graph.call import Call, Template, take_leaves
 from kernelgraph.graph.choice import KeepReference, Site
+from kernelgraph.graph.paths import read
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import describe_output, remember
 from kernelgraph.kernel import Kernel
@@ -96,8 +96,8 @@ class _Operands:
         self._given = operands
         self._operands = list(operands)
         self._weights: dict[int, Tensor] = {}
-        for i, path in enumerate(call.state.tensors, len(call.argument_keys)):
-            value: Tensor = functools.reduce(getattr, path, module)  # type: ignore[assignment]
+        for i, path in enumerate(call.state.tensors, len(call.argument_paths)):
+            value: Tensor = read(module, path)
             if not _torch.is_fake(value) and value.device.type != "meta":
                 self._weights[i] = value
                 self._operands[i] = None  # nothing to make up

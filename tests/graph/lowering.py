@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernelgraph.devices import Device
 from kernelgraph.graph.call import Call, put_leaves
 from kernelgraph.graph.ops import NAMESPACE, Lowered, lower, pack
-from kernelgraph.graph.state import Path, State
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.state import State
 from kernelgraph.hub.importing import Origin
 from kernelgraph.hub.loading import origin_of
 from kernelgraph.kernel import Kernel
@@ -22,12 +23,6 @@ from kernelgraph.layers import Extensible, extensible
 from kernelgraph.mapping import Selection
 from kernelgraph.modes import Mode
 from tests.graph.toy_models import Repository
-
-
-def at(value: Any, path: Path) -> Any:
-    for name in path:
-        value = getattr(value, name)
-    return value
 
 
 def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
@@ -47,7 +42,7 @@ def call_of(
     """The form of ``module(*args, **kwargs)`` and its operands."""
     layer = layer_of(module)
     state = State.of(module, [layer.reference, *([forward] if forward else [])])
-    values = [at(module, path) for path in state.tensors]
+    values = [read(module, path) for path in state.tensors]
     return Call.of(state, values, layer, args, kwargs)
 
 

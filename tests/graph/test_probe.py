@@ -352,7 +352,7 @@ def test_what_a_kernel_raises_comes_through():
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (lambda self, x: len(x.numpy()), "returns a number"),
+        (lambda self, x: len(x.numpy()), "returns no tensor"),
         (lambda self, x: x.numpy(), "a ndarray is passed or returned"),
         (lambda self, x: setattr(self, "y", x.numpy()) or x, "sets y of the layer"),
     ],

@@ -330,7 +330,7 @@ class Listed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.factors = [1.0, 2.0]
+        self.factors: list[Any] = [1.0, 2.0]
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factors[1]
@@ -355,10 +355,19 @@ class WritesX(nn.Module):
         return x.add_(1)
 
 
-def test_state_that_no_op_takes():
-    reason, detail = kept(nn.Sequential(Listed()), mapping=on_cpu(Listed=Listed10))
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [
+        (object.__str__, "self.factors is a list, which is neither a tensor"),
+        (torch.ones(4), "a tensor that it reads is in a container, self.factors[0]"),
+    ],
+)
+def test_state_that_no_op_takes(factor, why):
+    model = nn.Sequential(Listed())
+    model[0].factors.insert(0, factor)
+    reason, detail = kept(model, mapping=on_cpu(Listed=Listed10))
     assert reason is Reason.NOT_AN_OP
-    assert detail.startswith("self.factors is a list, which is neither a tensor")
+    assert detail.startswith(why)
 
 
 def test_results_of_another_dtype_than_the_graph_has():
