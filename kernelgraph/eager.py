@@ -156,9 +156,10 @@ def kernelize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"kernelize changes an nn.Module, not {model!r}")
+    mode = Mode.parse(mode)
     tried(mode)
     target = _target(model, device)
-    allowed = _fallback_cases(use_fallback)
+    allowed = KernelizeFallback.parse(use_fallback)
     mapping = current_mapping()
 
     layers: dict[type, Extensible | None] = {}
@@ -209,14 +210,6 @@ def _target(model: nn.Module, device: str | torch.device | Device | None) -> Tar
         return target_of(found)
     except ValueError as error:  # meta, say
         raise ValueError(f"the model is on {found}: pass device ({error})") from None
-
-
-def _fallback_cases(use_fallback: bool | KernelizeFallback) -> KernelizeFallback:
-    if isinstance(use_fallback, bool):
-        return KernelizeFallback.DEFAULT if use_fallback else KernelizeFallback.NONE
-    if isinstance(use_fallback, KernelizeFallback):
-        return use_fallback
-    raise TypeError(f"use_fallback is a bool or a KernelizeFallback, not {use_fallback!r}")
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,10 +8,12 @@ tagged is extensible here too.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def extensible(cls: type) -> Extensible | None:
             if not isinstance(name, str) or not name or getattr(owner, "forward", None) != forward:
                 return None
             condition, fake = _plain(members.get(CONDITION)), _plain(members.get(FAKE))
-            return Extensible(owner, name, condition, fake)
+            return Extensible(owner, name, None if _always(condition) else condition, fake)
         if "forward" in members:
             return None
     return None
@@ -79,6 +81,24 @@ def extensible(cls: type) -> Extensible | None:
 
 def _plain(member: Any) -> Any:
     return member.__func__ if isinstance(member, staticmethod) else member
+
+
+def _always(condition: Any) -> bool:
+    """Whether ``condition`` says yes to every instance, by its code: ``lambda module: True``.
+
+    The ``kernels`` package gives one to each class that is tagged without. One that has to be
+    asked ties a compiled graph to the instance that it was asked of.
+    """
+    code = getattr(condition, "__code__", None)
+    return isinstance(code, CodeType) and code.co_argcount == 1 and _returns_true(code)
+
+
+@functools.lru_cache(maxsize=256)
+def _returns_true(code: CodeType) -> bool:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
+    if [step.opname for step in steps] not in (["LOAD_CONST", "RETURN_VALUE"], ["RETURN_CONST"]):
+        return False  # asked, then; also where a later Python returns constants in another way
+    return bool(steps[0].argval)
 
 
 def use_kernel_forward_from_hub(
