@@ -29,6 +29,8 @@ NAME = "kernel_layer_name"
 CONDITION = "kernel_condition"
 FAKE = "kernel_fake"
 FUNCTIONS = "_kernel_funcs"
+FUNCTION = "__kernelgraph_function__"
+"""Where the ``forward`` of a class that was made of a function keeps it."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def class_of_function(
     forward.__doc__ = function.__doc__
     forward.__module__ = module
     forward.__qualname__ = f"{name}.forward"
+    setattr(forward, FUNCTION, function)
     with contextlib.suppress(TypeError, ValueError):  # some builtins have none
         forward.__signature__ = _as_method(inspect.signature(function))  # type: ignore[attr-defined]
     return type(name, (nn.Module,), {"forward": forward, "__module__": module, **members})
