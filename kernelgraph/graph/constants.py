@@ -41,6 +41,8 @@ def is_constant(value: Any) -> bool:
     """Whether ``value`` never changes, and `stable_text` tells it from every other."""
     if isinstance(value, tuple):
         return all(is_constant(v) or is_number(v) for v in value)
+    if type(value) is functools.partial:
+        return is_constant(_parts(value))
     if isinstance(value, types.FunctionType):
         return _is_importable(value) or _has_constant_closure(value)
     if isinstance(value, types.BuiltinFunctionType):
@@ -56,6 +58,8 @@ def stable_text(value: Any) -> str:
     if isinstance(value, tuple):
         name = "" if type(value) is tuple else type(value).__qualname__
         return f"{name}({', '.join(map(stable_text, value))})"
+    if type(value) is functools.partial:
+        return f"partial{stable_text(_parts(value))}"
     if isinstance(value, types.FunctionType):
         return f"{_name(value)}#{code_hash(value)}"
     if isinstance(value, (types.BuiltinFunctionType, type)):
@@ -63,6 +67,10 @@ def stable_text(value: Any) -> str:
     if isinstance(value, enum.Enum):
         return f"{_name(type(value))}({value.value!r})"
     return repr(value)
+
+
+def _parts(partial: functools.partial[Any]) -> tuple[Any, ...]:
+    return (partial.func, partial.args, tuple(sorted(partial.keywords.items())))
 
 
 def _name(value: Any) -> str:
