@@ -131,6 +131,7 @@ def _tensors_in(variable: Any) -> Iterator[torch.Tensor]:
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
     """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
     kwargs: dict[str, Any] = {}
+    compiler = _given_backend(compiler)
     while True:
         if isinstance(compiler, functools.partial):
             kwargs = {**compiler.keywords, **kwargs}
@@ -144,13 +145,19 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
             return compiler, kwargs
 
 
+def _given_backend(compiler: Any) -> Any:
+    """What torch.compile gave to Dynamo, which for a DistributedDataParallel has one of its own
+    around it, made for each compile, to hand it the graph in parts. Tried on 2.11, 2.13, 2.14."""
+    return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+
+
 def current_graph() -> tuple[dict[str, Any], object]:
     """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
     for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
     if TracingContext.try_get() is None:
         return {}, None
     graph = InstructionTranslator.current_tx().output
-    return _notes(graph), graph.compiler_fn
+    return _notes(graph), _given_backend(graph.compiler_fn)
 
 
 def _notes(graph: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def hubkernels(
     """
     parsed = Options.parse(mode, options)
     notes, compile_call = _torch.current_graph()
-    if _adopt_late(graph_module) and compile_call is not None:
+    if _adopt_late(graph_module, notes) and compile_call is not None:
         _torch.trace_again()
     trace: Trace | None = notes.get("trace")
     choices = trace.choices if trace else Choices(parsed, current_mapping())
@@ -82,12 +82,17 @@ def _inner(options: Options) -> Any:
     return _torch.named_backend(options.inner)
 
 
-def _adopt_late(graph_module: fx.GraphModule) -> bool:
+def _adopt_late(graph_module: fx.GraphModule, notes: dict[str, Any]) -> bool:
     """Adopt the classes that another package tagged since this module was imported.
 
     Nothing announces them, so their layers are in the graph already; True if there are such.
+
+    Args:
+        graph_module: The graph, or the next part of one that is compiled in parts.
+        notes: The whole graph's, where the classes are noted.
     """
-    late = {cls for cls in tagged_subclasses() if adopt(cls)}
+    late = notes.setdefault("late", set())
+    late.update(cls for cls in tagged_subclasses() if adopt(cls))
     return bool(late) and any(
         not late.isdisjoint(cls.__mro__)
         for node in graph_module.graph.nodes

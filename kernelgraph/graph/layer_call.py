@@ -220,5 +220,8 @@ def module_path(stack: Mapping[str, tuple[str, type]]) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    # Dynamo names the root by where it found it: a local variable, or a global.
-    return re.sub(r"^(L\['\w+'\]|G\['\w+'\])\.?", "", path)
+    # Dynamo names the root by where it found it: a local variable, or a global. A function that
+    # was made a layer is a global too, and has no path but its name.
+    root = re.match(r"[LG]\['(\w+)'\]\.?", path)
+    below = path[root.end() :] if root else path
+    return below or (root[1] if root and len(stack) > 1 else "")
