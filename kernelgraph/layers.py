@@ -206,7 +206,15 @@ def use_kernelized_func(*functions: Callable[..., Any]) -> Callable[[type[T]], t
 
 def functions_of(module: nn.Module) -> dict[str, nn.Module]:
     """The extensible functions attached to ``module``'s class and, by other packages, to it."""
-    return {**getattr(type(module), FUNCTIONS, {}), **vars(module).get(FUNCTIONS, {})}
+    own = {name: _called(module, f) for name, f in vars(module).get(FUNCTIONS, {}).items()}
+    return {**getattr(type(module), FUNCTIONS, {}), **own}
+
+
+def _called(module: nn.Module, function: nn.Module) -> nn.Module:
+    """The function that ``module`` calls: in a deep copy it has a copy, which nothing calls."""
+    names = getattr(inspect.unwrap(reference_of(type(module))), "__globals__", {})
+    alike = [value for value in names.values() if type(value) is type(function)]
+    return alike[0] if len(alike) == 1 else function
 
 
 def _function_layer(

@@ -5,6 +5,7 @@ Each test runs with a stand-in for that package and, where it is installed, with
 
 from __future__ import annotations
 
+import copy
 import enum
 import importlib
 import itertools
@@ -373,6 +374,28 @@ class TestFunctions:
         with only():
             kernelize(model, mode=theirs.Mode.INFERENCE, device="cpu")
         assert result(model) == 3
+
+    def test_in_a_deep_copy_of_a_model(self, theirs: Any, tmp_path: Path) -> None:
+        """There the attached function is a copy too; the module calls the one function."""
+        scope: dict[str, Any] = {"theirs": theirs, "nn": nn}
+        exec(MODEL, scope)
+        model = scope["Model"]()
+        path = write_kernel(tmp_path / "kernel", result=20)
+        with only(double=theirs.LocalFuncRepository(path, func_name="shifted")):
+            copied = kernelize(copy.deepcopy(model), mode=theirs.Mode.INFERENCE, device="cpu")
+            assert result(copied) == 22
+
+
+MODEL = """
+@theirs.use_kernel_forward_from_hub("double")
+def double(x):
+    return 2 * x
+
+@theirs.use_kernelized_func(double)
+class Model(nn.Module):
+    def forward(self, x):
+        return double(x) + 1
+"""
 
 
 def test_the_mapping_of_transformers_is_one_for_us() -> None:
