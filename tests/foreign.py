@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import inspect
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from tests.hub.toy_repository import METADATA, layer_files, write_repository
 
 
 class Mode(enum.Flag):
@@ -115,8 +119,6 @@ def use_kernelized_func(*functions: Any) -> Callable[[Any], Any]:
 
 
 def _function_class(function: Callable[..., Any]) -> Any:
-    import inspect
-
     class Func(nn.Module):
         can_torch_compile = getattr(function, "can_torch_compile", False)
         has_backward = getattr(function, "has_backward", True)
@@ -128,3 +130,34 @@ def _function_class(function: Callable[..., Any]) -> Any:
     parameters = inspect.signature(function).parameters.values()
     Func.forward.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
     return Func
+
+
+# --- kernels that both packages load ------------------------------------------------------------
+
+FUNCTIONS = """
+import statistics
+import torch
+
+def shifted(x):
+    return x + {result}
+shifted.can_torch_compile = True
+
+def plain(x):
+    return x - {result}
+
+relu = torch.ops.aten.relu
+mean = statistics.mean
+"""
+
+_count = itertools.count()
+
+
+def write_kernel(path: Path, result: int = 1, layers: str | None = None) -> Path:
+    """Write a kernel that the ``kernels`` package loads too, with layers and functions."""
+    files = layer_files(result=result)
+    files["__init__.py"] = f"{files['__init__.py']}{FUNCTIONS.format(result=result)}"
+    files["layers.py"] = layers or files["layers.py"]
+    # Another id each, since it is the module's name, of which there may be but one.
+    own = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
+    write_repository(path, files, metadata=METADATA | own)
+    return path

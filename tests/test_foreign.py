@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import enum
 import importlib
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from kernelgraph.hub.loading import origin_of
 from kernelgraph.mapping import KernelMapping, Rejection, select
 from kernelgraph.report import Reason
 from tests import foreign
-from tests.hub.toy_repository import METADATA, layer_files, write_repository
+from tests.foreign import write_kernel
+from tests.hub.toy_repository import layer_files, write_repository
 from tests.toys import BrokenRepository, Plus10, Plus20, Scale, ToyRepository, only, result
 
 MODES = [
@@ -37,46 +37,12 @@ MODES = [
     ("FALLBACK",),
 ]
 
-FUNCTIONS = """
-import statistics
-import torch
-
-def shifted(x):
-    return x + {result}
-shifted.can_torch_compile = True
-
-def plain(x):
-    return x - {result}
-
-relu = torch.ops.aten.relu
-mean = statistics.mean
-"""
-
-
-@pytest.fixture(params=["stand-in", "kernels"])
-def theirs(request: pytest.FixtureRequest) -> Any:
-    return foreign if request.param == "stand-in" else pytest.importorskip("kernels")
-
 
 def joined(kind: Any, names: tuple[str, ...]) -> Any:
     flag = kind[names[0]]
     for name in names[1:]:
         flag |= kind[name]
     return flag
-
-
-_count = itertools.count()
-
-
-def write_kernel(path: Path, result: int = 1, layers: str | None = None) -> Path:
-    """A repository that the ``kernels`` package loads too, with a layer and functions."""
-    files = layer_files(result=result)
-    files["__init__.py"] = f"{files['__init__.py']}{FUNCTIONS.format(result=result)}"
-    files["layers.py"] = layers or files["layers.py"]
-    # Another id each, since it is the module's name, of which there may be but one.
-    own = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
-    write_repository(path, files, metadata=METADATA | own)
-    return path
 
 
 class TestModes:

@@ -41,7 +41,7 @@ def hubkernels(
     """
     parsed = Options.parse(mode, options)
     notes, compile_call = _torch.current_graph()
-    if _adopt_late(graph_module, notes) and compile_call is not None:
+    if _adopt_late() and compile_call is not None:
         _torch.trace_again()
     trace: Trace | None = notes.get("trace")
     choices = trace.choices if trace else Choices(parsed, current_mapping())
@@ -82,23 +82,14 @@ def _inner(options: Options) -> Any:
     return _torch.named_backend(options.inner)
 
 
-def _adopt_late(graph_module: fx.GraphModule, notes: dict[str, Any]) -> bool:
+def _adopt_late() -> bool:
     """Adopt the classes that another package tagged since this module was imported.
 
-    Nothing announces them, so their layers are in the graph already; True if there are such.
-
-    Args:
-        graph_module: The graph, or the next part of one that is compiled in parts.
-        notes: The whole graph's, where the classes are noted.
+    Nothing announces them, so their layers may be in the graph already; True if there are any.
+    The graph does not tell: a layer that returns its input leaves no node in it.
     """
-    late = notes.setdefault("late", set())
-    late.update(cls for cls in tagged_subclasses() if adopt(cls))
-    return bool(late) and any(
-        not late.isdisjoint(cls.__mro__)
-        for node in graph_module.graph.nodes
-        for _, cls in node.meta.get("nn_module_stack", {}).values()
-        if isinstance(cls, type)
-    )
+    late = [cls for cls in tagged_subclasses() if adopt(cls)]
+    return bool(late)
 
 
 on_extensible(adopt)
