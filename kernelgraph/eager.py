@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,9 +119,9 @@ class _Plan(NamedTuple):
 def kernelize(
     model: nn.Module,
     *,
-    mode: Mode,
+    mode: Mode | enum.Flag,
     device: str | torch.device | Device | None = None,
-    use_fallback: bool | KernelizeFallback = True,
+    use_fallback: bool | KernelizeFallback | enum.Flag = True,
 ) -> nn.Module:
     """Swap the forwards of ``model``'s extensible layers for kernels of the current mapping.
 
@@ -142,6 +143,8 @@ def kernelize(
             or buffer.
         use_fallback: Whether a layer may keep its reference where no kernel fits. False raises
             instead; a `KernelizeFallback` says in which cases it may.
+
+    The ``kernels`` package's ``Mode``, ``Device`` and ``KernelizeFallback`` will do as well.
 
     Returns:
         ``model`` itself.

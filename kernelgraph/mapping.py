@@ -185,7 +185,9 @@ def current_mapping() -> KernelMapping:
 def register_kernel_mapping(mapping: MappingLike, inherit_mapping: bool = True) -> None:
     """Register kernels in the innermost scope or, outside any, for the whole process.
 
-    The mapping is checked whole first: after an error everything is as it was.
+    The mapping is checked whole first: after an error everything is as it was. What is kernelized
+    or compiled already keeps its kernels, until ``kernelize`` or, for compiled graphs,
+    ``torch.compiler.reset()``.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from
@@ -212,7 +214,8 @@ class use_kernel_mapping(contextlib.ContextDecorator):  # noqa: N801
     """Register kernels for the body of a ``with`` statement, or of a decorated function.
 
     Scopes nest. A scope holds in its own thread or asyncio task, and in tasks created inside it.
-    One object may be entered many times, and from several threads at once.
+    One object may be entered many times, and from several threads at once. What was kernelized or
+    compiled inside keeps its kernels outside, and the other way round.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from

@@ -30,6 +30,9 @@ def hubkernels(
     By the time that Dynamo hands over the graph the kernels of the layers that it inlined are in
     it, as custom ops (`kernelgraph.graph.layer_call`). Those that it left as modules follow here.
 
+    The mapping counts as it is while the graph is traced. The compiled graph keeps its decisions
+    when the mapping changes: ``torch.compiler.reset()`` has them made anew.
+
     Args:
         graph_module: The graph that Dynamo traced.
         example_inputs: Its inputs, as fake tensors.
