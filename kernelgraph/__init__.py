@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
     from kernelgraph.eager import kernelize
+    from kernelgraph.graph.rewrite import rewrite
+    from kernelgraph.graph.tracer import Tracer
     from kernelgraph.hub.loading import get_local_kernel
     from kernelgraph.hub.repositories import (
         FuncRepository,
@@ -38,11 +40,13 @@ _HOMES = {
     "LocalLayerRepository": "hub.repositories",
     "Mode": "modes",
     "ROCMProperties": "devices",
+    "Tracer": "graph.tracer",
     "get_local_kernel": "hub.loading",
     "kernelize": "eager",
     "last_report": "report",
     "register_kernel_mapping": "mapping",
     "replace_kernel_forward_from_hub": "layers",
+    "rewrite": "graph.rewrite",
     "use_kernel_forward_from_hub": "layers",
     "use_kernel_mapping": "mapping",
     "use_kernelized_func": "layers",
@@ -59,11 +63,13 @@ __all__ = [
     "LocalLayerRepository",
     "Mode",
     "ROCMProperties",
+    "Tracer",
     "get_local_kernel",
     "kernelize",
     "last_report",
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
+    "rewrite",
     "use_kernel_forward_from_hub",
     "use_kernel_mapping",
     "use_kernelized_func",

@@ -116,8 +116,9 @@ def use_kernel_forward_from_hub(
         layer_name: The name under which mappings register kernels for the layer.
         condition: Asked of each instance; where it returns False the instance is left alone.
         fake: A shape function with the signature of ``forward`` (its ``self`` included) for a
-            layer whose output shape cannot be had by running it on fake tensors: it returns
-            tensors of the output's shape, dtype and device, as ``torch.empty`` does.
+            layer whose output shape cannot be had by running the kernel or the layer: it returns
+            tensors of the output's shape, dtype and device, as ``torch.empty`` does. A size that
+            depends on values it takes from ``torch.library.get_ctx().new_dynamic_size()``.
 
     Raises:
         TypeError: If an argument, or what is decorated, is of the wrong type.

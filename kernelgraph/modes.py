@@ -99,7 +99,9 @@ def tried(mode: Mode) -> tuple[Mode, ...]:
         TypeError: ``mode`` is not a ``Mode``.
         ValueError: ``mode`` has neither ``INFERENCE`` nor ``TRAINING``.
     """
-    if (mode := Mode.parse(mode)) not in _TRIED:
+    if not isinstance(mode, Mode):
+        raise TypeError(f"mode: expected a kernelgraph Mode, got {mode!r}")
+    if mode not in _TRIED:
         raise ValueError(
             f"mode must contain INFERENCE or TRAINING (FALLBACK is for mappings only), got {mode}"
         )

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-@pytest.fixture(scope="session", autouse=True)
-def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache directory of Inductor for this run; its subprocesses inherit it."""
-    path = os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor"))
-    )
-    return Path(path)
+_cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
+# Before any test module is imported: torch settles on a directory once and for all.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache.name)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,16 @@ Each entry names the versions that it was tried on; a new torch is tried against
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -20,10 +23,18 @@ from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
-from torch._guards import TracingContext, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.codegen.custom_extern_kernel_codegen import (
+    CUSTOM_EXTERN_KERNEL_CODEGEN,
+    CustomCodegen,
+)
+from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 GraphFunction = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -201,14 +212,108 @@ def named_backend(name: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
     return lookup_backend(name)
 
 
+def call_without_dispatch(op: Any, body: Callable[..., Any]) -> None:
+    """Have the code that Inductor writes call ``body`` where it would call ``op``.
+
+    It calls ops with autograd and every dispatch mode out of the way, so that all which the
+    dispatcher does is cost time: 3 us and more, as much as a small kernel. Where there is a
+    profiler it goes through the dispatcher, to be seen. Code for AOTInductor stays as it is.
+    Tried on 2.11, 2.13, 2.14.
+    """
+
+    profiling = "torch._C._autograd._profiler_enabled()"
+
+    def write(node: Any, writeline: Callable[[str], None]) -> None:
+        arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+        name = node.python_kernel_name
+        writeline(f"{node.get_name()} = ({name} if {profiling} else {name}.run)({arguments})")
+
+    op.run = body
+    CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
+
+
 @contextlib.contextmanager
 def forgetting_unbacked_symbols() -> Iterator[None]:
-    """Let fake code make data-dependent sizes that no node will bind. Tried on 2.11 to 2.14."""
-    mode = detect_fake_mode()
-    if mode is None or mode.shape_env is None:
-        yield
-        return
-    with mode.shape_env.ignore_fresh_unbacked_symbols():
+    """Let fake code make data-dependent sizes, which no node will bind.
+
+    Whatever the user set for the rest of the graph: what a layer does inside is its own matter.
+    Tried on 2.11, 2.13, 2.14.
+    """
+    mode: Any = detect_fake_mode()
+    # What ``torch.library.get_ctx()`` gives to the fake of an op; its second argument is what it
+    # raises where there can be no such size.
+    context: Any = FakeImplCtx
+    env = mode.shape_env
+    with set_ctx_getter(lambda: context(mode, "new_dynamic_size() needs fakes with a ShapeEnv")):
+        if env is None:
+            yield
+            return
+        before = env.settings
+        env.settings = dataclasses.replace(
+            before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True
+        )
+        try:
+            with env.ignore_fresh_unbacked_symbols():
+                yield
+        finally:
+            env.settings = before
+
+
+def bind_unbacked_symbols(made: Iterable[torch.Tensor], given: Iterable[Any]) -> None:
+    """Have the node whose fake made these tensors bind the sizes that are in them for the first
+    time, and not among the operands ``given``. Tried on 2.11, 2.13, 2.14."""
+    known = {symbol for value in given for symbol in free_unbacked_symbols(value)}
+    fresh = {symbol for tensor in made for symbol in free_unbacked_symbols(tensor)} - known
+    if fresh:
+        mode: Any = detect_fake_mode()
+        env = mode.shape_env
+        if not env._ignore_fresh_unbacked_symbols_tls():  # nor does torch then
+            env.pending_fresh_unbacked_symbols += sorted(fresh, key=str)
+
+
+Expression = sympy.Expr
+"""A size in terms of the symbols of a graph."""
+
+
+def expression(value: Any) -> Any:
+    """What a symbolic int stands for; a constant, and any other value, as it is."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    expr = value.node.expr
+    return int(expr) if expr.is_number else expr
+
+
+def evaluate(value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+    """What a symbolic int is where its symbols are as ``known``; any other value as it is."""
+    expr = expression(value)
+    return int(expr.xreplace(dict(known))) if isinstance(expr, Expression) else expr
+
+
+def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
+    """The symbols in ``values``, and what they are in the call that is traced: None where that
+    depends on values of tensors. Tried on 2.11, 2.13, 2.14."""
+    found: dict[sympy.Symbol, int | None] = {}
+    for value in values:
+        if isinstance(value, torch.SymInt) and not isinstance(expression(value), int):
+            known = value.node.shape_env.backed_var_to_val
+            for symbol in sorted(value.node.expr.free_symbols, key=str):
+                found[symbol] = int(known[symbol]) if symbol in known else None
+    return found
+
+
+def guard_equal(value: torch.SymInt, symbol: sympy.Symbol, other: Any) -> None:
+    """Trace anew when a symbol of the graph that ``value`` is of is not ``other`` any more."""
+    value.node.shape_env.evaluate_expr(sympy.Eq(symbol, other))
+
+
+@contextlib.contextmanager
+def for_real() -> Iterator[None]:
+    """Run code on real tensors in the middle of a trace, as if nothing were traced.
+
+    What the code compiles by itself must not find the trace around it either. Tried on 2.11,
+    2.13, 2.14.
+    """
+    with tracing(None), _disable_current_modes(), no_python_dispatcher():
         yield
 
 
@@ -216,6 +321,37 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 def fake_mode_of(fakes: list[Any]) -> Iterator[None]:
     """Run code on ``fakes``, as their maker does."""
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    found: FakeTensorMode | None = detect_fake_mode(list(values))
+    return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def hint(value: Any) -> Any:
+    """A number for a symbolic size: what it was where it was traced, or any."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.has_hint() else 2
+    return value
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+@contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
     with mode, enable_python_dispatcher():
         yield
 

@@ -12,7 +12,8 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.choice import Choices
 from kernelgraph.graph.layer_call import Trace, adopt
 from kernelgraph.graph.options import Options
-from kernelgraph.graph.rewrite import rewrite
+from kernelgraph.graph.plan import plan
+from kernelgraph.graph.rewrite import replace_layers
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.mapping import current_mapping
 from kernelgraph.report import Decision, Report, publish
@@ -48,7 +49,7 @@ def hubkernels(
         _torch.trace_again()
     trace: Trace | None = notes.get("trace")
     choices = trace.choices if trace else Choices(parsed, current_mapping())
-    rewrite(graph_module, choices)
+    replace_layers(plan(graph_module, choices), choices)
     _report(choices.decisions, compile_call)
     return _inner(parsed)(graph_module, example_inputs)
 

@@ -54,6 +54,8 @@ class Choices:
 
     options: Options
     mapping: KernelMapping
+    training: bool | None = None
+    """Whether a gradient can flow through the calls; None: each call tells."""
     decisions: list[Decision] = field(default_factory=list)
     _outcomes: dict[tuple[type, Target, Mode], Kernel | Rejection] = field(default_factory=dict)
 
@@ -98,9 +100,11 @@ class Choices:
         device = tensors[0].device if tensors else first_device(site.module)
         if device is None:
             raise KeepReference(site, Reason.NO_DEVICE, "no tensor tells the device")
-        grad = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*tensors, *site.module.parameters())
-        )
+        grad = self.training
+        if grad is None:
+            grad = torch.is_grad_enabled() and any(
+                t.requires_grad for t in (*tensors, *site.module.parameters())
+            )
         mode = (Mode.TRAINING if grad else Mode.INFERENCE) | Mode.TORCH_COMPILE
         if (kernelized := kernelized_with(site.module)) is not None:
             mode = kernelized[1]

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelgraph.graph import _torch, options
+from kernelgraph.graph import _torch, options, verify
 from kernelgraph.graph._torch import Frame
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
-from kernelgraph.graph.ops import lower, overload
+from kernelgraph.graph.ops import lower, overload, pack
 from kernelgraph.graph.state import Path, State
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
@@ -110,7 +110,7 @@ def _traced(
     lowered = kernelgraph_finish()
     if lowered is None:
         return reference(module, *args, **kwargs)
-    op_name, paths, numbers, output = lowered
+    op_name, paths, numbers, output, count, written, first_state, packed = lowered
     operands: list[Any] = []
     for path in paths:
         value = (args, kwargs, state)
@@ -118,8 +118,13 @@ def _traced(
             value = value[step]
         operands.append(value)
     operands.extend(numbers)
-    results = overload(op_name)(*operands)
-    return put_leaves(output, (results,) if isinstance(results, Tensor) else results)
+    results = overload(op_name)(*pack(operands, packed))
+    if isinstance(results, Tensor):
+        results = (results,)
+    for i, value in zip(written, results[count:]):  # noqa: B905 (Dynamo does not know strict)
+        # No gradient goes from one call to the next through what a layer counts.
+        operands[i].copy_(value.detach() if i >= first_state else value)
+    return put_leaves(output, results)
 
 
 # --- at trace time ---------------------------------------------------------------------------
@@ -186,13 +191,14 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> tuple[Path, ...] | None:
 
 
 @_torch.at_trace_time
-def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
+def kernelgraph_finish() -> tuple[Any, ...] | None:
     """The op for the call that was begun, its state now read.
 
     Returns:
         The op's name, the keys from ``(args, kwargs, state)`` to its first operands, the numbers
-        that are its last, and the form of what the layer returns; None where the reference is
-        kept after all.
+        that are its last, the form of what the layer returns and how many results that takes,
+        the operands that the next results are to be written into, where those that are state
+        begin, and those that are packed; None where the reference is kept after all.
     """
     frame = Frame()
     trace = Trace.of(frame)
@@ -202,7 +208,13 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
         with frame.fake_mode():
             args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
             call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
-            lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+            if trace.choices.options.verify:
+                verify.check(site, kernel, call, operands)
+            place = (site.module, site.path)
+            lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+    except KeepReference as kept:
+        trace.choices.decisions.append(kept.decision)
+        return None
     except (UnsupportedValue, NotImplementedError) as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
         return None
@@ -212,7 +224,8 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
     trace.choices.decisions.append(decision)
     keys = [*call.argument_keys, *((2, i) for i in range(len(state.tensors)))]
     numbers = tuple(number for _, number in state.numbers)
-    return lowered.name, tuple(keys), numbers, lowered.output
+    written = (len(lowered.results), lowered.written, len(call.argument_keys))
+    return lowered.name, tuple(keys), numbers, lowered.output, *written, lowered.packed
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:

@@ -337,3 +337,12 @@ def test_the_mode_of_another_package_as_an_option(theirs: Any) -> None:
     with torch.no_grad():
         torch.compile(model, backend="hubkernels", options=options)(x)
     assert decisions()[0].mode == str(Mode.INFERENCE | Mode.TORCH_COMPILE)
+
+
+@torch.no_grad()
+def test_the_mode_of_another_package_for_a_graph_of_ones_own(theirs: Any) -> None:
+    model, x = nn.Sequential(Scale()), torch.randn(3, 4)
+    graph_module = fx.GraphModule(model, kernelgraph.Tracer().trace(model))
+    kernelgraph.rewrite(graph_module, mode=theirs.Mode.INFERENCE, example_inputs=(x,))
+    assert [d.uses_kernel for d in decisions()] == [True]
+    torch.testing.assert_close(graph_module(x), model(x) + 10)

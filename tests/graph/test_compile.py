@@ -549,27 +549,6 @@ class TestLayers:
             assert_same(compiled(model)(x), reference + 1000)
 
     @torch.no_grad()
-    def test_a_reference_that_cannot_be_traced(self) -> None:
-        def shapes(self: nn.Module, x: Tensor) -> Tensor:
-            return torch.empty_like(x)
-
-        class Loop(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return torch.stack([row * int(row.sum().item() > 0) for row in x])
-
-        class HubLoop(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x + len(x.numpy())
-
-        replace_kernel_forward_from_hub(Loop, "Loop")
-        x = torch.randn(3, 4)
-        with use_kernel_mapping(on_cpu(Loop=HubLoop)):
-            with pytest.raises(Exception, match="pass fake= where the layer is made extensible"):
-                compiled(Loop())(x)
-            replace_kernel_forward_from_hub(Loop, "Loop", fake=shapes)
-            assert_same(compiled(Loop())(x), x + 3)
-
-    @torch.no_grad()
     def test_no_kernel_for_the_device(self) -> None:
         with use_kernel_mapping({"Scale": {"cuda": Repository(OpaqueScale)}}, False):
             model, x = Chain(), torch.randn(3, 4)
