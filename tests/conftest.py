@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,16 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch"].compiler.reset()
+
+
+@pytest.fixture(params=["stand-in", "kernels"])
+def theirs(request: pytest.FixtureRequest) -> Any:
+    """Another package that tags layers: one for tests and, where it is installed, ``kernels``."""
+    if request.param == "kernels":
+        return pytest.importorskip("kernels")
+    from tests import foreign
+
+    return foreign
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

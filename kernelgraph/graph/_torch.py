@@ -108,8 +108,8 @@ class Frame:
         A number that traced code reads may become symbolic once it has changed, and an op's
         schema takes no symbolic float; a guard alone keeps it a constant.
         """
-        if isinstance(value, (tuple, list, dict, set, frozenset)):
-            # Dynamo's own compares by ==, for which 1 and True are alike.
+        if isinstance(value, (tuple, list, dict, set, frozenset, functools.partial)):
+            # Dynamo's own compares by ==, for which 1 and True are alike; partials by identity.
             self.guard_check(name, path, functools.partial(same, value))
             return
         by_identity = isinstance(value, enum.Enum) or callable(value)
@@ -232,6 +232,7 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
     """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
     kwargs: dict[str, Any] = {}
+    compiler = _given_backend(compiler)
     while True:
         if isinstance(compiler, functools.partial):
             kwargs = {**compiler.keywords, **kwargs}
@@ -245,13 +246,19 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
             return compiler, kwargs
 
 
+def _given_backend(compiler: Any) -> Any:
+    """What torch.compile gave to Dynamo, which for a DistributedDataParallel has one of its own
+    around it, made for each compile, to hand it the graph in parts. Tried on 2.11, 2.13, 2.14."""
+    return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+
+
 def current_graph() -> tuple[dict[str, Any], object]:
     """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
     for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
     if TracingContext.try_get() is None:
         return {}, None
     graph = InstructionTranslator.current_tx().output
-    return _notes(graph), graph.compiler_fn
+    return _notes(graph), _given_backend(graph.compiler_fn)
 
 
 def _notes(graph: Any) -> dict[str, Any]:

@@ -235,6 +235,10 @@ def module_path(stack: Mapping[str, tuple[str, type]]) -> str:
     """The path of the innermost module in an ``nn_module_stack``, as in ``named_modules()``."""
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    # Dynamo names the root by where it found it: a local variable, or a global.
-    return re.sub(r"^(L\['\w+'\]|G\['\w+'\])\.?", "", path)
+    # A module with an __getattr__ of its own is seen to reach for its submodules itself.
+    path = re.sub(r"\.__dict__\['_modules'\]\['(.*?)'\]", r".\1", list(stack.values())[-1][0])
+    # Dynamo names the root by where it found it: a local variable, or a global. A function that
+    # was made a layer is a global too, and has no path but its name.
+    root = re.match(r"[LG]\['(\w+)'\]\.?", path)
+    below = path[root.end() :] if root else path
+    return below or (root[1] if root and len(stack) > 1 else "")

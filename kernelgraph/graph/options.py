@@ -54,8 +54,11 @@ class Options:
             )
         kernel_mode = given.pop("kernel_mode", None)
         if kernel_mode is not None:
-            if not isinstance(kernel_mode, Mode):
-                raise TypeError(f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}")
+            try:
+                kernel_mode = Mode.parse(kernel_mode)
+            except TypeError:
+                what = f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}"
+                raise TypeError(what) from None
             tried(kernel_mode)
             kernel_mode |= Mode.TORCH_COMPILE
         verify = given.pop("verify", False)

@@ -80,6 +80,7 @@ def rewrite(
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise TypeError(f"rewrite changes a torch.fx.GraphModule, not {_kind(graph_module)}")
+    mode = Mode.parse(mode)
     tried(mode)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise TypeError(

@@ -11,12 +11,12 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 from kernelgraph.devices import DEVICE_TYPES, Target, target_of
+from kernelgraph.hub.foreign import foreign_origin
 from kernelgraph.hub.importing import Checked, Origin, import_checked, module_origin
 from kernelgraph.hub.metadata import (
-    METADATA,
     check_archs,
+    content_hash,
     digest_files,
-    encoded_digest,
     read_metadata,
     verify,
 )
@@ -152,17 +152,9 @@ def load_variant(
     except ValueError as error:
         raise ValueError(f"kernel {repository}, variant {directory.name}: {error}") from error
     package = _package(directory, sha256, package_name, metadata.name or name, repository)
-    content = _content_hash(directory, sha256)
+    content = content_hash(directory, sha256)
     origin = Origin(repository, metadata.name or name, revision or content, directory.name)
     return import_checked(Checked(directory, package, content, sha256, origin))
-
-
-def _content_hash(directory: Path, sha256: Mapping[str, str]) -> str:
-    lines = [f"{file}\0{digest}\n" for file, digest in sorted(sha256.items())]
-    # The metadata belongs to the content: it names the kernel and its devices.
-    if (metadata := directory / METADATA).is_file():
-        lines.append(f"{METADATA}\0{encoded_digest(metadata)}\n")
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _package(
@@ -210,11 +202,11 @@ def _gfx(target: Target) -> str | None:
 def origin_of(layer: type[nn.Module]) -> Origin:
     """Where the hub layer ``layer`` comes from.
 
-    For a class that no kernel loaded here defines, the repository is its top-level module, and the
-    revision is a hash of what its ``forward`` computes, as far as its code tells: the same in each
-    process, another after an edit.
+    For a class that is in no kernel, the repository is its top-level module, and the revision is a
+    hash of what its ``forward`` computes, as far as its code tells: the same in each process,
+    another after an edit.
     """
-    if origin := module_origin(layer.__module__):
+    if origin := module_origin(layer.__module__) or foreign_origin(layer):
         return origin
     root = layer.__module__.partition(".")[0]
     return Origin(root, root, code_hash(layer.forward), "")
@@ -261,6 +253,8 @@ def _fingerprint(value: object, seen: set[int]) -> str:
     kind = value if isinstance(value, type) else type(value)
     if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device", "layout"):
         return str(value)
+    if kind is type(value) and isinstance(name := getattr(value, "__name__", None), str):
+        return f"{getattr(value, '__module__', None)}.{name}"  # built in, or an op of torch
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -188,6 +188,20 @@ def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
     }
 
 
+def content_hash(directory: Path, sha256: Mapping[str, str]) -> str:
+    """The hash of a variant's whole content, in hex.
+
+    Args:
+        directory: The variant.
+        sha256: Its `digest_files`.
+    """
+    lines = [f"{file}\0{digest}\n" for file, digest in sorted(sha256.items())]
+    # The metadata belongs to the content: it names the kernel and its devices.
+    if (metadata := directory / METADATA).is_file():
+        lines.append(f"{METADATA}\0{encoded_digest(metadata)}\n")
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
 def encoded_digest(file: Path | bytes, algorithm: str = "sha256") -> str:
     """The base64 digest of a file, or of bytes."""
     state = hashlib.new(algorithm)

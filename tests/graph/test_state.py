@@ -257,6 +257,9 @@ class Inner(nn.Module):
         return self.dropout(self.linear(x))
 
 
+TANH_GELU = functools.partial(functional.gelu, approximate="tanh")
+
+
 class Everything(nn.Module):
     scale = 2.0
     classes: Any = (torch.float32, None)
@@ -280,6 +283,7 @@ class Everything(nn.Module):
         self.color = Color.RED
         self.function = functional.silu
         self.builtin = torch.relu
+        self.partial = TANH_GELU
         self.cls = nn.Linear
         self.inner = Inner()
         self.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(12)])
@@ -347,6 +351,7 @@ def state_of(body: str, module: nn.Module | None = None) -> State:
         ("self.color", "constants", ((("color",), Color.RED),)),
         ("self.function(x)", "constants", ((("function",), functional.silu),)),
         ("self.builtin(x)", "constants", ((("builtin",), torch.relu),)),
+        ("self.partial(x)", "constants", ((("partial",), TANH_GELU),)),
         ("self.cls", "constants", ((("cls",), nn.Linear),)),
         ("self.classes", "constants", ((("classes",), (torch.float32, None)),)),
         ("self.inner.dropout.training", "constants", ((("inner", "dropout", "training"), True),)),
@@ -562,9 +567,18 @@ def make(factor):
         torch.ones(1).add,
         [].append,
         type("Local", (), {}),
-        functools.partial(functional.silu, torch.ones(1)),
+        functools.partial(torch.add, torch.ones(1)),
+        functools.partial(functional.gelu, approximate=["tanh"]),
     ],
-    ids=["closure-tensor", "closure-list", "bound-builtin", "bound-append", "class", "partial"],
+    ids=[
+        "closure-tensor",
+        "closure-list",
+        "bound-builtin",
+        "bound-append",
+        "class",
+        "partial-tensor",
+        "partial-list",
+    ],
 )
 def test_a_callable_with_state_is_no_constant(function):
     module = Everything()
@@ -590,6 +604,9 @@ def described(body: str, **attributes: Any) -> str:
         ("self.function(x)", lambda x: x, lambda x: -x),
         ("self.function(x)", functional.silu, functional.gelu),
         ("self.function(x)", torch.relu, torch.tanh),
+        ("self.function(x)", functools.partial(functional.gelu), functional.gelu),
+        ("self.function(x)", TANH_GELU, functools.partial(functional.gelu, approximate="none")),
+        ("self.function(x)", functools.partial(torch.add, 1), functools.partial(torch.add, 2)),
         ("self.flag", True, False),
         ("self.flag", 1j, True),
         ("self.shape", (1, 2), (1.0, 2)),
