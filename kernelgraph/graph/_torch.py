@@ -18,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext, detect_fake_mode
@@ -127,6 +128,8 @@ def _tensors_in(variable: Any) -> Iterator[torch.Tensor]:
         variable = variable.realize()
     if isinstance(variable, TensorVariable):
         yield variable.as_proxy().node.meta["example_value"]
+    if isinstance(variable, ConstantVariable):  # a text's items are texts, without end
+        return
     items = getattr(variable, "items", ())
     for item in items.values() if isinstance(items, dict) else items:
         yield from _tensors_in(item)
