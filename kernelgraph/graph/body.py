@@ -53,6 +53,9 @@ class Body:
         """The operands whose contents after the call are results too, behind the others."""
         self.count = len(told.results) + len(self.returned)
         """How many results there are."""
+        self.flows: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        """Which results a gradient flows through, by which operands gradients are wanted of; all
+        do where it is not told."""
         self._kernel = kernel
         self._layer = layer
         self._call = call

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 from kernelgraph.graph.body import Body
 from kernelgraph.graph.call import Call, Template, digest
-from kernelgraph.graph.shapes import Result, effects, remember, static_key, tell
+from kernelgraph.graph.shapes import Result, differentiable, effects, remember, static_key, tell
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -124,7 +124,9 @@ def _lower(
 ) -> Lowered:
     form, sizes = call.describe(), static_key(operands)
     # A model calls most of its layers alike; running them on fakes is what takes the time here.
+    wanted = _wanted(operands) if training else ()
     key = (kernel.layer, kernel.origin, layer, form, sizes, training, torch.get_default_dtype())
+    key = (*key, wanted)
     if sizes is not None and key in _answers:
         return _answers[key]
     shapes, told = tell(kernel, layer, call, operands)
@@ -146,10 +148,18 @@ def _lower(
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
+        if training and wanted not in body.flows:
+            flows = differentiable(layer, call, operands, body.returned)
+            remember(body.flows, wanted, flows or (True,) * body.count)
         lowered = Lowered(name, told.output, told.results, body.returned, _packed(call, body))
         if sizes is not None:
             remember(_answers, key, lowered)
     return lowered
+
+
+def _wanted(operands: Sequence[Any]) -> tuple[bool, ...]:
+    """Of which operands gradients are wanted."""
+    return tuple(isinstance(v, Tensor) and v.requires_grad for v in operands)
 
 
 _MOST_ARGUMENTS = 64
@@ -219,10 +229,17 @@ class _Formula:
         self._op = backward_op
         self._tensors = call.tensors
         self._written = body.returned
+        self._flows = body.flows
         self._packed = _packed(call, body)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
+        results = (output,) if isinstance(output, Tensor) else output
+        flows = self._flows.get(_wanted(operands), ())
+        # A buffer that a layer counts in is to stay one.
+        ctx.mark_non_differentiable(
+            *(r for r, flow in zip(results, flows, strict=False) if not flow)
+        )
         # What the layer writes into is written anew before there is a backward.
         ctx.save_for_backward(
             *(operands[i].clone() if i in self._written else operands[i] for i in self._tensors)

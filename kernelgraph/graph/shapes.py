@@ -224,6 +224,41 @@ def effects(kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[An
     return Effects(kernels.written if kernels else (), references.written if references else ())
 
 
+def differentiable(
+    layer: Extensible, call: Call, operands: Sequence[Any], written: Sequence[int]
+) -> tuple[bool, ...] | None:
+    """Which results a gradient flows through, by a run of the reference on fakes; None where that
+    does not run.
+
+    Args:
+        layer: The layer that is called.
+        call: The form of the call.
+        operands: Its operands, which say by ``requires_grad`` where gradients are wanted.
+        written: The operands that the reference writes into: results too, behind the others.
+    """
+    given = [v for v in operands if isinstance(v, Tensor)]
+    results: list[Any] = []
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _torch.fake_mode_of(given),
+            _torch.forgetting_unbacked_symbols(),
+            _torch.no_data_pointers(),
+        ):
+            leaves = [
+                _like(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+                for v in operands
+            ]
+            # A layer may write into what it is given, which it could not if these were leaves.
+            fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]
+            take_leaves(Runner(layer.reference, call)(fakes), results)
+            results += [fakes[i] for i in written]
+    except Exception:  # native code, say
+        return None
+    return tuple(result.requires_grad for result in results)
+
+
 def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -> Told | None:
     try:
         return run_on_fakes(Runner(forward, call), operands)

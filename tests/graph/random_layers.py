@@ -264,6 +264,9 @@ def layers(draw: Callable[[Any], Any]) -> Layer:
     state = set(draw(st.lists(st.sampled_from(list(STATE)), max_size=4, unique=True)))
     if "tied" in state or any("self.weight" in RESULTS[r] for r in results):
         state.add("weight")
+    source = draw(st.booleans())
+    if not source or "everything" in state:
+        state.discard("config")  # an object that is no module cannot be taken whole
     targets = ["x", *({"y"} & set(parameters)), *({"offset"} & state)]
     written = draw(st.none() | st.sampled_from(targets))
     opaque = draw(st.booleans())
@@ -278,7 +281,7 @@ def layers(draw: Callable[[Any], Any]) -> Layer:
         written=written,
         writers=draw(st.sampled_from(writers)) if written else (),
         opaque=opaque,
-        source=draw(st.booleans()),
+        source=source,
     )
 
 
@@ -337,7 +340,10 @@ class Model:
 
     def text(self) -> str:
         """The source of all of it."""
-        parts = [spec.text().replace("class Layer", f"class Layer{i}") for i, spec in enumerate(self.layers)]
+        parts = [
+            spec.text().replace("class Layer", f"class Layer{i}")
+            for i, spec in enumerate(self.layers)
+        ]
         return "\n".join([*parts, self.forward()])
 
     def forward(self) -> str:
@@ -365,17 +371,20 @@ class Model:
         return "\n".join(lines)
 
     def _given(self, made: Made, spec: Layer, count: int) -> str:
-        arguments = dict(made.arguments)
+        made_arguments = arguments = dict(made.arguments)
         x = made.x
         if spec.written:
-            x, *rest = (_writable(a) for a in (x, *arguments.values()))
-            arguments = dict(zip(arguments, rest, strict=True))
+            # Operands are values: what is written into one does not show in another.
+            arguments = {k: _apart(a) for k, a in arguments.items() if k != spec.written}
+            if spec.written in made_arguments:
+                arguments[spec.written] = _writable(made_arguments[spec.written])
+            x = _writable(x) if spec.written == "x" else _apart(x)
         given = [x.text(count, spec.dtype)]
         in_position = made.positional or "rest" in arguments
         for name in spec.parameters:
             argument = arguments.get(name)
             if argument is None and (name in REQUIRED or (name != "more" and "rest" in arguments)):
-                argument = x
+                argument = _apart(x) if spec.written else x
             if argument is None:
                 in_position = False
                 continue
@@ -398,6 +407,10 @@ class Model:
             by_name = name in KEYWORD_ONLY or not (in_position or name == "rest")
             given.append(value if name in ("rest", "more") or not by_name else f"{name}={value}")
         return ", ".join(given)
+
+
+def _apart(argument: Argument) -> Argument:
+    return Argument(argument.value, f"{argument.view}.clone()")
 
 
 def _writable(argument: Argument) -> Argument:
@@ -437,7 +450,9 @@ def models(draw: Callable[[Any], Any], *, training: bool) -> Model:
     for k in range(draw(st.integers(len(own), 4))):
         layer = own[k % len(own)]
         given = [
-            (name, draw(ARGUMENTS)) for name in layer.parameters if name in REQUIRED or draw(st.booleans())
+            (name, draw(ARGUMENTS))
+            for name in layer.parameters
+            if name in REQUIRED or draw(st.booleans())
         ]
         calls.append(
             Made(
@@ -450,6 +465,4 @@ def models(draw: Callable[[Any], Any], *, training: bool) -> Model:
             )
         )
     inputs = st.tuples(st.sampled_from(DTYPES), st.sampled_from(list(LAYOUTS)))
-    return Model(
-        own, tuple(draw(st.lists(inputs, min_size=1, max_size=2))), tuple(calls), training
-    )
+    return Model(own, tuple(draw(st.lists(inputs, min_size=1, max_size=2))), tuple(calls), training)
