@@ -184,7 +184,7 @@ class Layer:
                 target = f"native({target})"
             lines.append(f"    {target}.mul_(2).add_({10 if who == 'kernel' else 0})")
         lines.append("    total = x * 0.5")
-        for name, (_, adds) in taken:
+        for _, (_, adds) in taken:
             lines.append(f"    total = total + {adds}")
         for name in self.state:
             lines.append(f"    total = total + {STATE[name][1]}")

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
@@ -81,7 +80,6 @@ def eager_call(layer: nn.Module, spec: Layer, *args: Any, **kwargs: Any) -> Any:
         result, written = once(layer, kernel.forward, spec.written, args, kwargs)
     if torch.is_grad_enabled():
         expected, expected_written = once(layer, reference, spec.written, args, kwargs)
-        with_gradient = functools.partial(pytree.tree_map_only, Tensor)
         result, written = pytree.tree_map(
             lambda v, r: _Value.apply(v, r) if isinstance(r, Tensor) and r.requires_grad else v,
             (result, written),
@@ -180,18 +178,62 @@ def check(spec: Model, inner: Any, region: Any, *, dynamic: bool | None = None) 
         assert set(inner.counts) == {len(spec.calls)}
 
 
-LAW = (
-    """A compiled model gives what it gives eagerly with its kernels, and changes what that does."""
-)
-
-
-@examples(60)
+@examples(50)
 @given(models(training=False), st.sampled_from([torch.no_grad, torch.inference_mode]))
 def test_compiled_with_kernels_is_eager_with_kernels(spec: Model, region: Any) -> None:
+    """A compiled model gives what it gives eagerly with its kernels, and changes the same."""
     check(spec, Recorder(), region)
 
 
-@examples(20)
+@examples(10)
+@given(models(training=False))
+def test_so_it_is_through_aot(spec: Model) -> None:
+    check(spec, "aot_eager", torch.no_grad, dynamic=True)
+
+
+@examples(3)
+@given(models(training=False))
+def test_so_it_is_through_inductor(spec: Model) -> None:
+    check(spec, "inductor", torch.no_grad)
+
+
+@examples(15)
 @given(models(training=True))
 def test_so_are_the_gradients(spec: Model) -> None:
+    """And its gradients are those of the references, at the values that the kernels give."""
     check(spec, "aot_eager", torch.enable_grad)
+
+
+class Calls:
+    """An inner compiler that keeps the kernel ops that run, with copies of their arguments."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found = self.found
+
+        class Keeping(fx.Interpreter):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+                if str(target).startswith("hubkernels."):
+                    found.append((target, pytree.tree_map_only(Tensor, torch.clone, args)))
+                return super().call_function(target, args, kwargs)
+
+        return Keeping(graph_module).run
+
+
+@examples(20)
+@given(models(training=False))
+def test_every_op_passes_opcheck(spec: Model) -> None:
+    """Whatever op a layer becomes is what torch asks of an op."""
+    torch.compiler.reset()
+    note(spec.text())
+    torch.manual_seed(0)
+    calls = Calls()
+    model, inputs = build(spec), inputs_of(spec, 4)
+    compiled = torch.compile(model, backend="hubkernels", fullgraph=True, options={"inner": calls})
+    with mapping(spec.layers), torch.no_grad():
+        compiled(*inputs)
+        assert len(calls.found) == len(spec.calls)
+        for op, args in calls.found:
+            torch.library.opcheck(op, args)
