@@ -56,6 +56,9 @@ class Body:
         self.kept = effects.layer if differentiable else ()
         """The operands whose contents before the call are the last results, for the backward:
         by then they have been written over."""
+        self.flows: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        """Which results a gradient flows through, by which operands gradients are wanted of; all
+        do where it is not told."""
         self._kernel = kernel
         self._layer = layer
         self._call = call

@@ -101,8 +101,7 @@ def same(one: Any, other: Any) -> bool:
         ours, theirs = parts_of(one), parts_of(other)
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
     if isinstance(one, functools.partial):
-        ours, theirs = ((f.func, f.args, f.keywords) for f in (one, other))
-        return same(ours, theirs)
+        return same(*((f.func, f.args, f.keywords) for f in (one, other)))
     return one is other or one == other or (one != one and other != other)
 
 

@@ -37,11 +37,12 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the memory that ``tensor`` reaches, on whatever device.
 
     By address and not by storage: an array from another library, over the same memory, comes
-    back in a storage of its own.
+    back in a storage of its own. An empty tensor counts as a byte: autograd sees a write into it,
+    and it shall not be handed on as a result either.
     """
-    if tensor.numel() == 0:
-        return 0, 0
     start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start + 1
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 from kernelgraph.graph.body import Body
 from kernelgraph.graph.call import Call, Template, digest, template_text
-from kernelgraph.graph.shapes import Result, effects, remember, static_key, tell
+from kernelgraph.graph.shapes import Result, differentiable, effects, remember, static_key, tell
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -124,7 +124,9 @@ def _lower(
 ) -> Lowered:
     form, sizes = call.describe(), static_key(operands)
     # A model calls most of its layers alike; running them on fakes is what takes the time here.
-    key = (kernel.layer, kernel.origin, layer, form, sizes, training, torch.get_default_dtype())
+    wanted = _wanted(operands) if training else ()
+    what = (kernel.layer, kernel.origin, layer, form, sizes)
+    key = (*what, training, wanted, torch.get_default_dtype())
     if sizes is not None and key in _answers:
         return _answers[key]
     shapes, told = tell(kernel, layer, call, operands)
@@ -146,10 +148,18 @@ def _lower(
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
+        if training and wanted not in body.flows:
+            flows = differentiable(layer, call, operands, body.returned)
+            remember(body.flows, wanted, flows or (True,) * body.count)
         lowered = Lowered(name, told.output, told.results, body.returned, _packed(call, body))
         if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
+
+
+def _wanted(operands: Sequence[Any]) -> tuple[bool, ...]:
+    """Of which operands gradients are wanted."""
+    return tuple(isinstance(v, Tensor) and v.requires_grad for v in operands)
 
 
 _MOST_ARGUMENTS = 64
@@ -221,15 +231,21 @@ class _Formula:
         self._tensors = call.tensors
         self._count = body.count
         self._kept = body.kept
+        self._flows = body.flows
         self._packed = _packed(call, body)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
+        results = (output,) if isinstance(output, Tensor) else output
+        flows = self._flows.get(_wanted(operands), ())
+        # A buffer that a layer counts in is to stay one.
+        still = [r for r, flow in zip(results, flows, strict=False) if not flow]
         if self._kept:
-            kept = output[-len(self._kept) :]
-            ctx.mark_non_differentiable(*kept)
+            kept = results[-len(self._kept) :]
+            still += kept
             for i, before in zip(self._kept, kept, strict=True):
                 operands[i] = before
+        ctx.mark_non_differentiable(*still)
         ctx.save_for_backward(*(operands[i] for i in self._tensors))
         ctx.numbers = [None if i in self._tensors else v for i, v in enumerate(operands)]
 

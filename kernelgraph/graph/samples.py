@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
 
+UNKNOWN = 8
+"""A size that depends on values, for want of a hint."""
+
 _FILLED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, Template, UnsupportedValue
+from kernelgraph.graph import _torch, samples
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_tensors
 from kernelgraph.graph.paths import path_text
 from kernelgraph.graph.probe import Probe
 from kernelgraph.graph.runner import Runner
@@ -142,6 +142,9 @@ def tell(
     errors = []
     for what, source in attempts:
         try:
+            if what == "the kernel" and static_key(operands) is None:
+                # A run that fails on symbolic sizes has guarded them by then, for nothing.
+                _at_hints(source, operands)
             return source, source(operands)
         except Exception as error:
             if isinstance(error, AttributeError):
@@ -157,6 +160,29 @@ def tell(
         "by running it or the layer on fake tensors, nor by probing it; pass fake= where the "
         f"layer is made extensible ({'; '.join(errors)})"
     )
+
+
+def _at_hints(source: Source, operands: Sequence[Any]) -> Told:
+    """What ``source`` tells of a call with the sizes that symbols have in the call that is traced;
+    nothing is guarded."""
+    known = {
+        symbol: samples.UNKNOWN if hint is None else hint
+        for symbol, hint in _torch.hints(n for v in operands for n in samples.measures(v)).items()
+    }
+
+    def static(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return _torch.evaluate(value, known)
+        size, stride = (
+            [_torch.evaluate(n, known) for n in numbers]
+            for numbers in (value.shape, value.stride())
+        )
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+    with _torch.for_real():
+        with _torch.fake_mode_of([]):
+            fakes = [static(value) for value in operands]
+        return source(fakes)
 
 
 def _text(error: Exception) -> str:
@@ -223,8 +249,8 @@ def effects(
         UnsupportedValue: If the reference does what no op can.
         RuntimeError: If the two do not return the same structure.
     """
-    kernels = _attempt(kernel.forward, call, operands)
-    references = _attempt(layer.reference, call, operands)
+    kernels = _attempt("kernel", kernel.forward, call, operands)
+    references = _attempt("reference", layer.reference, call, operands)
     if kernels and references and references.output != kernels.output:
         raise RuntimeError(
             f"kernel {kernel} returns {describe_output(kernels.output)} for layer "
@@ -235,9 +261,47 @@ def effects(
     return Effects(kernels.written if kernels else (), references.written if references else ())
 
 
-def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -> Told | None:
+def differentiable(
+    layer: Extensible, call: Call, operands: Sequence[Any], written: Sequence[int]
+) -> tuple[bool, ...] | None:
+    """Which results a gradient flows through, by a run of the reference on fakes; None where that
+    does not run.
+
+    Args:
+        layer: The layer that is called.
+        call: The form of the call.
+        operands: Its operands, which say by ``requires_grad`` where gradients are wanted.
+        written: The operands that the reference writes into: results too, behind the others.
+    """
+    given = [v for v in operands if isinstance(v, Tensor)]
+    results: list[Any] = []
     try:
-        return run_on_fakes(Runner(forward, call), operands)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _torch.fake_mode_of(given),
+            _torch.forgetting_unbacked_symbols(),
+            _torch.no_data_pointers(),
+        ):
+            leaves = [
+                _like(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+                for v in operands
+            ]
+            # A layer may write into what it is given, which it could not if these were leaves.
+            fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]
+            take_tensors(Runner(layer.reference, call)(fakes), results)
+            results += [fakes[i] for i in written]
+    except Exception:  # native code, say
+        return None
+    return tuple(result.requires_grad for result in results)
+
+
+def _attempt(
+    what: str, forward: Callable[..., Any], call: Call, operands: Sequence[Any]
+) -> Told | None:
+    source = _on_fakes(what, forward, call)
+    try:
+        return source(operands) if static_key(operands) else _at_hints(source, operands)
     except _DependsOnValues:
         return None
     except UnsupportedValue:

@@ -102,7 +102,7 @@ class _Operands:
                 self._weights[i] = value
                 self._operands[i] = None  # nothing to make up
         hints = _torch.hints(n for v in operands for n in samples.measures(v))
-        self._known = {symbol: hint or _UNKNOWN for symbol, hint in hints.items()}
+        self._known = {symbol: hint or samples.UNKNOWN for symbol, hint in hints.items()}
         self.form = tuple((*map(self._size, samples.measures(v)), *_kind(v)) for v in operands)
 
     def _size(self, value: Any) -> Any:
@@ -120,10 +120,6 @@ class _Operands:
 
 def _kind(value: Any) -> tuple[Any, ...]:
     return (value.dtype, value.device) if isinstance(value, Tensor) else (type(value),)
-
-
-_UNKNOWN = 8
-"""A size that depends on values, for want of a hint."""
 
 
 def _compare(site: Site, kernel: Kernel, call: Call, maker: _Operands) -> str:

@@ -295,6 +295,17 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
             assert all(map(torch.equal, others, kept))
 
 
+def test_an_empty_result_owns_its_version_too():
+    """Autograd tells by versions who wrote into what it saved, even where there is nothing."""
+    x = torch.ones(0, 4, requires_grad=True)
+    op = lowered(layer(lambda self, x: x), kernel(lambda self, x: x), x, training=True)
+    for _ in range(2):
+        y = op()
+        y.add_(1)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.shape == (0, 4)
+
+
 def test_a_kernel_that_writes_into_its_operand_gets_a_copy():
     def writes(self, x):
         x.mul_(2)
@@ -387,6 +398,31 @@ def test_what_a_layer_writes_is_a_result_of_the_op(toy):
         assert op().tolist() == [i + plus] * 4
         assert y.tolist() == [i + 1.0] * 4
         assert module.count.item() == i
+
+
+def test_what_no_gradient_flows_through_wants_none():
+    """As of a norm that keeps statistics: a buffer stays one, and step follows step."""
+
+    def reference(self, x):
+        self.mean.mul_(0.5).add_(x.detach().mean())
+        return x * 2, x.detach() * 3
+
+    x, module = torch.ones(4, requires_grad=True), layer(reference, mean=torch.zeros(()))
+    op = lowered(module, kernel(reference), x, training=True)
+    for i in range(1, 3):
+        y, z = op()
+        assert (y.requires_grad, z.requires_grad) == (True, False)
+        assert not module.mean.requires_grad
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.tolist() == [2.0] * 4
+        assert module.mean.item() == 2 - 0.5 ** (i - 1)
+    # The same op, where a gradient is wanted of the buffer too.
+    mean = torch.zeros((), requires_grad=True)
+    module = layer(reference, mean=mean * 1)
+    other = lowered(module, kernel(reference), x, training=True)
+    assert other.lowered.name == op.lowered.name
+    other()
+    assert torch.autograd.grad(module.mean, mean)[0].item() == 0.5
 
 
 def test_the_gradient_goes_through_what_a_layer_writes():

@@ -355,3 +355,29 @@ def test_a_float_made_of_one_that_varies() -> None:
         torch.testing.assert_close(f(x, factor), eagerly(layer, x, factor * 2) + factor)
         assert_all_kernels()
     assert counter.count == 3
+
+
+@use_kernel_forward_from_hub("PlusOne")
+class PlusOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Lists(nn.Module):
+    """Runs on no fake, but not before it has looked at sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor(x.tolist()) + 10
+
+
+@pytest.mark.parametrize("how", ["dynamic", "marked"])
+def test_a_kernel_that_no_fake_can_run_guards_no_sizes(how: str) -> None:
+    counter = Counter()
+    run = compiled(nn.Sequential(PlusOne()), counter, dynamic=True if how == "dynamic" else None)
+    with use_kernel_mapping(on_cpu(PlusOne=Lists)):
+        for length in (3, 5, 8):
+            x = torch.ones(length, 2)
+            if how == "marked":
+                torch._dynamo.mark_dynamic(x, 0)
+            assert torch.equal(run(x), x + 10)
+    assert counter.count == 1
