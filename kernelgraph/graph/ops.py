@@ -125,8 +125,8 @@ def _lower(
     form, sizes = call.describe(), static_key(operands)
     # A model calls most of its layers alike; running them on fakes is what takes the time here.
     wanted = _wanted(operands) if training else ()
-    key = (kernel.layer, kernel.origin, layer, form, sizes, training, torch.get_default_dtype())
-    key = (*key, wanted)
+    settings = (training, wanted, torch.get_default_dtype())
+    key = (kernel.layer, kernel.origin, layer, form, sizes, settings)
     if sizes is not None and key in _answers:
         return _answers[key]
     shapes, told = tell(kernel, layer, call, operands)
