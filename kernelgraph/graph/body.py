@@ -173,13 +173,22 @@ class Body:
     ) -> list[Tensor]:
         """The gradients of the operands that ``needs`` marks, by running the reference."""
         with torch.enable_grad(), _torch.recording_gradients():
+            # Weights that are tied stay so, for a reference that goes over its parameters().
+            own: dict[int, Tensor] = {}
             leaves = [
-                v.detach().requires_grad_(needed) if isinstance(v, Tensor) else v
+                own.setdefault(id(v), v.detach().requires_grad_(needed))
+                if isinstance(v, Tensor)
+                else v
                 for v, needed in zip(operands, needs, strict=True)
             ]
             # Not the leaves themselves: a reference may write into what it is given.
+            views: dict[int, Tensor] = {}
             inputs = [
-                v.clone() if i in self.returned else v.view_as(v) if isinstance(v, Tensor) else v
+                v.clone()
+                if i in self.returned
+                else views.setdefault(id(v), v.view_as(v))
+                if isinstance(v, Tensor)
+                else v
                 for i, v in enumerate(leaves)
             ]
             before = self._versions(operands)
@@ -199,9 +208,13 @@ class Body:
                 made = torch.autograd.grad(
                     [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
                 )
+        # Of a tensor that is passed twice, the whole gradient goes to the first.
+        first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
         whole = [
-            torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else g
-            for v, g in zip(wanted, made, strict=True)
+            torch.zeros_like(v, memory_format=torch.contiguous_format)
+            if g is None or first[id(v)] != k
+            else g
+            for k, (v, g) in enumerate(zip(wanted, made, strict=True))
         ]
         return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
 

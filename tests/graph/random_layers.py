@@ -371,20 +371,22 @@ class Model:
         return "\n".join(lines)
 
     def _given(self, made: Made, spec: Layer, count: int) -> str:
-        made_arguments = arguments = dict(made.arguments)
+        arguments = dict(made.arguments)
         x = made.x
-        if spec.written:
-            # Operands are values: what is written into one does not show in another.
-            arguments = {k: _apart(a) for k, a in arguments.items() if k != spec.written}
-            if spec.written in made_arguments:
-                arguments[spec.written] = _writable(made_arguments[spec.written])
+        if spec.written or self.training:
+            # Operands are values: what is written into one does not show in another. And an op
+            # saves them all for its backward, where nobody may write into them any more.
+            arguments = {
+                name: _writable(a) if name == spec.written else _apart(a)
+                for name, a in arguments.items()
+            }
             x = _writable(x) if spec.written == "x" else _apart(x)
         given = [x.text(count, spec.dtype)]
         in_position = made.positional or "rest" in arguments
         for name in spec.parameters:
             argument = arguments.get(name)
             if argument is None and (name in REQUIRED or (name != "more" and "rest" in arguments)):
-                argument = _apart(x) if spec.written else x
+                argument = _apart(x)
             if argument is None:
                 in_position = False
                 continue

@@ -400,6 +400,18 @@ def test_what_a_layer_writes_is_a_result_of_the_op(toy):
         assert module.count.item() == i
 
 
+def test_tied_weights_are_one_parameter_in_the_backward_too():
+    def reference(self, x):
+        return x * sum(p.sum() for p in self.parameters()) * self.tied
+
+    weight = nn.Parameter(torch.tensor([2.0]))
+    module = layer(reference, weight=weight, tied=weight)
+    op = lowered(module, kernel(reference), torch.ones(1), training=True)
+    y = op()
+    assert y.item() == 4
+    assert torch.autograd.grad(y, weight)[0].item() == 4
+
+
 def test_what_no_gradient_flows_through_wants_none():
     """As of a norm that keeps statistics: a buffer stays one, and step follows step."""
 

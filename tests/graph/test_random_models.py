@@ -179,14 +179,15 @@ def check(
             if spec.training:
                 assert [t.requires_grad for t in made] == [t.requires_grad for t in expected]
                 found = [gradients(made, inputs, model), gradients(expected, others, twin)]
-                # Under autocast they are sums of what was rounded to bfloat16, in some order.
-                rounded = any(call.autocast for call in spec.calls)
+                # They are sums of what was rounded to bfloat16, in some order.
+                halves = torch.bfloat16 in [layer.dtype for layer in spec.layers]
+                rounded = halves or any(call.autocast for call in spec.calls)
                 assert_same(*found, **({"rtol": 0.02, "atol": 0.02} if rounded else {}))
     if isinstance(inner, Recorder):
         assert set(inner.counts) == {len(spec.calls)}
 
 
-@examples(40)
+@examples(20)
 @given(models(training=False), st.sampled_from([torch.no_grad, torch.inference_mode]))
 def test_compiled_with_kernels_is_eager_with_kernels(spec: Model, region: Any) -> None:
     """A compiled model gives what it gives eagerly with its kernels, and changes the same."""

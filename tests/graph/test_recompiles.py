@@ -82,7 +82,7 @@ reference = getattr(Layer.forward, "__kernelgraph_reference__", Layer.forward)
 
 
 def eagerly(layer: Any, x: Tensor, factor: float = 1.0, times: int = 1) -> Tensor:
-    x.detach().float().numpy()  # no fake has that
+    x.detach().float().cpu().numpy()  # no fake has that
     return reference(layer, x, factor, times) + 10
 
 
