@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
-from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import ConstantVariable
@@ -125,12 +125,22 @@ class Frame:
         install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))
 
     def guard_check(self, name: str, path: Path, check: Callable[[Any], bool]) -> None:
-        """Trace anew when ``check`` is not true of what is at ``path`` of a local variable."""
+        """Trace anew when ``check`` is not true of what is at ``path`` of a local variable.
+
+        Tried on 2.11, 2.13, 2.14.
+        """
 
         def KERNELGRAPH_CHECK(builder: GuardBuilder, guard: Guard) -> None:  # noqa: N802
             text = f"{check}({guard.name})"
-            manager = builder.get_guard_manager(guard)
-            manager.add_lambda_guard(check, [text], guard.user_stack)
+            # By way of an accessor: Dynamo does not run what guards a module or dict itself while
+            # that has the attributes and keys that it had, whatever has changed inside of these.
+            result = builder.get_guard_manager(guard).lambda_manager(
+                python_lambda=check,
+                source=text,
+                example_value=True,
+                guard_manager_enum=GuardManagerType.GUARD_MANAGER,
+            )
+            result.add_lambda_guard(bool, [text], guard.user_stack)
 
         install_guard(self._source(name, path).make_guard(KERNELGRAPH_CHECK))
 

@@ -170,6 +170,41 @@ def test_a_changed_value_compiles_once_more(change: Callable[[Layer], None]) -> 
     assert counter.count == 2
 
 
+@pytest.mark.parametrize("nested", [{"a": [1.0]}, {"a": {"b": 1.0}}], ids=["list", "dict"])
+def test_a_value_deep_in_the_only_thing_that_is_read(nested: dict[str, Any]) -> None:
+    """Dynamo passes over the guards of a module whose attributes are what they were."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nested = nested
+
+    @use_kernel_forward_from_hub("Layer")
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (sum(self.inner.nested["a"]) if "b" not in self.inner.nested["a"] else 2)
+
+    class HubNested(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside = self.inner.nested["a"]
+            return x.detach() * (inside["b"] if isinstance(inside, dict) else sum(inside))
+
+    counter, layer, x = Counter(), Nested(), torch.ones(3)
+    with use_kernel_mapping(on_cpu(Layer=HubNested), inherit_mapping=False):
+        f = compiled(nn.Sequential(layer), counter)
+        for value in (1.0, 5.0):
+            inside = layer.inner.nested["a"]
+            inside["b" if isinstance(inside, dict) else 0] = value
+            for _ in range(3):
+                assert f(x).tolist() == [value] * 3
+    assert_all_kernels()
+    assert counter.count == 2
+
+
 WEIGHTS: dict[str, Callable[[Layer], object]] = {
     "in place": lambda layer: layer.weight.mul_(2),
     "a buffer in place": lambda layer: layer.shift.add_(2),
