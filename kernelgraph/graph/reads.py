@@ -25,6 +25,8 @@ class Uses(NamedTuple):
     """The attribute chains that it reads, or `EVERYTHING`."""
     writes: frozenset[Names]
     """The attribute chains that it sets or deletes, as far as its source tells."""
+    updates: frozenset[Names] = frozenset()
+    """Those of an augmented assignment, which leaves a tensor in its place."""
 
 
 @functools.cache
@@ -53,7 +55,7 @@ def uses(function: Callable[..., Any]) -> Uses:
     for statement in definition.body:
         visitor.visit(statement)
     reads = EVERYTHING if visitor.escapes else frozenset(visitor.reads)
-    return Uses(reads, frozenset(visitor.writes))
+    return Uses(reads, frozenset(visitor.writes), frozenset(visitor.updates))
 
 
 class _Visitor(ast.NodeVisitor):
@@ -61,6 +63,7 @@ class _Visitor(ast.NodeVisitor):
         self.self_name = self_name
         self.reads: set[Names] = set()
         self.writes: set[Names] = set()
+        self.updates: set[Names] = set()
         self.escapes = False
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -87,10 +90,12 @@ class _Visitor(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.generic_visit(node)
-        if isinstance(node.target, ast.Attribute):  # written, but read before
-            node.target.ctx = ast.Load()
-            self.visit(node.target)
+        if isinstance(node.target, ast.Attribute) and (names := self._chain(node.target)):
+            self._note(names, self.updates)
+            self._note(names, self.reads)
+            self.visit(node.value)
+        else:
+            self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
         # ``super`` needs the instance without naming it.

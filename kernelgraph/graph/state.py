@@ -143,6 +143,12 @@ def _has_form(form: Container, value: Any) -> bool:
 # --- what there is of it on an instance -------------------------------------------------------
 
 
+def _is_plain_tensor(value: Any, names: Names) -> bool:
+    for name in names:
+        value = getattr(value, name, None)
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+
+
 @dataclass
 class _Walk:
     tensors: set[Path] = field(default_factory=set)
@@ -164,8 +170,8 @@ class _Walk:
         if (here, function) in self.functions:
             return
         self.functions.add((here, function))
-        reads, writes = uses(function)
-        if writes:
+        reads, writes, updates = uses(function)
+        if writes := writes | {names for names in updates if not _is_plain_tensor(module, names)}:
             sets = ", ".join(f"self.{'.'.join(names)}" for names in sorted(writes))
             where = getattr(function, "__qualname__", function)
             raise UnsupportedState(f"{where} sets {sets}, which a custom op cannot")

@@ -201,7 +201,7 @@ def unpacks(self, x):
     [
         (sets, {("last",), ("a", "b")}),
         (deletes, {("cache",)}),
-        (adds, {("count",)}),
+        (adds, set()),
         (unpacks, {("a",), ("b",), ("c",), ("d",)}),
         (chains, set()),
         (passed_on, set()),
@@ -212,7 +212,18 @@ def test_writes_are_told_from_the_source(forward, writes):
 
 
 def test_what_is_added_to_is_read_too():
-    assert uses(adds).reads == {("count",)}
+    assert uses(adds).updates == uses(adds).reads == {("count",)}
+    with pytest.raises(UnsupportedState, match=r"adds sets self\.count, which a custom op cannot"):
+        State.of(_with_count(1), [adds])
+    with pytest.raises(UnsupportedState, match=r"adds sets self\.count"):
+        State.of(_with_count(nn.Parameter(torch.ones(1))), [adds])
+    assert State.of(_with_count(torch.ones(1)), [adds]).tensors == (("count",),)  # in place
+
+
+def _with_count(count: Any) -> nn.Module:
+    module = nn.Module()
+    module.count = count
+    return module
 
 
 def test_source_that_changed_after_the_import_is_not_believed(tmp_path):
