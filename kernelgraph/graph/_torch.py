@@ -76,6 +76,10 @@ class Frame:
         """The real object behind a local variable that holds a module."""
         return self._tx.symbolic_locals[name].realize().value
 
+    def set_callable(self, name: str, value: Callable[..., Any]) -> None:
+        """Give a local variable an op or a Python function for its value; nothing guards it."""
+        self._tx.symbolic_locals[name] = SourcelessBuilder.create(self._tx, value)
+
     def fakes(self, name: str) -> Any:
         """A local variable with its tensors as fakes, and everything in it guarded.
 

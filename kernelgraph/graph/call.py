@@ -20,7 +20,7 @@ from kernelgraph.graph.state import State, describe
 from kernelgraph.layers import Extensible
 
 Template = tuple[Any, ...]
-"""A nested value with its leaves taken out, as constants that Dynamo can handle:
+"""A nested value with its leaves taken out:
 ``("leaf", i)``, ``("const", value)``, ``("tuple" | "list" | "size", templates)``,
 ``("dict" | "OrderedDict", ((key, template), ...))``, ``("namedtuple", templates, cls)`` and
 ``("dataclass", ((field, template), ...), cls)``."""
@@ -72,7 +72,7 @@ def _take(value: Any, leaves: list[Any], numbers: tuple[type[Any], ...]) -> Temp
 
 
 def put_leaves(template: Template, leaves: Sequence[Any]) -> Any:
-    """The inverse of `take_leaves`. Dynamo traces this: it holds to the simplest of Python."""
+    """The inverse of `take_leaves`."""
     kind = template[0]
     if kind == "leaf":
         return leaves[template[1]]

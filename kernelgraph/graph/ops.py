@@ -62,15 +62,12 @@ class Lowered:
 
 
 def overload(name: str) -> Any:
-    """The op called ``name`` in `NAMESPACE`. Dynamo traces this."""
+    """The op called ``name`` in `NAMESPACE`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def pack(operands: Sequence[Any], packed: Sequence[int]) -> list[Any]:
-    """An op's arguments: those of its operands that are ``packed`` are a list in front.
-
-    Dynamo traces this.
-    """
+    """An op's arguments: those of its operands that are ``packed`` are a list in front."""
     if len(packed) == 0:
         return list(operands)
     rest = [value for i, value in enumerate(operands) if i not in packed]

@@ -1,4 +1,4 @@
-"""Where a value is: the attributes and keys that lead to it, as data that Dynamo can handle."""
+"""Where a value is: the attributes and keys that lead to it, as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ self.blocks[0]."""
 
 
 def read(value: Any, path: Path) -> Any:
-    """What is at ``path`` of ``value``. Dynamo traces this."""
+    """What is at ``path`` of ``value``."""
     for step in path:
         value = getattr(value, step) if isinstance(step, str) else value[step[0]]
     return value

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.shell import new_shell
+from kernelgraph.graph.source import expression, write
 
 
 class Runner:
@@ -29,7 +30,7 @@ class Runner:
         self.forward = _in_autocast(forward, call.autocast)
         self.operands = [f"a{i}" for i in range(len(call.types))]
         """The names of the operands in the functions that are written."""
-        self._namespace: dict[str, Any] = {"forward": self.forward, "put_leaves": put_leaves}
+        self._namespace: dict[str, Any] = {"forward": self.forward}
         self._namespace |= {"free": [], "new_shell": functools.partial(_shell, call)}
         self.run = self._write([*self._call_lines(), "return result"], {})
         """The call, with the operands as its arguments."""
@@ -51,10 +52,7 @@ class Runner:
         return self._write([*before, *self._call_lines(on_error), *after], names)
 
     def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
-        namespace = {**self._namespace, **names}
-        body = "\n".join(f"    {line}" for line in lines)
-        exec(f"def written({', '.join(self.operands)}):\n{body}", namespace)
-        made: Callable[..., Any] = namespace["written"]
+        made: Callable[..., Any] = write(self.operands, lines, {**self._namespace, **names})
         return made
 
     def _call_lines(self, on_error: str = "") -> list[str]:
@@ -78,8 +76,10 @@ class Runner:
         held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
         tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
         _, (args, kwargs) = self.call.arguments
-        given = [self._expression(part) for part in args[1]]
-        given += [_keyword(name, self._expression(part)) for name, part in kwargs[1]]
+        # Made anew where it is evaluated: a forward may change the containers it is given.
+        made = functools.partial(expression, leaves=self.operands, constant=self._constant)
+        given = [made(part) for part in args[1]]
+        given += [_keyword(name, made(part)) for name, part in kwargs[1]]
         return [
             "try:",
             "    shell = free.pop()",
@@ -95,23 +95,10 @@ class Runner:
             "    free.append(shell)",
         ]
 
-    def _expression(self, template: Template) -> str:
-        """``template`` as an expression over the operands, made anew where it is evaluated: a
-        forward may change the containers that it is given."""
-        kind, body = template[0], template[1]
-        if kind == "leaf":
-            return self.operands[body]
-        if kind in ("tuple", "list"):
-            parts = "".join(f"{self._expression(part)}, " for part in body)
-            return f"({parts})" if kind == "tuple" else f"[{parts}]"
-        if kind == "dict":
-            return f"{{{', '.join(f'{k!r}: {self._expression(part)}' for k, part in body)}}}"
+    def _constant(self, value: Any) -> str:
         name = f"c{len(self._namespace)}"
-        self._namespace[name] = template
-        if kind == "const":
-            self._namespace[name] = body
-            return name
-        return f"put_leaves({name}, ({''.join(f'{a}, ' for a in self.operands)}))"
+        self._namespace[name] = value
+        return name
 
     def observe(self, operands: Sequence[Any]) -> Any:
         """Call, and see that the layer's attributes are afterwards what they were before.
