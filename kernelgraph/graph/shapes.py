@@ -51,9 +51,8 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> T
     with (
         torch.inference_mode(False),  # tensors of inference mode do not count what writes to them
         torch.no_grad(),
-        _torch.fake_mode_of(given),
+        _torch.fakes_apart(given),
         _torch.forgetting_unbacked_symbols(),
-        _torch.no_data_pointers(),
     ):
         fakes = [_like(v) if isinstance(v, Tensor) else v for v in operands]
         told, tensors = observe(runner, fakes)
@@ -180,7 +179,7 @@ def _at_hints(source: Source, operands: Sequence[Any]) -> Told:
         return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
 
     with _torch.for_real():
-        with _torch.fake_mode_of([]):
+        with _torch.fakes_apart([]):
             fakes = [static(value) for value in operands]
         return source(fakes)
 
@@ -279,9 +278,8 @@ def differentiable(
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _torch.fake_mode_of(given),
+            _torch.fakes_apart(given),
             _torch.forgetting_unbacked_symbols(),
-            _torch.no_data_pointers(),
         ):
             leaves = [
                 _like(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v

@@ -123,7 +123,8 @@ class InThreads(nn.Module):
         out = torch.empty_like(x)
 
         def work(i: int) -> None:
-            out[i] = 2 * x[i] + self.weight + 10
+            with torch.no_grad():  # a thread begins with gradients on, and they share `out`
+                out[i] = 2 * x[i] + self.weight + 10
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(len(x))]
         for thread in threads:
