@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
     from kernelgraph.eager import kernelize
-    from kernelgraph.hub.loading import get_local_kernel
+    from kernelgraph.hub.importing import get_kernel_dep
+    from kernelgraph.hub.kernels import (
+        get_kernel,
+        get_local_kernel,
+        get_locked_kernel,
+        has_kernel,
+    )
     from kernelgraph.hub.repositories import (
         FuncRepository,
         LayerRepository,
         LocalFuncRepository,
         LocalLayerRepository,
+        LockedLayerRepository,
     )
     from kernelgraph.layers import (
         replace_kernel_forward_from_hub,
@@ -36,9 +43,14 @@ _HOMES = {
     "LayerRepository": "hub.repositories",
     "LocalFuncRepository": "hub.repositories",
     "LocalLayerRepository": "hub.repositories",
+    "LockedLayerRepository": "hub.repositories",
     "Mode": "modes",
     "ROCMProperties": "devices",
-    "get_local_kernel": "hub.loading",
+    "get_kernel": "hub.kernels",
+    "get_kernel_dep": "hub.importing",
+    "get_local_kernel": "hub.kernels",
+    "get_locked_kernel": "hub.kernels",
+    "has_kernel": "hub.kernels",
     "kernelize": "eager",
     "last_report": "report",
     "register_kernel_mapping": "mapping",
@@ -57,9 +69,14 @@ __all__ = [
     "LayerRepository",
     "LocalFuncRepository",
     "LocalLayerRepository",
+    "LockedLayerRepository",
     "Mode",
     "ROCMProperties",
+    "get_kernel",
+    "get_kernel_dep",
     "get_local_kernel",
+    "get_locked_kernel",
+    "has_kernel",
     "kernelize",
     "last_report",
     "register_kernel_mapping",

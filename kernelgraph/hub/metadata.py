@@ -1,9 +1,9 @@
 """What a build says of itself in ``metadata.json``, and whether its files are what it says.
 
 The format is that of the Hub's kernel repositories: ``id``, ``name``, ``version``, ``license``,
-``python-depends``, ``backend`` (``type``, ``archs``) and ``digest`` (``algorithm``, ``files``:
-relative path to base64 digest), all optional here, because older builds lack some or have no such
-file. Keys that are not known are left alone.
+``python-depends``, ``kernel-depends``, ``backend`` (``type``, ``archs``) and ``digest``
+(``algorithm``, ``files``: relative path to base64 digest), all optional here, because older builds
+lack some or have no such file. Keys that are not known are left alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from kernelgraph.hub.revisions import Wanted
+
 if TYPE_CHECKING:
     from kernelgraph.devices import Target
 
@@ -27,7 +29,7 @@ METADATA = "metadata.json"
 ALGORITHMS = ("sha256", "sha384", "sha512", "blake2b")
 
 # No digest can list these: the file it stands in, and the signature made over that file.
-_UNLISTED = (METADATA, f"{METADATA}.sigstore")
+UNLISTED = (METADATA, f"{METADATA}.sigstore")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Metadata:
     license: str | None = None
     python_depends: tuple[str, ...] = ()
     """The general requirements, and those for the build's own backend."""
+    kernel_depends: tuple[Wanted, ...] = ()
+    """The kernels that this one uses."""
     backend: str | None = None
     archs: tuple[str, ...] = ()
     digest: Digest | None = None
@@ -89,6 +93,7 @@ def parse_metadata(data: bytes, source: str = METADATA) -> Metadata:
         version=top.get("version", (int, str), "a number or a string"),
         license=top.text("license"),
         python_depends=_python_depends(top, backend_type),
+        kernel_depends=_kernel_depends(top),
         backend=backend_type,
         archs=backend.texts("archs"),
         digest=_digest(top),
@@ -140,6 +145,33 @@ def _python_depends(top: _Reader, backend: str | None) -> tuple[str, ...]:
     )
 
 
+def _kernel_depends(top: _Reader) -> tuple[Wanted, ...]:
+    """A list of objects with a ``repo-id`` and either a ``version`` or a ``revision``."""
+    key = "kernel-depends"
+    entries = top.get(key, list, "a list of objects") or []
+    return tuple(read_wanted(top.source, f"{key}[{i}]", entry) for i, entry in enumerate(entries))
+
+
+def read_wanted(source: str, key: str, content: object) -> Wanted:
+    """A dependency on a kernel, as ``metadata.json`` and lock files write it.
+
+    Raises:
+        ValueError: It is not what the format says; the message names ``source`` and ``key``.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f'{source}: "{key}": expected an object, got {reprlib.repr(content)}')
+    entry = _Reader(source, content, f"{key}.")
+    repo_id = entry.text("repo-id")
+    revision = entry.text("revision")
+    version = entry.get("version", (int, str), "a number or a string")
+    try:
+        if repo_id is None or (revision is None) == (version is None):
+            raise ValueError('expected "repo-id", and either "version" or "revision"')
+        return Wanted(repo_id, revision, version)
+    except ValueError as error:
+        raise ValueError(f'{source}: "{key}": {error}') from error
+
+
 def _digest(top: _Reader) -> Digest | None:
     content = top.get("digest", dict, "an object")
     if content is None:
@@ -154,12 +186,13 @@ def _digest(top: _Reader) -> Digest | None:
     for name, value in files.items():
         if not isinstance(value, str):
             raise _Reader(top.source, files, "digest.files.").error(name, "a string", value)
-        if _leaves(name):
+        if leaves(name):
             raise digest.error("files", "paths inside the variant's directory", name)
     return Digest(algorithm, tuple(sorted(files.items())))
 
 
-def _leaves(name: str) -> bool:
+def leaves(name: str) -> bool:
+    """Whether a relative path leads out of where it starts, on any system."""
     windows = PureWindowsPath(name)
     absolute = PurePosixPath(name).is_absolute() or windows.root or windows.drive
     return bool(absolute) or ".." in windows.parts or not name
@@ -183,8 +216,8 @@ def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
         )
     return {
         name: encoded_digest(path, algorithm)
-        for name, path in _files(directory)
-        if name not in _UNLISTED
+        for name, path in files_in(directory)
+        if name not in UNLISTED
     }
 
 
@@ -221,7 +254,7 @@ def verify(directory: Path, metadata: Metadata, sha256: Mapping[str, str] | None
         found = sha256
     else:
         found = digest_files(directory, algorithm)
-    listed = {name: value for name, value in metadata.digest.files if not _is_bytecode(name)}
+    listed = {name: value for name, value in metadata.digest.files if not is_bytecode(name)}
     problems = {
         "missing": sorted(listed.keys() - found.keys()),
         "changed": sorted(n for n in listed.keys() & found.keys() if listed[n] != found[n]),
@@ -232,19 +265,24 @@ def verify(directory: Path, metadata: Metadata, sha256: Mapping[str, str] | None
         raise ValueError(f"{directory} does not match the digest in its {METADATA}: {shown}")
 
 
-def _is_bytecode(name: str) -> bool:
+def is_bytecode(name: str) -> bool:
+    """Whether a path is that of bytecode, which is never downloaded, listed nor used."""
     return name.endswith((".pyc", ".pyo")) or "__pycache__" in name.split("/")
 
 
-def _files(directory: Path) -> Iterator[tuple[str, Path]]:
-    """The files under ``directory``, bytecode aside, by relative path with forward slashes."""
+def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The files under ``directory``, bytecode aside, by relative path with forward slashes.
+
+    Raises:
+        ValueError: Something there is neither a file nor a directory, or a link that leads out.
+    """
     inside = [directory.resolve(), *_blobs(directory)]
     for parent, folders, files in os.walk(directory, onerror=_raise):
         folders.sort()
         for name in sorted([*folders, *files]):
             path = Path(parent, name)
             relative = path.relative_to(directory).as_posix()
-            if _is_bytecode(relative):
+            if is_bytecode(relative):
                 continue
             if path.is_symlink():
                 end = Path(os.path.realpath(path))
@@ -262,13 +300,28 @@ def _raise(error: OSError) -> None:
 
 
 def _blobs(directory: Path) -> Iterator[Path]:
-    # In huggingface_hub's cache every file of a snapshot is a link into the repository's blobs.
+    # In huggingface_hub's cache every file of a snapshot is a link into the repository's blobs,
+    # and one of those may be a link into the blobs that all repositories share.
     for parent in directory.resolve().parents:
-        if parent.name == "snapshots" and (blobs := parent.parent / "blobs").is_dir():
-            yield blobs.resolve()
+        if parent.name == "snapshots":
+            for blobs in (parent.parent / "blobs", parent.parent.parent / "blobs"):
+                if blobs.is_dir():
+                    yield blobs.resolve()
 
 
 # --- the device ---------------------------------------------------------------------------------
+
+
+def gfx_of(target: Target) -> str | None:
+    """The ROCm architecture of the current device, where there is one."""
+    if target.type != "rocm":
+        return None
+    import torch
+
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    return getattr(torch.cuda.get_device_properties(), "gcnArchName", None)
+
 
 _CUDA_ARCH = re.compile(r"(\d{1,3})\.(\d)([af]?)(\+PTX)?", re.ASCII)
 
