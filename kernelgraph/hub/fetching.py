@@ -149,7 +149,7 @@ def fetch(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
         OSError: The Hub could not be asked, or not all files could be had.
     """
     directory = hub.snapshot(kernel) / "build" / variant
-    damage, sha256 = _compare(directory, files)
+    damage, sha256 = compare(directory, files)
     if damage:
         with _alone(hub.storage(kernel.repo_id, kernel.repo_type)):
             sha256 = _mend(hub, kernel, variant, files)
@@ -159,7 +159,7 @@ def fetch(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
 def _mend(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Mapping[str, str]:
     """Download what is missing, and what is there but is not as listed."""
     directory = hub.snapshot(kernel) / "build" / variant
-    damage, sha256 = _compare(directory, files)
+    damage, sha256 = compare(directory, files)
     for _ in range(_ATTEMPTS):
         if not damage:
             return sha256
@@ -169,9 +169,9 @@ def _mend(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Mapping[str
             files = list_build(hub, kernel, anew=True).get(variant, {})
             storage = hub.storage(kernel.repo_id, kernel.repo_type)
             (storage / "trees" / f"{kernel.commit}.json").unlink(missing_ok=True)
-            damage, sha256 = _compare(directory, files)
+            damage, sha256 = compare(directory, files)
         _replace(hub, kernel, directory, damage)
-        damage, sha256 = _compare(directory, files)
+        damage, sha256 = compare(directory, files)
     if not damage:
         return sha256
     if hub.offline:
@@ -258,7 +258,7 @@ class Damage:
         return "; ".join([*shown, *filter(None, [self.unreadable])])
 
 
-def _compare(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
+def compare(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
     """What is wrong with a variant on the disk, and the sha256 of each of its files."""
     if directory.is_symlink():
         return Damage(unreadable=f"{directory.name} is a link"), {}

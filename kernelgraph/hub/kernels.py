@@ -1,36 +1,25 @@
-"""From what is wanted to an imported kernel: resolve, trust, fetch, check, then import."""
+"""From what is wanted to an imported kernel: find, fetch, check, then import."""
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.hub.client import Hub, Resolved
-from kernelgraph.hub.fetching import (
-    Fetched,
-    Files,
-    content_digest,
-    fetch,
-    list_build,
-    read_remote_metadata,
-)
+from kernelgraph.hub.client import Hub
+from kernelgraph.hub.fetching import read_remote_metadata
+from kernelgraph.hub.finding import Finder
 from kernelgraph.hub.importing import Checked, import_checked
 from kernelgraph.hub.loading import check_variant, default_target, variant_at
 from kernelgraph.hub.lockfile import Locks, find_locks
 from kernelgraph.hub.metadata import check_archs, gfx_of, read_metadata
-from kernelgraph.hub.resolving import list_versions, resolve
 from kernelgraph.hub.revisions import Wanted, below, check_repo_id
-from kernelgraph.hub.trust import Trust, allowed, check_trust
-from kernelgraph.hub.variants import System, choose, no_variant
+from kernelgraph.hub.trust import Trust, allowed
 
-_logger = logging.getLogger("kernelgraph")
 _UserAgent = str | Mapping[str, str] | None
 
 
@@ -168,7 +157,8 @@ def has_kernel(
             or revision, or no build that fits, the answer is False.
     """
     wanted = Wanted(repo_id, revision, version)
-    loader = _Loader(_target(backend), allowed(trust_remote_code), check_arch=check_arch)
+    finder = Finder(Hub(), allowed(trust_remote_code))
+    loader = _Loader(finder, _target(backend), check_arch)
     try:
         return loader.fits(wanted)
     except FileNotFoundError:
@@ -195,8 +185,8 @@ def load(
             'pass a version, such as version=1 or version=">=0.1,<0.2", or a revision',
             stacklevel=3,
         )
-    loader = _Loader(target, trust_remote_code, check_arch, locks, Hub(user_agent))
-    return import_checked(loader.check(wanted))
+    finder = Finder(Hub(user_agent), trust_remote_code, locks)
+    return import_checked(_Loader(finder, target, check_arch).check(wanted))
 
 
 def load_from_disk(
@@ -213,29 +203,8 @@ def load_from_disk(
     Raises:
         FileNotFoundError, ValueError, ImportError: As for `get_local_kernel`.
     """
-    loader = _Loader(target, trust_remote_code, hub=Hub(user_agent))
+    loader = _Loader(Finder(Hub(user_agent), trust_remote_code), target)
     return import_checked(loader.check_on_disk(path, shown, package_name=package_name))
-
-
-def local_kernels() -> dict[str, Path]:
-    """The repositories that ``LOCAL_KERNELS`` overrides: ``org/a=/path:org/b=/path``.
-
-    Raises:
-        ValueError: It is malformed.
-    """
-    setting = os.environ.get("LOCAL_KERNELS", "")
-    overrides = {}
-    # A path may have colons in it, so an entry ends where the next one begins.
-    for entry in re.split(r":(?=[^:=/]+/[^:=/]+=)", setting) if setting else []:
-        repo_id, separator, path = entry.partition("=")
-        try:
-            check_repo_id("LOCAL_KERNELS", repo_id)
-        except ValueError:
-            separator = ""
-        if not separator or not path:
-            raise ValueError(f"LOCAL_KERNELS: expected owner/name=path, got {entry!r}")
-        overrides[repo_id] = Path(os.path.abspath(os.path.expanduser(path)))
-    return overrides
 
 
 def _target(backend: str | None) -> Target:
@@ -246,27 +215,24 @@ def _target(backend: str | None) -> Target:
 class _Loader:
     """One load: a kernel, and those that it uses."""
 
+    finder: Finder
     target: Target
-    trust_remote_code: Trust
     check_arch: bool = True
-    locks: Locks | None = None
-    hub: Hub = field(default_factory=Hub)
 
     def check(self, wanted: Wanted, above: tuple[Wanted, ...] = ()) -> Checked:
         """Have the kernel and those that it uses on the disk, checked, and nothing of them run."""
         above = below(above, wanted)
-        if (local := self._override(wanted)) is not None:
+        if (local := self.finder.override(wanted)) is not None:
             return self.check_on_disk(local, str(local), above)
-        kernel, variant, files = self._find(wanted)
-        fetched = fetch(self.hub, kernel, variant, files)
-        if self.locks is not None:
-            self._check_lock(wanted, variant, files, fetched)
+        found = self.finder.find(wanted)
+        variant = self.finder.best(found, self.target.type)
+        fetched = self.finder.fetch(found, variant)
         return check_variant(
             fetched.directory,
             self.target,
             repository=wanted.repo_id,
             name=wanted.repo_id.rpartition("/")[2],
-            revision=kernel.commit,
+            revision=found.kernel.commit,
             check_arch=self.check_arch,
             sha256=fetched.sha256,
             dependency=lambda used: self.check(used, above),
@@ -292,75 +258,20 @@ class _Loader:
             dependency=lambda used: self.check(used, above),
         )
 
-    def _check_lock(self, wanted: Wanted, variant: str, files: Files, fetched: Fetched) -> None:
-        assert self.locks is not None
-        digests = dict(self.locks.get(wanted).digests)
-        if not digests:  # a file of the `kernels` package's; the commit alone is locked
-            return
-        if not files:
-            raise OSError(
-                f"{wanted}, variant {variant}: what is in the cache cannot be held against "
-                f"{self.locks.source} without the Hub: load it once with the Hub in reach"
-            )
-        if digests.get(variant) != content_digest(files, fetched.sha256):
-            raise ValueError(
-                f"{wanted}, variant {variant}: is not the content that {self.locks.source} has "
-                "locked; if it is meant to be another, run `kernelgraph lock` again"
-            )
-
     def fits(self, wanted: Wanted, above: tuple[Wanted, ...] = ()) -> bool:
         """Whether there is a build, judging by names and metadata."""
         above = below(above, wanted)
-        if (local := self._override(wanted)) is not None:
+        if (local := self.finder.override(wanted)) is not None:
             metadata = read_metadata(variant_at(local, self.target, str(local)))
         else:
-            kernel, variant, files = self._find(wanted)
-            metadata, _ = read_remote_metadata(self.hub, kernel, variant, files)
+            found = self.finder.find(wanted)
+            variant = self.finder.best(found, self.target.type)
+            metadata, _ = read_remote_metadata(
+                self.finder.hub, found.kernel, variant, found.variants[variant]
+            )
         if self.check_arch:
             try:
                 check_archs(metadata, self.target, gfx_of(self.target))
             except ValueError:
                 return False
         return all(self.fits(used, above) for used in metadata.kernel_depends)
-
-    def _override(self, wanted: Wanted) -> Path | None:
-        path = local_kernels().get(wanted.repo_id) if self.locks is None else None
-        if path is not None:
-            _logger.info("%s is taken from %s, as LOCAL_KERNELS says", wanted.repo_id, path)
-        return path
-
-    def _find(self, wanted: Wanted) -> tuple[Resolved, str, Files]:
-        """The commit, the variant that fits best, and its files; all of it may be run."""
-        hub = self.hub
-        if self.locks is None:
-            kernel = resolve(hub, wanted)
-        else:
-            kernel = resolve(hub, Wanted(wanted.repo_id, self.locks.get(wanted).commit))
-        check_trust(hub, kernel, self.trust_remote_code)
-        variants = list_build(hub, kernel)
-        system = System.detect(self.target.type)
-        choice = choose(variants, system)
-        if choice.best is None:
-            error = no_variant(str(kernel), choice, system)
-            later = None if self.locks else _later_version(hub, wanted, kernel, system)
-            raise FileNotFoundError(f"{error}\n{later}") if later else error
-        return kernel, choice.best, variants[choice.best]
-
-
-def _later_version(hub: Hub, wanted: Wanted, kernel: Resolved, system: System) -> str | None:
-    """What to say of a later version that has a build for this system, if there is one."""
-    try:
-        versions = list_versions(hub, wanted.repo_id)
-        asked = [i for i, version in enumerate(versions) if version.commit == kernel]
-        later = versions[asked[-1] + 1 :] if asked else versions
-        for version in reversed(later[-_LATER:]):
-            best = choose(list_build(hub, version.commit), system).best
-            if best is not None:
-                return f"its later version {version.name} has one that fits: {best}"
-    except (OSError, ValueError) as error:  # never in the place of the error proper
-        _logger.debug("%s: no later version could be looked for: %s", wanted, error)
-    return None
-
-
-_LATER = 4
-"""How many of the newest versions are looked at, at one request each."""

@@ -53,35 +53,47 @@ def default_target() -> Target:
 
 
 def variant_at(path: Path, target: Target, shown: str) -> Path:
-    """The variant that is meant by ``path``: the one it is, or the best of those it holds."""
-    build = path / "build"
-    is_package = (path / "__init__.py").is_file()
-    names: list[str] = []
-    if path.is_dir():
-        if parse(path.name) and (is_package or not build.is_dir()):
-            build, names = path.parent, [path.name]
-        elif build.is_dir():
-            names = _subdirectories(build)
-        else:
-            build, names = path, _subdirectories(path)
-            if path.name != "build" and not any(parse(name) for name in names):
-                if is_package:  # whatever it is called, nothing else can be meant
-                    return path
-                build = path / "build"
-    if not build.is_dir():
-        raise FileNotFoundError(
-            f"{shown} is not a kernel repository: expected a directory with build/<variant>/ in "
-            "it, such a build/, or one variant with an __init__.py"
-        )
+    """The variant that is meant by ``path``: the one it is, or the best of those it holds.
+
+    Raises:
+        FileNotFoundError: There is none, or none that fits; the message says why.
+    """
+    builds = {directory.name: directory for directory in builds_at(path, shown)}
+    if path in builds.values() and parse(path.name) is None:
+        return path  # whatever it is called, nothing else can be meant
     system = System.detect(target.type)
-    choice = choose(names, system)
+    choice = choose(builds, system)
     if choice.best is None:
         raise no_variant(shown, choice, system)
-    return build / choice.best
+    return builds[choice.best]
 
 
-def _subdirectories(path: Path) -> list[str]:
-    return [entry.name for entry in path.iterdir() if entry.is_dir()]
+def builds_at(path: Path, shown: str) -> list[Path]:
+    """The variants that are meant by ``path``: the one it is, or those it holds.
+
+    Raises:
+        FileNotFoundError: It is no kernel repository.
+    """
+    build = path / "build"
+    is_package = (path / "__init__.py").is_file()
+    if path.is_dir():
+        if parse(path.name) and (is_package or not build.is_dir()):
+            return [path]
+        if build.is_dir():
+            return _subdirectories(build)
+        inside = _subdirectories(path)
+        if path.name == "build" or any(parse(directory.name) for directory in inside):
+            return inside
+        if is_package:
+            return [path]
+    raise FileNotFoundError(
+        f"{shown} is not a kernel repository: expected a directory with build/<variant>/ in "
+        "it, such a build/, or one variant with an __init__.py"
+    )
+
+
+def _subdirectories(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir())
 
 
 def check_variant(

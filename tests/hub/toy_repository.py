@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,20 @@ def write_repository(
             content["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
         (directory / "metadata.json").write_text(json.dumps(content))
     return directory
+
+
+def variant_files(
+    files: Mapping[str, str | bytes] | None = None,
+    *,
+    variant: str = "torch-universal",
+    metadata: Mapping[str, Any] | None = METADATA,
+    digest: bool = True,
+) -> dict[str, bytes]:
+    """What `write_repository` writes, as the files of a commit."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_repository(Path(directory), files, variant=variant, metadata=metadata, digest=digest)
+        return {
+            path.relative_to(directory).as_posix(): path.read_bytes()
+            for path in Path(directory).rglob("*")
+            if path.is_file()
+        }
