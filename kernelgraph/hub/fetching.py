@@ -81,6 +81,9 @@ def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str
         if hub.offline and (build := hub.snapshot(kernel) / "build").is_dir():
             return {path.name: {} for path in build.iterdir() if path.is_dir()}
         with asking(kernel.repo_id):
+            # Where the Hub cannot be reached, the client asks for a listing again and again, for
+            # 20 seconds and more; and for this once.
+            hub.api.repo_info(kernel.repo_id, repo_type=kernel.repo_type, revision=kernel.commit)
             try:
                 listed = hub.api.list_repo_tree(
                     kernel.repo_id,

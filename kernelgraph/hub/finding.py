@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelgraph.hub.client import Hub, Resolved
 from kernelgraph.hub.fetching import Fetched, Files, content_digest, fetch, list_build
 from kernelgraph.hub.lockfile import Locks
-from kernelgraph.hub.resolving import list_versions, resolve
+from kernelgraph.hub.resolving import PublishedVersion, list_versions, resolve
 from kernelgraph.hub.revisions import Wanted, check_repo_id
 from kernelgraph.hub.trust import Trust, check_trust
 from kernelgraph.hub.variants import System, choose, no_variant
@@ -120,15 +120,26 @@ class Finder:
         """What to say of a later version that has a build for this system, if there is one."""
         try:
             versions = list_versions(self.hub, found.kernel.repo_id)
-            asked = [i for i, version in enumerate(versions) if version.commit == found.kernel]
-            later = versions[asked[-1] + 1 :] if asked else versions
-            for version in reversed(later[-_LATER:]):
+            for version in reversed(_later(versions, found)[-_LATER:]):
                 best = choose(list_build(self.hub, version.commit), system).best
                 if best is not None:
                     return f"its later version {version.name} has one that fits: {best}"
         except (OSError, ValueError) as error:  # never in the place of the error proper
             _logger.debug("%s: no later version could be looked for: %s", found.wanted, error)
         return None
+
+
+def _later(versions: Sequence[PublishedVersion], found: Found) -> list[PublishedVersion]:
+    """Those of ``versions`` that come after the one found, and are of its kind.
+
+    Where what was found is none of them, such as the branch main, all of the branches; or of the
+    tags, if there are no branches.
+    """
+    is_tag = found.wanted.bound is not None
+    kinds = [[v for v in versions if v.is_tag == kind] for kind in (is_tag, not is_tag)]
+    of_kind = kinds[0] or kinds[1]
+    asked = [i for i, version in enumerate(of_kind) if version.commit == found.kernel]
+    return of_kind[asked[-1] + 1 :] if asked else of_kind
 
 
 def local_kernels() -> dict[str, Path]:

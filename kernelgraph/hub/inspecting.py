@@ -11,7 +11,7 @@ from kernelgraph.hub.fetching import compare, content_digest, list_build
 from kernelgraph.hub.finding import Finder
 from kernelgraph.hub.loading import builds_at
 from kernelgraph.hub.lockfile import Lock, Locks
-from kernelgraph.hub.metadata import UNLISTED, digest_files, read_metadata, verify
+from kernelgraph.hub.metadata import METADATA, UNLISTED, digest_files, read_metadata, verify
 from kernelgraph.hub.resolving import resolve
 from kernelgraph.hub.revisions import Wanted, below
 from kernelgraph.hub.variants import System, choose
@@ -104,7 +104,12 @@ def verify_in_cache(hub: Hub, wanted: Wanted, locks: Locks | None = None) -> Ite
     lock = locks.get(wanted) if locks else None
     kernel = resolve(hub, Wanted(wanted.repo_id, lock.commit) if lock else wanted)
     build = hub.snapshot(kernel) / "build"
-    names = sorted(path.name for path in build.iterdir()) if build.is_dir() else []
+    # Of some variants there is only the metadata, which `info` and `lock` read of each.
+    names = [
+        path.name
+        for path in (sorted(build.iterdir()) if build.is_dir() else ())
+        if not path.is_dir() or [inside.name for inside in path.iterdir()] != [METADATA]
+    ]
     if not names:
         yield Verified(wanted.repo_id, kernel.commit, "", "nothing of it is in the cache")
         return

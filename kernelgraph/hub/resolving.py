@@ -127,8 +127,8 @@ class PublishedVersion:
 
     name: str
     commit: Resolved
-    order: tuple[int, Version]
-    """Branches in the order of their numbers, then tags in the order of their versions."""
+    is_tag: bool
+    version: Version
 
 
 def list_versions(hub: Hub, repo_id: str) -> list[PublishedVersion]:
@@ -147,11 +147,13 @@ def list_versions(hub: Hub, repo_id: str) -> list[PublishedVersion]:
             except RepositoryNotFoundError:
                 if repo_type == REPO_TYPES[-1]:
                     raise
-    found = []
-    kinds = ((refs.branches, branch_version), (refs.tags, tag_version))
-    for kind, (named, version_of) in enumerate(kinds):
-        for ref in named:
-            if (version := version_of(ref.name)) is not None:
-                commit = Resolved(repo_id, repo_type, _commit(ref.target_commit))
-                found.append(PublishedVersion(ref.name, commit, (kind, version)))
-    return sorted(found, key=lambda version: version.order)
+        kinds = ((False, refs.branches, branch_version), (True, refs.tags, tag_version))
+        found = [
+            PublishedVersion(
+                ref.name, Resolved(repo_id, repo_type, _commit(ref.target_commit)), is_tag, version
+            )
+            for is_tag, named, version_of in kinds
+            for ref in named
+            if (version := version_of(ref.name)) is not None
+        ]
+    return sorted(found, key=lambda version: (version.is_tag, version.version))

@@ -44,6 +44,7 @@ def check_trust(hub: Hub, kernel: Resolved, trust_remote_code: Trust) -> None:
         trust_remote_code: True, or the repository ids that the user trusts.
 
     Raises:
+        FileNotFoundError: The Hub no longer has it.
         ValueError: Nobody vouches for it, or the Hub cannot be asked; the message names the ways
             out.
     """
@@ -59,6 +60,8 @@ def check_trust(hub: Hub, kernel: Resolved, trust_remote_code: Trust) -> None:
         with asking(kernel.repo_id):
             owner = _owner(hub, kernel)
             trusted = _is_trusted_publisher(hub, owner)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise _refusal(kernel, f"whether to trust its owner could not be asked: {error}") from error
     if not trusted:

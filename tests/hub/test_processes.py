@@ -73,7 +73,9 @@ def check_cache(kernel, tmp_path):
     hub = Hub()
     directory = hub.snapshot(kernel) / "build/torch-universal"
     assert not compare(directory, list_build(hub, kernel)["torch-universal"])[0]
-    assert not [path for path in Path(tmp_path).rglob("*") if path.suffix in (".tmp", ".incomplete")]
+    assert not [
+        path for path in Path(tmp_path).rglob("*") if path.suffix in (".tmp", ".incomplete")
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
