@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -160,7 +161,7 @@ class TestDownload:
         status, out, _ = run("download", project, "--json")
         assert status == 0
         (row,) = json.loads(out)
-        assert "RESULT = 1" in open(f"{row['directory']}/__init__.py").read()
+        assert "RESULT = 1" in Path(row["directory"], "__init__.py").read_text()
 
 
 class TestLock:

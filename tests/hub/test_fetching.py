@@ -217,7 +217,7 @@ class TestPoison:
     def test_is_never_run(self, hub, kernel, variant, offline, tmp_path):
         (variant / "__init__.py").resolve().write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
         offline()
-        with pytest.raises(OSError, match="changed: __init__.py"):
+        with pytest.raises(OSError, match=r"changed: __init__\.py"):
             get_kernel("org/toy", revision=kernel.commit, trust_remote_code=True)
         assert not (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Kernels from the Hub as modules: the builds that fit, local overrides, kernels that use kernels."""
+"""Kernels from the Hub as modules: which build, local overrides, kernels that use kernels."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ class TestGet:
         commit = hub.repository("org/toy").commit(files, branch="v1")
         with pytest.raises(
             ImportError,
-            match=rf"^importing kernel org/toy failed \(revision {commit}, variant torch-universal\)"
-            r": ZeroDivisionError: division by zero$",
+            match=rf"^importing kernel org/toy failed \(revision {commit}, variant "
+            r"torch-universal\): ZeroDivisionError: division by zero$",
         ):
             get_kernel("org/toy", version=1)
 
@@ -178,7 +178,7 @@ class TestNoneFits:
     def test_the_error_proper_is_not_lost(self, hub):
         hub.repository("org/toy").commit(variant_files(variant="torch-rocm"), branch="v1")
         hub.fault("status", "/refs", status=500)
-        with pytest.raises(FileNotFoundError, match="built for rocm, wanted for cpu$"):
+        with pytest.raises(FileNotFoundError, match=r"built for rocm, wanted for cpu$"):
             get_kernel("org/toy", version=1, backend="cpu")
 
 
@@ -372,7 +372,10 @@ class TestDependencies:
         for name in ("org/left", "org/right"):
             hub.repository(name).commit(using(USED), branch="v1")
         both = [{"repo-id": f"org/{name}", "version": 1} for name in ("left", "right")]
-        code = "from kernelgraph import get_kernel_dep as g\nleft, right = g('org/left'), g('org/right')"
+        code = (
+            "from kernelgraph import get_kernel_dep as get\n"
+            "left, right = get('org/left'), get('org/right')"
+        )
         hub.repository("org/top").commit(using(*both, code=code), branch="v1")
         kernel = get_kernel("org/top", version=1)
         assert kernel.left.NOW == kernel.right.NOW == 11

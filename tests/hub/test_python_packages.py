@@ -46,7 +46,7 @@ def test_good(installed, requirements, backend):
         ("helion", r'^the kernel needs helion, and it is not installed: pip install "helion"$'),
         (
             "tvm-ffi>=0.1",
-            r'^the kernel needs tvm-ffi>=0\.1, and it is not in.*pip install "apache-tvm-ffi>=0\.1"$',
+            r'^the kernel needs tvm-ffi>=0\.1, and .*: pip install "apache-tvm-ffi>=0\.1"$',
         ),
         ("einops>=0.8", r"^the kernel needs einops>=0\.8, and 0\.7\.0 is installed: pip install"),
     ],

@@ -307,7 +307,7 @@ class TestHub:
         name = {"layer_name" if make is LayerRepository else "func_name": "layers"}
         with pytest.raises(ValueError, match="does not call its owner owner a trusted publisher"):
             make("owner/name", version=1, **name).load()
-        with pytest.raises(ValueError, match="no layer 'layers'|no function 'layers'"):
+        with pytest.raises(ValueError, match=r"no layer 'layers'|no function 'layers'"):
             make("owner/name", version=1, trust_remote_code=["owner/name"], **name).load()
 
 
