@@ -12,10 +12,11 @@ import contextlib
 import glob
 import hashlib
 import shutil
-from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from base64 import b64decode
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kernelgraph.hub.client import Hub, Resolved, asking
 from kernelgraph.hub.metadata import (
@@ -28,6 +29,9 @@ from kernelgraph.hub.metadata import (
     read_metadata,
 )
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
 _BYTECODE = ["*/__pycache__/*", "*.pyc", "*.pyo"]
 _ATTEMPTS = 3
 
@@ -38,7 +42,7 @@ class Blob:
 
     git_id: str
     sha256: str | None
-    """In base64, for files in git's large file storage."""
+    """In hex, for files in git's large file storage."""
 
 
 Files = Mapping[str, Blob]
@@ -54,6 +58,10 @@ class Fetched:
     """The base64 digest of every file there, by relative path."""
 
 
+# A commit's listing never changes, and in a large repository it is long.
+_listings: dict[Path, Mapping[str, Files]] = {}
+
+
 def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str, Files]:
     """The files of each variant of a commit, from the cache where an earlier load has listed them.
 
@@ -65,36 +73,44 @@ def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str
         OSError: The Hub could not be asked.
     """
     from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, EntryNotFoundError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    snapshot = hub.snapshot(kernel)
+    if anew or snapshot not in _listings:
+        try:
+            if anew:
+                raise CachedRepoTreeNotFoundError
+            entries: Iterable[RepoFile] = get_cached_repo_tree(
+                kernel.repo_id,
+                repo_type=kernel.repo_type,
+                revision=kernel.commit,
+                cache_dir=hub.cache,
+            )
+        except CachedRepoTreeNotFoundError:
+            if hub.offline and (build := snapshot / "build").is_dir():
+                return {path.name: {} for path in build.iterdir() if path.is_dir()}
+            entries = _ask_for_listing(hub, kernel)
+        _listings[snapshot] = _by_variant(kernel, entries)
+    return _listings[snapshot]
+
+
+def _ask_for_listing(hub: Hub, kernel: Resolved) -> list[RepoFile]:
+    from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
-    try:
-        if anew:
-            raise CachedRepoTreeNotFoundError
-        entries = get_cached_repo_tree(
-            kernel.repo_id,
-            repo_type=kernel.repo_type,
-            revision=kernel.commit,
-            cache_dir=hub.cache,
-        )
-    except CachedRepoTreeNotFoundError:
-        if hub.offline and (build := hub.snapshot(kernel) / "build").is_dir():
-            return {path.name: {} for path in build.iterdir() if path.is_dir()}
-        with asking(kernel.repo_id):
-            # Where the Hub cannot be reached, the client asks for a listing again and again, for
-            # 20 seconds and more; and for this once.
-            hub.api.repo_info(kernel.repo_id, repo_type=kernel.repo_type, revision=kernel.commit)
-            try:
-                listed = hub.api.list_repo_tree(
-                    kernel.repo_id,
-                    "build",
-                    recursive=True,
-                    repo_type=kernel.repo_type,
-                    revision=kernel.commit,
-                )
-                entries = [entry for entry in listed if isinstance(entry, RepoFile)]
-            except EntryNotFoundError:
-                entries = []
+    where: dict[str, Any] = {"repo_type": kernel.repo_type, "revision": kernel.commit}
+    with asking(kernel.repo_id):
+        # Where the Hub cannot be reached, some versions of the client ask for a listing again and
+        # again, for 20 seconds and more; and for this once.
+        hub.api.repo_info(kernel.repo_id, **where)
+        try:
+            listed = hub.api.list_repo_tree(kernel.repo_id, "build", recursive=True, **where)
+            return [entry for entry in listed if isinstance(entry, RepoFile)]
+        except EntryNotFoundError:
+            return []
+
+
+def _by_variant(kernel: Resolved, entries: Iterable[RepoFile]) -> Mapping[str, Files]:
     variants: dict[str, dict[str, Blob]] = {}
     for entry in entries:
         root, _, path = entry.path.partition("/")
@@ -103,7 +119,7 @@ def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str
             continue
         if leaves(path):
             raise ValueError(f"{kernel}: {entry.path} is no path inside its build/")
-        sha256 = b64encode(bytes.fromhex(entry.lfs.sha256)).decode() if entry.lfs else None
+        sha256 = entry.lfs.sha256 if entry.lfs else None
         variants.setdefault(variant, {})[name] = Blob(entry.blob_id, sha256)
     return variants
 
@@ -267,24 +283,25 @@ def compare(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
         return Damage(unreadable=f"{directory.name} is a link"), {}
     if not directory.is_dir():
         return Damage(missing=tuple(sorted(files)) or (directory.name,)), {}
+    sha256, changed = {}, []
     try:
-        found = dict(files_in(directory))
-        sha256 = {name: encoded_digest(path) for name, path in found.items()}
-        if not files:  # nothing is known of them
-            return Damage(), sha256
-        changed = [
-            name
-            for name in sorted(files.keys() & found.keys())
-            if not _is(files[name], sha256[name], found[name])
-        ]
+        for name, path in files_in(directory):
+            sha256[name], good = _hash(path, files.get(name))
+            if not good:
+                changed.append(name)
     except (ValueError, OSError) as error:
         return Damage(unreadable=str(error)), {}
-    missing, unlisted = files.keys() - found.keys(), found.keys() - files.keys()
+    if not files:  # nothing is known of them
+        return Damage(), sha256
+    missing, unlisted = files.keys() - sha256.keys(), sha256.keys() - files.keys()
     return Damage(tuple(sorted(missing)), tuple(changed), tuple(sorted(unlisted))), sha256
 
 
-def _is(blob: Blob, sha256: str, path: Path) -> bool:
-    if blob.sha256 is not None:
-        return blob.sha256 == sha256
+def _hash(path: Path, blob: Blob | None) -> tuple[str, bool]:
+    """A file's base64 sha256, and whether it is the listed one; True where none is listed."""
+    if blob is None or blob.sha256 is not None:
+        sha256 = encoded_digest(path)
+        return sha256, blob is None or blob.sha256 == b64decode(sha256).hex()
     content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.git_id
+    git_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return encoded_digest(content), git_id == blob.git_id

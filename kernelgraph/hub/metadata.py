@@ -17,7 +17,7 @@ import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelgraph.hub.revisions import Wanted
@@ -191,11 +191,13 @@ def _digest(top: _Reader) -> Digest | None:
     return Digest(algorithm, tuple(sorted(files.items())))
 
 
+# Absolute, on a drive, with a step upwards, or no path at all; with either kind of slash.
+_LEAVES = re.compile(r"$|[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
+
+
 def leaves(name: str) -> bool:
     """Whether a relative path leads out of where it starts, on any system."""
-    windows = PureWindowsPath(name)
-    absolute = PurePosixPath(name).is_absolute() or windows.root or windows.drive
-    return bool(absolute) or ".." in windows.parts or not name
+    return _LEAVES.match(name) is not None
 
 
 # --- the files on disk ------------------------------------------------------------------------
@@ -276,33 +278,53 @@ def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         ValueError: Something there is neither a file nor a directory, or a link that leads out.
     """
-    inside = [directory.resolve(), *_blobs(directory)]
-    for parent, folders, files in os.walk(directory, onerror=_raise):
-        folders.sort()
-        for name in sorted([*folders, *files]):
-            path = Path(parent, name)
-            relative = path.relative_to(directory).as_posix()
+    root = directory.resolve()
+    inside = [str(place) for place in (root, *_blobs(root))]
+    folders = [(str(root), "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            relative = prefix + entry.name
             if is_bytecode(relative):
                 continue
-            if path.is_symlink():
-                end = Path(os.path.realpath(path))
-                if not any(end.is_relative_to(place) for place in inside):
-                    raise ValueError(f"{directory}: {relative} is a link that leads out of it")
-            mode = path.stat().st_mode if path.exists() else 0
-            if stat.S_ISREG(mode):
-                yield relative, path
-            elif not stat.S_ISDIR(mode) or path.is_symlink():
+            if entry.is_symlink() and not _leads_inside(entry.path, inside):
+                raise ValueError(f"{directory}: {relative} is a link that leads out of it")
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, f"{relative}/"))
+            elif _is_file(entry):
+                yield relative, directory / relative
+            else:
                 raise ValueError(f"{directory}: {relative} is neither a file nor a directory")
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle
+        return False
 
 
-def _blobs(directory: Path) -> Iterator[Path]:
+def _leads_inside(link: str, inside: list[str]) -> bool:
+    # A link to a plain file right in one of the places, which is what there is in
+    # huggingface_hub's cache, needs no look at each directory on the way.
+    parent = os.path.dirname(link)  # of which no part is a link itself
+    end = os.path.normpath(os.path.join(parent, os.readlink(link)))
+    if os.path.dirname(end) in inside and stat.S_ISREG(_mode(end)):
+        return True
+    return any(Path(os.path.realpath(link)).is_relative_to(place) for place in inside)
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
+
+
+def _blobs(root: Path) -> Iterator[Path]:
     # In huggingface_hub's cache every file of a snapshot is a link into the repository's blobs,
     # and one of those may be a link into the blobs that all repositories share.
-    for parent in directory.resolve().parents:
+    for parent in root.parents:
         if parent.name == "snapshots":
             for blobs in (parent.parent / "blobs", parent.parent.parent / "blobs"):
                 if blobs.is_dir():

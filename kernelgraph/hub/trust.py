@@ -55,7 +55,6 @@ def check_trust(hub: Hub, kernel: Resolved, trust_remote_code: Trust) -> None:
     note = hub.note(kernel.repo_id, kernel.repo_type, f"trusted publisher of {kernel.commit}")
     if note.read() is not None:
         return
-    owner = kernel.repo_id.partition("/")[0]
     try:
         with asking(kernel.repo_id):
             owner = _owner(hub, kernel)

@@ -6,9 +6,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import _tree_cache, close_session, constants
+from hypothesis import settings
 
+from kernelgraph.hub import fetching
 from tests.hub.loopback import LoopbackHub
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture
@@ -32,6 +37,17 @@ def hub(tmp_path, monkeypatch):
 def offline(monkeypatch):
     """Call it to be offline from then on, as with ``HF_HUB_OFFLINE=1``."""
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def as_a_new_process():
+    """Call it to forget the listings that the process has read."""
+
+    def forget():
+        fetching._listings.clear()
+        _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+
+    return forget
 
 
 @pytest.fixture

@@ -91,13 +91,11 @@ class TestDownload:
         ):
             fetched(kernel)
 
-    def test_offline_without_a_listing(self, kernel, variant, offline):
+    def test_offline_without_a_listing(self, kernel, variant, offline, as_a_new_process):
         """An older client has left none."""
         shutil.rmtree(variant.parents[3] / "trees")
         offline()
-        from huggingface_hub import _tree_cache
-
-        _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+        as_a_new_process()
         assert list_build(Hub(), kernel) == {"torch-universal": {}}
         assert fetched(kernel).directory == variant
 
@@ -177,9 +175,6 @@ def corrupt_listing(variant):
     text = listing.read_text()
     id_ = text.split('"blob_id": "')[3][:40]
     listing.write_text(text.replace(id_, "0" * 40))
-    from huggingface_hub import _tree_cache
-
-    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
 
 
 POISON = [
@@ -199,17 +194,19 @@ POISON = [
 
 class TestPoison:
     @pytest.mark.parametrize("poison", POISON)
-    def test_is_replaced_online(self, hub, kernel, variant, poison):
+    def test_is_replaced_online(self, hub, kernel, variant, as_a_new_process, poison):
         whole = digest_files(variant)
         poison(variant)
+        as_a_new_process()
         assert fetched(kernel).directory == variant
         assert digest_files(variant) == whole
         hub.asked()
         assert not compare(variant, list_build(Hub(), kernel, anew=True)["torch-universal"])[0]
 
     @pytest.mark.parametrize("poison", POISON)
-    def test_is_refused_offline(self, kernel, variant, offline, poison):
+    def test_is_refused_offline(self, kernel, variant, offline, as_a_new_process, poison):
         poison(variant)
+        as_a_new_process()
         offline()
         with pytest.raises(OSError, match=r"^org/toy at \w+, variant torch-universal: cannot be"):
             fetched(kernel)

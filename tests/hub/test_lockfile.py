@@ -258,8 +258,9 @@ class TestLocked:
 
     @pytest.mark.parametrize("name", ["layers.py", "metadata.json"])
     @pytest.mark.parametrize("digest", [True, False])
-    def test_another_byte_stops(self, hub, toy, lockfile, tmp_path, name, digest):
+    def test_another_byte_stops(self, hub, toy, lockfile, tmp_path, as_a_new_process, name, digest):
         """Even where the Hub itself serves it under the locked commit, listing and all."""
+        as_a_new_process()
         commit = toy.branches["v1"]
         files = variant_files({**layer_files(), "ran.py": ""}, digest=digest)
         code = f"open({str(tmp_path / 'ran')!r}, 'w')\nRESULT = 1"
@@ -274,7 +275,8 @@ class TestLocked:
             get_locked_kernel("org/toy", lockfile=lockfile)
         assert not (tmp_path / "ran").exists()
 
-    def test_a_variant_that_was_not_there(self, toy, lockfile):
+    def test_a_variant_that_was_not_there(self, toy, lockfile, as_a_new_process):
+        as_a_new_process()
         files = toy.commits[toy.branches["v1"]]
         files |= variant_files(variant="torch-cpu")
         with pytest.raises(ValueError, match="variant torch-cpu: is not the content"):

@@ -52,10 +52,10 @@ def write_repository(
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     directory.mkdir(parents=True, exist_ok=True)
     if metadata is not None:
-        content = dict(metadata)
+        said = dict(metadata)
         if digest:
-            content["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
-        (directory / "metadata.json").write_text(json.dumps(content))
+            said["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
+        (directory / "metadata.json").write_text(json.dumps(said))
     return directory
 
 
