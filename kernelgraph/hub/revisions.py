@@ -16,7 +16,7 @@ _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"v\d+\.\d+\.\d+", re.ASCII)
 # What git allows in no name, and what would make a path of it that leads elsewhere.
-_NO_NAME = re.compile(r"\.\.|^[/.-]|[/.]$|//|@\{|[\x00-\x20\x7f~^:?*\[\\]")
+_NO_NAME = re.compile(r"\.\.|^[/.-]|[/.]$|//|@\{|[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
