@@ -166,7 +166,7 @@ def content_hash(sha256: Mapping[str, str]) -> str:
     The metadata belongs to the content: it names the kernel and its devices.
     """
     known = {file: digest for file, digest in sha256.items() if file not in UNLISTED[1:]}
-    # The metadata comes last, so that adding it has changed no hash of a build without.
+    # Where the metadata stands is part of the hash, and so of the names of ops.
     order = sorted(known, key=lambda file: (file == METADATA, file))
     lines = [f"{file}\0{known[file]}\n" for file in order]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
