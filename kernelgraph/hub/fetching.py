@@ -56,6 +56,8 @@ class Fetched:
     directory: Path
     sha256: Mapping[str, str]
     """The base64 digest of every file there, by relative path."""
+    files: Files
+    """The listing that they were held against."""
 
 
 # A commit's listing never changes, and in a large repository it is long.
@@ -169,38 +171,44 @@ def fetch(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
     """
     directory = hub.snapshot(kernel) / "build" / variant
     damage, sha256 = compare(directory, files)
-    if damage:
-        with _alone(hub.storage(kernel.repo_id, kernel.repo_type)):
-            sha256 = _mend(hub, kernel, variant, files)
-    return Fetched(directory, sha256)
-
-
-def _mend(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Mapping[str, str]:
-    """Download what is missing, and what is there but is not as listed."""
-    directory = hub.snapshot(kernel) / "build" / variant
-    damage, sha256 = compare(directory, files)
-    for _ in range(_ATTEMPTS):
-        if not damage:
-            return sha256
-        if hub.offline:
-            break
-        if not damage.only_missing:  # and then the listing in the cache may be what is damaged
-            files = list_build(hub, kernel, anew=True).get(variant, {})
-            storage = hub.storage(kernel.repo_id, kernel.repo_type)
-            (storage / "trees" / f"{kernel.commit}.json").unlink(missing_ok=True)
-            damage, sha256 = compare(directory, files)
-        _replace(hub, kernel, directory, damage)
-        damage, sha256 = compare(directory, files)
     if not damage:
-        return sha256
-    if hub.offline:
-        raise OSError(
-            f"{kernel}, variant {variant}: cannot be loaded from the cache without the Hub "
-            f"({damage}): load it once with the Hub in reach"
-        )
-    raise ValueError(
-        f"{kernel}, variant {variant}: what was downloaded is not what the Hub lists: {damage}"
-    )
+        return Fetched(directory, sha256, files)
+    with _alone(hub.storage(kernel.repo_id, kernel.repo_type)):
+        return _mend(hub, kernel, variant, files)
+
+
+def _mend(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
+    """Download what is missing, and what is there but is not as listed."""
+    where = f"{kernel}, variant {variant}"
+    directory = hub.snapshot(kernel) / "build" / variant
+    for attempt in range(_ATTEMPTS + 1):
+        damage, sha256 = compare(directory, files)  # another process may have been faster
+        if not damage:
+            return Fetched(directory, sha256, files)
+        if hub.offline:
+            raise OSError(
+                f"{where}: cannot be loaded from the cache without the Hub ({damage}): load it "
+                "once with the Hub in reach"
+            )
+        if attempt == _ATTEMPTS:
+            raise ValueError(f"{where}: what was downloaded is not what the Hub lists: {damage}")
+        try:
+            if not damage.only_missing:  # then it may as well be the listing that is damaged
+                files = _list_anew(hub, kernel, variant)
+                damage, _ = compare(directory, files)
+            _replace(hub, kernel, directory, damage)
+        except OSError as error:
+            raise OSError(f"{error} (of {where} the cache is not whole: {damage})") from error
+    raise AssertionError("unreachable")
+
+
+def _list_anew(hub: Hub, kernel: Resolved, variant: str) -> Files:
+    variants = list_build(hub, kernel, anew=True)
+    if variant not in variants:
+        raise ValueError(f"{kernel}, variant {variant}: the Hub does not list it any more")
+    storage = hub.storage(kernel.repo_id, kernel.repo_type)
+    (storage / "trees" / f"{kernel.commit}.json").unlink(missing_ok=True)
+    return variants[variant]
 
 
 def _replace(hub: Hub, kernel: Resolved, directory: Path, damage: Damage) -> None:

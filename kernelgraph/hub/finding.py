@@ -97,19 +97,18 @@ class Finder:
             ValueError: It is not as listed, or not as locked.
             OSError: It could not be had from the Hub.
         """
-        files = found.variants[variant]
-        fetched = fetch(self.hub, found.kernel, variant, files)
+        fetched = fetch(self.hub, found.kernel, variant, found.variants[variant])
         locked = dict(self.locks.get(found.wanted).digests) if self.locks else {}
         if not locked:  # also a file of the `kernels` package's, which locks the commit alone
             return fetched
         assert self.locks is not None
         where = f"{found.wanted}, variant {variant}"
-        if not files:
+        if not fetched.files:
             raise OSError(
                 f"{where}: what is in the cache cannot be held against {self.locks.source} "
                 "without the Hub: load it once with the Hub in reach"
             )
-        if locked.get(variant) != content_digest(files, fetched.sha256):
+        if locked.get(variant) != content_digest(fetched.files, fetched.sha256):
             raise ValueError(
                 f"{where}: is not the content that {self.locks.source} has locked; if it is "
                 "meant to be another, run `kernelgraph lock` again"

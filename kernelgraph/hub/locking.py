@@ -35,7 +35,7 @@ def _lock(hub: Hub, wanted: Wanted, above: tuple[Wanted, ...], found: dict[Wante
     above = below(above, wanted)
     if wanted in found:
         return
-    kernel = resolve(hub, wanted)
+    kernel = resolve(hub, wanted, anew=True)
     digests = []
     used: dict[Wanted, None] = {}
     for variant, files in sorted(list_build(hub, kernel).items()):

@@ -13,12 +13,17 @@ from kernelgraph.hub.revisions import Wanted, branch_version, is_commit, pick, t
 _logger = logging.getLogger("kernelgraph")
 
 
-def resolve(hub: Hub, wanted: Wanted) -> Resolved:
+def resolve(hub: Hub, wanted: Wanted, *, anew: bool = False) -> Resolved:
     """The commit that is wanted.
 
     A commit that is in the cache is not asked for; anything else costs one request, or two for
     the older repositories of the type model. Where the Hub cannot be reached, the commit is the
     one that the same question had as its answer last.
+
+    Args:
+        hub: The Hub, and the cache.
+        wanted: The repository, and what is wanted of it.
+        anew: Whether only an answer that the Hub gives now will do.
 
     Raises:
         FileNotFoundError: The Hub has no such repository, or no such revision of it; the message
@@ -28,18 +33,18 @@ def resolve(hub: Hub, wanted: Wanted) -> Resolved:
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    if (cached := _in_cache(hub, wanted)) is not None:
+    if not anew and (cached := _in_cache(hub, wanted)) is not None:
         return cached
     missing: Exception | None = None
     try:
         with asking(wanted.repo_id):
             for repo_type in REPO_TYPES:
                 try:
-                    return Resolved(wanted.repo_id, repo_type, _ask(hub, wanted, repo_type))
+                    return Resolved(wanted.repo_id, repo_type, _ask(hub, wanted, repo_type, anew))
                 except RepositoryNotFoundError as error:
                     missing = error
                 except Exception as error:
-                    if refused(error):
+                    if anew or refused(error):
                         raise
                     return _recall(hub, wanted, error)
             assert missing is not None
@@ -63,7 +68,7 @@ def _in_cache(hub: Hub, wanted: Wanted) -> Resolved | None:
     return None
 
 
-def _ask(hub: Hub, wanted: Wanted, repo_type: str) -> str:
+def _ask(hub: Hub, wanted: Wanted, repo_type: str, anew: bool) -> str:
     repo_id = wanted.repo_id
     if wanted.bound is not None:
         refs = hub.api.list_repo_refs(repo_id, repo_type=repo_type)
@@ -75,11 +80,10 @@ def _ask(hub: Hub, wanted: Wanted, repo_type: str) -> str:
         commit = _commit(commits[tag])
         hub.note(repo_id, repo_type, str(wanted)).write(commit)
         return commit
-    if is_commit(wanted.ref):
-        # `resolve_revision` would believe it, and the first request after would be one that the
-        # client repeats for 20 seconds where the Hub cannot be reached.
+    if anew or is_commit(wanted.ref):
+        # `resolve_revision` believes a commit, and for a name it may answer from the cache.
         commit = _commit(hub.api.repo_info(repo_id, repo_type=repo_type, revision=wanted.ref).sha)
-        if commit != wanted.ref:
+        if is_commit(wanted.ref) and commit != wanted.ref:
             raise NotOffered(f"{wanted.ref} is no commit of it")
         return commit
     return _commit(

@@ -211,6 +211,18 @@ class TestPoison:
         with pytest.raises(OSError, match=r"^org/toy at \w+, variant torch-universal: cannot be"):
             fetched(kernel)
 
+    def test_a_hub_that_lists_nothing_vouches_for_nothing(self, repository, kernel, variant):
+        (variant / "layers.py").resolve().write_text("poison")
+        repository.commits[kernel.commit] = {"build/torch-rocm/__init__.py": b""}
+        with pytest.raises(ValueError, match=r"torch-universal: the Hub does not list it any more"):
+            fetched(kernel)
+
+    def test_with_the_hub_out_of_reach(self, hub, kernel, variant):
+        (variant / "layers.py").resolve().write_text("poison")
+        hub.fault("drop")
+        with pytest.raises(OSError, match=r"^org/toy: could not be had .* not whole: changed: lay"):
+            fetched(kernel)
+
     def test_is_never_run(self, hub, kernel, variant, offline, tmp_path):
         (variant / "__init__.py").resolve().write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
         offline()

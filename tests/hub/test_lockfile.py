@@ -275,6 +275,16 @@ class TestLocked:
             get_locked_kernel("org/toy", lockfile=lockfile)
         assert not (tmp_path / "ran").exists()
 
+    def test_a_damaged_cache_is_mended_first(self, toy, lockfile, as_a_new_process):
+        get_locked_kernel("org/toy", lockfile=lockfile)
+        storage = Hub().storage("org/toy", "kernel")
+        (listing,) = (storage / "trees").iterdir()
+        text = listing.read_text()
+        id_ = text.split('"blob_id": "')[-1][:40]
+        listing.write_text(text.replace(id_, "0" * 40))
+        as_a_new_process()
+        assert get_locked_kernel("org/toy", lockfile=lockfile).RESULT == 1
+
     def test_a_variant_that_was_not_there(self, toy, lockfile, as_a_new_process):
         as_a_new_process()
         files = toy.commits[toy.branches["v1"]]
