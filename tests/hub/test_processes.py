@@ -129,3 +129,24 @@ def test_threads_on_a_damaged_cache(hub, kernel, tmp_path):
         worker.join()
     assert results == [1] * 8
     check_cache(kernel, tmp_path)
+
+
+def test_one_at_a_time(hub, kernel):
+    """While one mends the cache, nobody else asks for a file of it."""
+    others, interfered = [], threading.Event()
+
+    def look(method, path):
+        if "layers.py" not in path:
+            return
+        if others:
+            interfered.set()
+        elif method == "GET":
+            others.append(threading.Thread(target=get_kernel, args=["org/toy"], kwargs=wanted))
+            others[0].start()
+            interfered.wait(0.3)
+
+    wanted = {"version": 1}
+    hub.hooks.append(look)
+    assert get_kernel("org/toy", **wanted).RESULT == 1
+    others[0].join()
+    assert not interfered.is_set()
