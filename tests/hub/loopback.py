@@ -102,15 +102,26 @@ class LoopbackHub:
         """Called with each request's method and path, before it is answered."""
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._address = ("127.0.0.1", 0)
+        self.start()
+        self.endpoint = f"http://127.0.0.1:{self._address[1]}"
 
     def __enter__(self) -> LoopbackHub:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serve, at the same address as before."""
+        self._stopping.clear()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = _Server(self._address, handler)
+        self._address = ("127.0.0.1", self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
         self._stopping.set()
         self._server.shutdown()
         self._server.server_close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from kernelgraph import get_kernel
 from tests.hub.loopback import Fault
@@ -87,6 +87,24 @@ def test_a_passing_fault_is_borne(hub, kind):
     """Where the client tries again, or the file is fetched anew, the user sees nothing of it."""
     hub.fault(kind, "layers.py", times=1, method="GET" if kind == "corrupt" else None)
     assert get_kernel("org/toy", version=1).RESULT == 1
+
+
+@pytest.mark.parametrize("wanted", [*WANTED, {"revision": "a" * 40}], ids=str)
+def test_refused_connections(hub, no_waiting, wanted):
+    """An error at once, and nothing to clean up; what was loaded before loads as it was."""
+    hub.stop()
+    close_session()
+    with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
+        get_kernel("org/toy", **wanted)
+    assert not no_waiting, "the client was left to try again and again"
+    hub.start()
+    if "revision" in wanted:
+        return
+    kernel = get_kernel("org/toy", **wanted)
+    hub.stop()
+    close_session()
+    assert get_kernel("org/toy", **wanted) is kernel
+    hub.start()
 
 
 def test_a_tag_that_is_lost_between_two_calls(hub, repository):
