@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
     from kernelgraph.eager import kernelize
+    from kernelgraph.graph.rewrite import rewrite
+    from kernelgraph.graph.tracer import Tracer
     from kernelgraph.hub.importing import get_kernel_dep
     from kernelgraph.hub.kernels import (
         get_kernel,
@@ -46,6 +48,7 @@ _HOMES = {
     "LockedLayerRepository": "hub.repositories",
     "Mode": "modes",
     "ROCMProperties": "devices",
+    "Tracer": "graph.tracer",
     "get_kernel": "hub.kernels",
     "get_kernel_dep": "hub.importing",
     "get_local_kernel": "hub.kernels",
@@ -55,6 +58,7 @@ _HOMES = {
     "last_report": "report",
     "register_kernel_mapping": "mapping",
     "replace_kernel_forward_from_hub": "layers",
+    "rewrite": "graph.rewrite",
     "use_kernel_forward_from_hub": "layers",
     "use_kernel_mapping": "mapping",
     "use_kernelized_func": "layers",
@@ -72,6 +76,7 @@ __all__ = [
     "LockedLayerRepository",
     "Mode",
     "ROCMProperties",
+    "Tracer",
     "get_kernel",
     "get_kernel_dep",
     "get_local_kernel",
@@ -81,6 +86,7 @@ __all__ = [
     "last_report",
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
+    "rewrite",
     "use_kernel_forward_from_hub",
     "use_kernel_mapping",
     "use_kernelized_func",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,23 @@ class ROCMProperties(_CapabilityBounds):
 _PROPERTIES: dict[str, type[_CapabilityBounds]] = {"cuda": CUDAProperties, "rocm": ROCMProperties}
 
 
+def _properties(given: Any) -> _CapabilityBounds:
+    """``given`` itself, or the properties that another package's class of that name stands for."""
+    if isinstance(given, _CapabilityBounds):
+        return given
+    for kind in _PROPERTIES.values():
+        if type(given).__name__ == kind.__name__:
+            return kind(given.min_capability, given.max_capability)
+    raise TypeError(
+        f"properties: expected CUDAProperties, ROCMProperties or None, got {type_name(given)}"
+    )
+
+
+def _is_device(value: object) -> bool:
+    """Whether ``value`` is a ``Device``, or has what the ``kernels`` package's has."""
+    return hasattr(value, "type") and hasattr(value, "properties")
+
+
 @dataclass(frozen=True)
 class Device:
     """A device that a kernel is registered for.
@@ -118,33 +135,32 @@ class Device:
         object.__setattr__(self, "type", _device_type(self.type))
         if self.properties is None:
             return
-        if not isinstance(self.properties, _CapabilityBounds):
-            raise TypeError(
-                "properties: expected CUDAProperties, ROCMProperties or None,"
-                f" got {type_name(self.properties)}"
-            )
+        properties = _properties(self.properties)
+        object.__setattr__(self, "properties", properties)
         fitting = _PROPERTIES.get(self.type)
         if fitting is None:
             raise ValueError(f'device type "{self.type}" takes no properties')
-        if not isinstance(self.properties, fitting):
+        if not isinstance(properties, fitting):
             raise ValueError(
                 f'device type "{self.type}" takes {fitting.__name__},'
-                f" not {type(self.properties).__name__}"
+                f" not {type(properties).__name__}"
             )
 
     @classmethod
-    def parse(cls, device: str | Device) -> Device:
-        """``device`` itself, or the device with that type and no properties.
+    def parse(cls, device: Any) -> Device:
+        """``device`` itself; or that of a str, with no properties; or of another package's Device.
 
         Raises:
-            TypeError: ``device`` is neither a str nor a ``Device``.
-            ValueError: there is no such type.
+            TypeError: ``device`` is none of these.
+            ValueError: there is no such type, or the properties are those of another type.
         """
         if isinstance(device, Device):
             return device
-        if not isinstance(device, str):
+        if isinstance(device, str):
+            return cls(device)
+        if not _is_device(device):
             raise TypeError(f"expected a device type (str) or a Device, got {type_name(device)}")
-        return cls(device)
+        return cls(device.type, device.properties)
 
     def __str__(self) -> str:
         return self.type if self.properties is None else f"{self.type} {self.properties}"
@@ -183,7 +199,8 @@ def target_of(device: str | torch.device | Device | Target) -> Target:
 
     Args:
         device: a device type, with an index (``"cuda:1"``) or without (the current device), a
-            ``torch.device``, a ``Device``, or a ``Target``, which stands for itself. torch's
+            ``torch.device``, a ``Device`` (of this package or of another one that has its
+            fields), or a ``Target``, which stands for itself. torch's
             ``cuda`` is ``rocm`` where torch is built for HIP. The capability is that of the
             device with that index; it is None where torch sees no such kind of device.
 
@@ -195,7 +212,8 @@ def target_of(device: str | torch.device | Device | Target) -> Target:
     if isinstance(device, Target):
         return device
     index: int | None = None
-    if isinstance(device, Device):
+    if _is_device(device):
+        device = Device.parse(device)
         bounds = device.properties
         if bounds is not None:
             if bounds.min_capability != bounds.max_capability:

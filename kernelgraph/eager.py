@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,9 +119,9 @@ class _Plan(NamedTuple):
 def kernelize(
     model: nn.Module,
     *,
-    mode: Mode,
+    mode: Mode | enum.Flag,
     device: str | torch.device | Device | None = None,
-    use_fallback: bool | KernelizeFallback = True,
+    use_fallback: bool | KernelizeFallback | enum.Flag = True,
 ) -> nn.Module:
     """Swap the forwards of ``model``'s extensible layers for kernels of the current mapping.
 
@@ -143,6 +144,8 @@ def kernelize(
         use_fallback: Whether a layer may keep its reference where no kernel fits. False raises
             instead; a `KernelizeFallback` says in which cases it may.
 
+    The ``kernels`` package's ``Mode``, ``Device`` and ``KernelizeFallback`` will do as well.
+
     Returns:
         ``model`` itself.
 
@@ -156,9 +159,10 @@ def kernelize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"kernelize changes an nn.Module, not {model!r}")
+    mode = Mode.parse(mode)
     tried(mode)
     target = _target(model, device)
-    allowed = _fallback_cases(use_fallback)
+    allowed = KernelizeFallback.parse(use_fallback)
     mapping = current_mapping()
 
     layers: dict[type, Extensible | None] = {}
@@ -209,14 +213,6 @@ def _target(model: nn.Module, device: str | torch.device | Device | None) -> Tar
         return target_of(found)
     except ValueError as error:  # meta, say
         raise ValueError(f"the model is on {found}: pass device ({error})") from None
-
-
-def _fallback_cases(use_fallback: bool | KernelizeFallback) -> KernelizeFallback:
-    if isinstance(use_fallback, bool):
-        return KernelizeFallback.DEFAULT if use_fallback else KernelizeFallback.NONE
-    if isinstance(use_fallback, KernelizeFallback):
-        return use_fallback
-    raise TypeError(f"use_fallback is a bool or a KernelizeFallback, not {use_fallback!r}")
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -85,12 +85,13 @@ def decide(
 
 
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
+    from kernelgraph.hub.foreign import load_foreign
     from kernelgraph.hub.repositories import Repository
 
     repository = selection.repository
     if isinstance(repository, Repository):  # ours know builds for several devices
         return repository.load(target)
-    return repository.load()
+    return load_foreign(repository)
 
 
 def _check_registered_mode(hub_layer: type[nn.Module], selection: Selection) -> None:

@@ -8,10 +8,12 @@ tagged is extensible here too.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ NAME = "kernel_layer_name"
 CONDITION = "kernel_condition"
 FAKE = "kernel_fake"
 FUNCTIONS = "_kernel_funcs"
+FUNCTION = "__kernelgraph_function__"
+"""Where the ``forward`` of a class that was made of a function keeps it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,12 @@ class Extensible:
 
 def reference_of(cls: type[nn.Module]) -> Callable[..., Any]:
     """The ``forward`` of ``cls`` without the wrapper that captures its calls in compiled graphs."""
-    return getattr(cls.forward, "__kernelgraph_reference__", cls.forward)
+    return original(cls.forward)
+
+
+def original(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` without the wrapper that captures a forward's calls, if it has one."""
+    return getattr(function, "__kernelgraph_reference__", function)
 
 
 def extensible(cls: type) -> Extensible | None:
@@ -71,7 +80,7 @@ def extensible(cls: type) -> Extensible | None:
             if not isinstance(name, str) or not name or getattr(owner, "forward", None) != forward:
                 return None
             condition, fake = _plain(members.get(CONDITION)), _plain(members.get(FAKE))
-            return Extensible(owner, name, condition, fake)
+            return Extensible(owner, name, None if _always(condition) else condition, fake)
         if "forward" in members:
             return None
     return None
@@ -79,6 +88,24 @@ def extensible(cls: type) -> Extensible | None:
 
 def _plain(member: Any) -> Any:
     return member.__func__ if isinstance(member, staticmethod) else member
+
+
+def _always(condition: Any) -> bool:
+    """Whether ``condition`` says yes to every instance, by its code: ``lambda module: True``.
+
+    The ``kernels`` package gives one to each class that is tagged without. One that has to be
+    asked ties a compiled graph to the instance that it was asked of.
+    """
+    code = getattr(condition, "__code__", None)
+    return isinstance(code, CodeType) and code.co_argcount == 1 and _returns_true(code)
+
+
+@functools.lru_cache(maxsize=256)
+def _returns_true(code: CodeType) -> bool:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
+    if [step.opname for step in steps] not in (["LOAD_CONST", "RETURN_VALUE"], ["RETURN_CONST"]):
+        return False  # asked, then; also where a later Python returns constants in another way
+    return bool(steps[0].argval)
 
 
 def use_kernel_forward_from_hub(
@@ -94,8 +121,9 @@ def use_kernel_forward_from_hub(
         layer_name: The name under which mappings register kernels for the layer.
         condition: Asked of each instance; where it returns False the instance is left alone.
         fake: A shape function with the signature of ``forward`` (its ``self`` included) for a
-            layer whose output shape cannot be had by running it on fake tensors: it returns
-            tensors of the output's shape, dtype and device, as ``torch.empty`` does.
+            layer whose output shape cannot be had by running the kernel or the layer: it returns
+            tensors of the output's shape, dtype and device, as ``torch.empty`` does. A size that
+            depends on values it takes from ``torch.library.get_ctx().new_dynamic_size()``.
 
     Raises:
         TypeError: If an argument, or what is decorated, is of the wrong type.
@@ -184,7 +212,15 @@ def use_kernelized_func(*functions: Callable[..., Any]) -> Callable[[type[T]], t
 
 def functions_of(module: nn.Module) -> dict[str, nn.Module]:
     """The extensible functions attached to ``module``'s class and, by other packages, to it."""
-    return {**getattr(type(module), FUNCTIONS, {}), **vars(module).get(FUNCTIONS, {})}
+    own = {name: _called(module, f) for name, f in vars(module).get(FUNCTIONS, {}).items()}
+    return {**getattr(type(module), FUNCTIONS, {}), **own}
+
+
+def _called(module: nn.Module, function: nn.Module) -> nn.Module:
+    """The function that ``module`` calls: in a deep copy it has a copy, which nothing calls."""
+    names = getattr(inspect.unwrap(reference_of(type(module))), "__globals__", {})
+    alike = [value for value in names.values() if type(value) is type(function)]
+    return alike[0] if len(alike) == 1 else function
 
 
 def _function_layer(
@@ -223,6 +259,7 @@ def class_of_function(
     forward.__doc__ = function.__doc__
     forward.__module__ = module
     forward.__qualname__ = f"{name}.forward"
+    setattr(forward, FUNCTION, function)
     with contextlib.suppress(TypeError, ValueError):  # some builtins have none
         forward.__signature__ = _as_method(inspect.signature(function))  # type: ignore[attr-defined]
     return type(name, (nn.Module,), {"forward": forward, "__module__": module, **members})

@@ -32,10 +32,13 @@ class Repository(Protocol):
         ...
 
 
-# The device keys are Any because a Mapping is invariant in its keys: with ``str | Device`` here
-# a caller's ``dict[str, ...]`` would be a type error. ``KernelMapping.parse`` checks them.
-MappingLike: TypeAlias = Mapping[str, Mapping[Any, Repository | Mapping[Mode, Repository]]]
-"""layer name -> ``Device`` or device type -> a repository, or a dict from ``Mode`` to one."""
+# The keys are Any because a Mapping is invariant in its keys: with ``str | Device`` here a
+# caller's ``dict[str, ...]`` would be a type error. ``KernelMapping.parse`` checks them.
+MappingLike: TypeAlias = Mapping[str, Mapping[Any, Repository | Mapping[Any, Repository]]]
+"""layer name -> ``Device`` or device type -> a repository, or a dict from ``Mode`` to one.
+
+The ``kernels`` package's objects of these names will do as well.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class KernelMapping:
     def parse(cls, mapping: MappingLike) -> KernelMapping:
         """Check a caller's dicts and copy what they hold.
 
-        Two keys of one dict may name one device (``"metal"`` and ``"mps"``); they count as
-        registered in the dict's order.
+        Two keys of one dict may name one device (``"metal"`` and ``"mps"``) or one mode; they
+        count as registered in the dict's order.
 
         Args:
             mapping: layer name -> ``Device`` or device type -> a repository, which is registered
@@ -95,8 +98,8 @@ class KernelMapping:
                     device = Device.parse(key)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{where}: {error}") from None
-                entry = Entry(device, tuple(_repositories(f"{where}[{_key(key)}]", value)))
-                entries = _with_entry(entries, entry)
+                chosen = dict(_repositories(f"{where}[{_key(key)}]", value))
+                entries = _with_entry(entries, Entry(device, tuple(chosen.items())))
             layers[name] = entries
         return cls(layers)
 
@@ -120,9 +123,11 @@ def _repositories(where: str, value: object) -> Iterator[tuple[Mode, Repository]
         expected = "a repository (an object with load()) or a dict from Mode to repository"
         yield Mode.FALLBACK, _repository(where, value, expected)
         return
-    for mode, repository in value.items():
-        if not isinstance(mode, Mode):
-            raise TypeError(f"{where}: expected Mode keys, got {_key(mode)}")
+    for key, repository in value.items():
+        try:
+            mode = Mode.parse(key)
+        except TypeError:
+            raise TypeError(f"{where}: expected Mode keys, got {_key(key)}") from None
         if mode not in REGISTRABLE:
             raise ValueError(
                 f"{where}: a kernel under mode {mode} would never be used:"
@@ -180,7 +185,9 @@ def current_mapping() -> KernelMapping:
 def register_kernel_mapping(mapping: MappingLike, inherit_mapping: bool = True) -> None:
     """Register kernels in the innermost scope or, outside any, for the whole process.
 
-    The mapping is checked whole first: after an error everything is as it was.
+    The mapping is checked whole first: after an error everything is as it was. What is kernelized
+    or compiled already keeps its kernels, until ``kernelize`` or, for compiled graphs,
+    ``torch.compiler.reset()``.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from
@@ -207,7 +214,8 @@ class use_kernel_mapping(contextlib.ContextDecorator):  # noqa: N801
     """Register kernels for the body of a ``with`` statement, or of a decorated function.
 
     Scopes nest. A scope holds in its own thread or asyncio task, and in tasks created inside it.
-    One object may be entered many times, and from several threads at once.
+    One object may be entered many times, and from several threads at once. What was kernelized or
+    compiled inside keeps its kernels outside, and the other way round.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from

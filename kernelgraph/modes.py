@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+import functools
+import operator
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=enum.Flag)
 
 
 class Mode(enum.Flag):
@@ -35,8 +39,36 @@ class Mode(enum.Flag):
                 raise ValueError(f"FALLBACK does not join with other modes, got {_names(bits)}")
         return super()._missing_(value)
 
+    @classmethod
+    def parse(cls, mode: object) -> Mode:
+        """``mode`` itself, or the mode that another package's ``Mode`` stands for.
+
+        Raises:
+            TypeError: ``mode`` is neither.
+        """
+        if (found := _counterpart(cls, mode)) is None:
+            raise TypeError(f"mode: expected a kernelgraph Mode, got {mode!r}")
+        return found
+
     def __str__(self) -> str:
         return _names(self.value)
+
+
+def _counterpart(kind: type[F], flag: object) -> F | None:
+    """The flag of ``kind`` that ``flag`` is or, by its names, stands for.
+
+    The ``kernels`` package has flags of the same names, whose bits are others.
+    """
+    if isinstance(flag, kind):
+        return flag
+    if not isinstance(flag, enum.Flag) or type(flag).__name__ != kind.__name__:
+        return None
+    bits = {name: member.value for name, member in type(flag).__members__.items()}
+    # Members that join others (DEFAULT, ALL) are told by those that they join.
+    names = [name for name, bit in bits.items() if bit & flag.value and not bit & (bit - 1)]
+    if not kind.__members__.keys() >= set(names):
+        return None
+    return functools.reduce(operator.or_, (kind[name] for name in names), kind(0))
 
 
 def _names(bits: int) -> str:
@@ -92,3 +124,20 @@ class KernelizeFallback(enum.Flag):
     """The kernel could not be loaded."""
     DEFAULT = NO_LAYER | NO_DEVICE | NO_COMPATIBLE_PROPERTIES | NO_COMPATIBLE_MODE
     ALL = DEFAULT | CANNOT_LOAD
+
+    @classmethod
+    def parse(cls, use_fallback: object) -> KernelizeFallback:
+        """The cases that a ``use_fallback`` argument allows.
+
+        Args:
+            use_fallback: a ``KernelizeFallback``, of this package or of another one; or True for
+                ``DEFAULT``, False for ``NONE``.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if isinstance(use_fallback, bool):
+            return cls.DEFAULT if use_fallback else cls.NONE
+        if (found := _counterpart(cls, use_fallback)) is None:
+            raise TypeError(f"use_fallback is a bool or a KernelizeFallback, not {use_fallback!r}")
+        return found

@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     POLICY = "the policy keeps the reference"
     DISABLED = "DISABLE_KERNEL_MAPPING is set"
     NOT_AN_OP = "the call cannot become a custom op"
+    WRONG = "the kernel does not compute what the layer does"
 
 
 class Decision(NamedTuple):
@@ -58,10 +59,10 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The decisions of one ``kernelize`` or one compile, in the order in which they were made."""
+    """The decisions of one ``kernelize``, compile or ``rewrite``, in the order of their making."""
 
     source: str
-    """What made the decisions: ``kernelize`` or ``torch.compile``."""
+    """What made the decisions: ``kernelize``, ``torch.compile`` or ``rewrite``."""
     decisions: tuple[Decision, ...] = ()
 
     @property
@@ -139,7 +140,7 @@ _last: Report | None = None
 
 
 def last_report() -> Report | None:
-    """The report of the last ``kernelize`` or compile in this process; None before the first."""
+    """The report of this process's last ``kernelize``, compile or ``rewrite``, if any."""
     return _last
 
 

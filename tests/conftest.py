@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-
-@pytest.fixture(scope="session", autouse=True)
-def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache directory of Inductor for this run; its subprocesses inherit it."""
-    path = os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor"))
-    )
-    return Path(path)
+_cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
+# Before any test module is imported: torch settles on a directory once and for all.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache.name)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +21,16 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch"].compiler.reset()
+
+
+@pytest.fixture(params=["stand-in", "kernels"])
+def theirs(request: pytest.FixtureRequest) -> Any:
+    """Another package that tags layers: one for tests and, where it is installed, ``kernels``."""
+    if request.param == "kernels":
+        return pytest.importorskip("kernels")
+    from tests import foreign
+
+    return foreign
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -236,7 +237,7 @@ def test_a_class_one_does_not_own() -> None:
         pass
 
     def wanted(module: nn.Module) -> bool:
-        return True
+        return not module.training
 
     assert replace_kernel_forward_from_hub(Foreign, "Foreign", wanted) is None
     layer = extensible(Foreign)
@@ -244,6 +245,70 @@ def test_a_class_one_does_not_own() -> None:
     assert (layer.layer_name, layer.condition) == ("Foreign", wanted)
     assert Foreign().kernel_condition is wanted  # not bound to the instance
     assert name_of(Plain) is None
+
+
+class TestConditionThatIsNone:
+    """A condition counts unless its code alone says that it refuses no instance."""
+
+    @staticmethod
+    def counts(condition: Any) -> bool:
+        class Tagged(Plain):
+            pass
+
+        replace_kernel_forward_from_hub(Tagged, "Tagged", condition)
+        layer = extensible(Tagged)
+        assert layer is not None
+        return layer.condition is not None
+
+    def test_one_that_returns_a_true_constant_is_none(self) -> None:
+        def documented(module: nn.Module) -> bool:
+            """Every one of them."""
+            return True
+
+        def a_name(module: nn.Module) -> str:
+            return "true too"
+
+        for condition in (lambda module: True, documented, a_name):
+            assert not self.counts(condition)
+
+    def test_any_other_counts(self) -> None:
+        yes = True
+
+        def refuses(module: nn.Module) -> bool:
+            return False
+
+        def returns_nothing(module: nn.Module) -> None:
+            pass
+
+        def generator(module: nn.Module) -> Iterator[None]:
+            return True
+            yield
+
+        async def coroutine(module: nn.Module) -> bool:
+            return True
+
+        class Callable_:  # noqa: N801
+            def __call__(self, module: nn.Module) -> bool:
+                return True
+
+            def method(self, module: nn.Module) -> bool:
+                return True
+
+        for condition in (
+            refuses,
+            returns_nothing,
+            generator,
+            coroutine,
+            Callable_(),
+            Callable_().method,
+            functools.partial(lambda module, wanted: True, wanted=1),
+            lambda module: yes,
+            lambda module: pytest,
+            lambda module: module,
+            lambda module, wanted=True: wanted,
+            lambda module: True if module.training else False,  # noqa: SIM210
+        ):
+            assert self.counts(condition), condition
 
 
 @pytest.mark.parametrize(

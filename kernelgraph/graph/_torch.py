@@ -6,24 +6,44 @@ Each entry names the versions that it was tried on; a new torch is tried against
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import enum
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource
+from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
+from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import ConstantVariable
+from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
-from torch._guards import TracingContext, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import Guard, TracingContext, detect_fake_mode, tracing
+from torch._inductor.codegen.custom_extern_kernel_codegen import (
+    CUSTOM_EXTERN_KERNEL_CODEGEN,
+    CustomCodegen,
+)
+from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kernelgraph.graph.call import field_names
+from kernelgraph.graph.constants import is_named_tuple, same
+from kernelgraph.graph.paths import Path, read
 
 GraphFunction = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,6 +76,10 @@ class Frame:
         """The real object behind a local variable that holds a module."""
         return self._tx.symbolic_locals[name].realize().value
 
+    def set_callable(self, name: str, value: Callable[..., Any]) -> None:
+        """Give a local variable an op or a Python function for its value; nothing guards it."""
+        self._tx.symbolic_locals[name] = SourcelessBuilder.create(self._tx, value)
+
     def fakes(self, name: str) -> Any:
         """A local variable with its tensors as fakes, and everything in it guarded.
 
@@ -63,33 +87,90 @@ class Frame:
             NotImplementedError: If it holds something that no graph node can take.
         """
         try:
-            proxies = self._tx.symbolic_locals[name].realize().as_proxy()
+            return self._fake(self._tx.symbolic_locals[name])
         except NotImplementedError as error:
             what = f"{name} hold what is neither a tensor nor a constant: {error}"
             raise NotImplementedError(what) from None
-        return pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta["example_value"], proxies)
 
-    def guard(self, name: str, path: tuple[str, ...], value: Any) -> None:
-        """Trace anew when attribute ``path`` of a local variable is not ``value`` any more.
+    def _fake(self, variable: Any) -> Any:
+        variable = variable.realize()
+        cls = variable.python_type()
+        if (parts := _parts_in(self._tx, variable)) is not None:
+            made = {key: self._fake(part) for key, part in parts}
+            if cls in (tuple, list, torch.Size):
+                return cls(made.values())
+            return cls(made) if cls in (dict, OrderedDict) else cls(**made)
+        if variable.is_python_constant():
+            return variable.as_python_constant()
+        value = variable.as_proxy().node.meta["example_value"]
+        # The value of a number that varies becomes guarded by this: an op takes no symbol for it.
+        return float(value) if isinstance(value, torch.SymFloat) else value
+
+    def guard(self, name: str, path: Path, value: Any) -> None:
+        """Trace anew when what is at ``path`` of a local variable is not ``value`` any more.
 
         A number that traced code reads may become symbolic once it has changed, and an op's
         schema takes no symbolic float; a guard alone keeps it a constant.
         """
-        source = self._tx.symbolic_locals[name].source
+        if isinstance(value, (tuple, list, dict, set, frozenset, functools.partial)):
+            # Dynamo's own compares by ==, for which 1 and True are alike; partials by identity.
+            self.guard_check(name, path, functools.partial(same, value))
+            return
+        by_identity = isinstance(value, enum.Enum) or callable(value)
+        kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
+        install_guard(self._source(name, path).make_guard(kind))
+
+    def guard_identity(self, name: str) -> None:
+        """Trace anew when a local variable is another object."""
+        install_guard(self._source(name, ()).make_guard(GuardBuilder.ID_MATCH))
+
+    def guard_type(self, name: str, path: Path) -> None:
+        """Trace anew when what is at ``path`` of a local variable has another type."""
+        install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))
+
+    def guard_check(self, name: str, path: Path, check: Callable[[Any], bool]) -> None:
+        """Trace anew when ``check`` is not true of what is at ``path`` of a local variable.
+
+        Tried on 2.11, 2.13, 2.14.
+        """
+
+        def KERNELGRAPH_CHECK(builder: GuardBuilder, guard: Guard) -> None:  # noqa: N802
+            text = f"{check}({guard.name})"
+            # By way of an accessor: Dynamo does not run what guards a module or dict itself while
+            # that has the attributes and keys that it had, whatever has changed inside of these.
+            result = builder.get_guard_manager(guard).lambda_manager(
+                python_lambda=check,
+                source=text,
+                example_value=True,
+                guard_manager_enum=GuardManagerType.GUARD_MANAGER,
+            )
+            result.add_lambda_guard(bool, [text], guard.user_stack)
+
+        install_guard(self._source(name, path).make_guard(KERNELGRAPH_CHECK))
+
+    def _source(self, name: str, path: Path) -> Any:
+        variable = self._tx.symbolic_locals[name]
+        source = variable.source
         if source is None:
             raise NotImplementedError(f"{name} was made inside the graph")
-        for part in path:
-            source = AttrSource(source, part)
-        by_identity = isinstance(value, nn.Module) or callable(value)
-        kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
-        install_guard(source.make_guard(kind))
+        value = variable.realize().value
+        for step in path:
+            if isinstance(step, str):
+                source = AttrSource(source, step)
+            elif isinstance(value, dict):
+                source = DictGetItemSource(source, step[0])
+            else:
+                source = GetItemSource(source, step[0])
+            value = read(value, (step,))
+        return source
 
     def tensors(self, *names: str) -> list[torch.Tensor]:
         """The tensors in local variables, without having Dynamo look at them.
 
         What Dynamo looks at becomes an input of the graph, in that order, and is guarded.
         """
-        return [t for name in names for t in _tensors_in(self._tx.symbolic_locals[name])]
+        found = (_tensors_in(self._tx, self._tx.symbolic_locals[name]) for name in names)
+        return [tensor for each in found for tensor in each]
 
     @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
@@ -114,23 +195,58 @@ class Frame:
         )
 
 
-def _tensors_in(variable: Any) -> Iterator[torch.Tensor]:
+def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a container and their keys or names; None of anything else.
+
+    Got as Dynamo traces code that reads them. Tried on 2.11, 2.13, 2.14.
+    """
+    cls = variable.python_type()
+    names = cls._fields if is_named_tuple(cls) else field_names(cls)
+    if names is not None:
+        return [(n, _call(tx, getattr, variable, ConstantVariable.create(n))) for n in names]
+    if cls in (tuple, list, torch.Size):
+        return list(enumerate(variable.unpack_var_sequence(tx)))
+    if cls in (dict, OrderedDict):
+        keys = variable.unpack_var_sequence(tx)
+        return [(k.as_python_constant(), _call(tx, operator.getitem, variable, k)) for k in keys]
+    return None
+
+
+def _call(tx: Any, function: Any, *arguments: Any) -> Any:
+    """The result of a builtin function, as Dynamo traces a call of it."""
+    return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
+
+
+def _tensors_in(tx: Any, variable: Any) -> Iterator[torch.Tensor]:
     if isinstance(variable, LazyVariableTracker):
         if not variable.is_realized():
-            leaves = pytree.tree_leaves(variable.peek_value())
-            yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+            yield from _tensors_of(variable.peek_value())
             return
         variable = variable.realize()
     if isinstance(variable, TensorVariable):
         yield variable.as_proxy().node.meta["example_value"]
-    items = getattr(variable, "items", ())
-    for item in items.values() if isinstance(items, dict) else items:
-        yield from _tensors_in(item)
+        return
+    try:
+        parts = _parts_in(tx, variable)
+    except NotImplementedError:  # it has no type that Python could tell
+        return
+    for _, part in parts or ():
+        yield from _tensors_in(tx, part)
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        cls: type = type(leaf)
+        for name in field_names(cls) or ():
+            yield from _tensors_of(getattr(leaf, name))
 
 
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
     """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
     kwargs: dict[str, Any] = {}
+    compiler = _given_backend(compiler)
     while True:
         if isinstance(compiler, functools.partial):
             kwargs = {**compiler.keywords, **kwargs}
@@ -144,13 +260,19 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
             return compiler, kwargs
 
 
+def _given_backend(compiler: Any) -> Any:
+    """What torch.compile gave to Dynamo, which for a DistributedDataParallel has one of its own
+    around it, made for each compile, to hand it the graph in parts. Tried on 2.11, 2.13, 2.14."""
+    return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+
+
 def current_graph() -> tuple[dict[str, Any], object]:
     """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
     for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
     if TracingContext.try_get() is None:
         return {}, None
     graph = InstructionTranslator.current_tx().output
-    return _notes(graph), graph.compiler_fn
+    return _notes(graph), _given_backend(graph.compiler_fn)
 
 
 def _notes(graph: Any) -> dict[str, Any]:
@@ -194,14 +316,108 @@ def named_backend(name: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
     return lookup_backend(name)
 
 
+def call_without_dispatch(op: Any, body: Callable[..., Any]) -> None:
+    """Have the code that Inductor writes call ``body`` where it would call ``op``.
+
+    It calls ops with autograd and every dispatch mode out of the way, so that all which the
+    dispatcher does is cost time: 3 us and more, as much as a small kernel. Where there is a
+    profiler it goes through the dispatcher, to be seen. Code for AOTInductor stays as it is.
+    Tried on 2.11, 2.13, 2.14.
+    """
+
+    profiling = "torch._C._autograd._profiler_enabled()"
+
+    def write(node: Any, writeline: Callable[[str], None]) -> None:
+        arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+        name = node.python_kernel_name
+        writeline(f"{node.get_name()} = ({name} if {profiling} else {name}.run)({arguments})")
+
+    op.run = body
+    CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=write)
+
+
 @contextlib.contextmanager
 def forgetting_unbacked_symbols() -> Iterator[None]:
-    """Let fake code make data-dependent sizes that no node will bind. Tried on 2.11 to 2.14."""
-    mode = detect_fake_mode()
-    if mode is None or mode.shape_env is None:
-        yield
-        return
-    with mode.shape_env.ignore_fresh_unbacked_symbols():
+    """Let fake code make data-dependent sizes, which no node will bind.
+
+    Whatever the user set for the rest of the graph: what a layer does inside is its own matter.
+    Tried on 2.11, 2.13, 2.14.
+    """
+    mode: Any = detect_fake_mode()
+    # What ``torch.library.get_ctx()`` gives to the fake of an op; its second argument is what it
+    # raises where there can be no such size.
+    context: Any = FakeImplCtx
+    env = mode.shape_env
+    with set_ctx_getter(lambda: context(mode, "new_dynamic_size() needs fakes with a ShapeEnv")):
+        if env is None:
+            yield
+            return
+        before = env.settings
+        env.settings = dataclasses.replace(
+            before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True
+        )
+        try:
+            with env.ignore_fresh_unbacked_symbols():
+                yield
+        finally:
+            env.settings = before
+
+
+def bind_unbacked_symbols(made: Iterable[torch.Tensor], given: Iterable[Any]) -> None:
+    """Have the node whose fake made these tensors bind the sizes that are in them for the first
+    time, and not among the operands ``given``. Tried on 2.11, 2.13, 2.14."""
+    known = {symbol for value in given for symbol in free_unbacked_symbols(value)}
+    fresh = {symbol for tensor in made for symbol in free_unbacked_symbols(tensor)} - known
+    if fresh:
+        mode: Any = detect_fake_mode()
+        env = mode.shape_env
+        if not env._ignore_fresh_unbacked_symbols_tls():  # nor does torch then
+            env.pending_fresh_unbacked_symbols += sorted(fresh, key=str)
+
+
+Expression = sympy.Expr
+"""A size in terms of the symbols of a graph."""
+
+
+def expression(value: Any) -> Any:
+    """What a symbolic int stands for; a constant, and any other value, as it is."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    expr = value.node.expr
+    return int(expr) if expr.is_number else expr
+
+
+def evaluate(value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+    """What a symbolic int is where its symbols are as ``known``; any other value as it is."""
+    expr = expression(value)
+    return int(expr.xreplace(dict(known))) if isinstance(expr, Expression) else expr
+
+
+def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
+    """The symbols in ``values``, and what they are in the call that is traced: None where that
+    depends on values of tensors. Tried on 2.11, 2.13, 2.14."""
+    found: dict[sympy.Symbol, int | None] = {}
+    for value in values:
+        if isinstance(value, torch.SymInt) and not isinstance(expression(value), int):
+            known = value.node.shape_env.backed_var_to_val
+            for symbol in sorted(value.node.expr.free_symbols, key=str):
+                found[symbol] = int(known[symbol]) if symbol in known else None
+    return found
+
+
+def guard_equal(value: torch.SymInt, symbol: sympy.Symbol, other: Any) -> None:
+    """Trace anew when a symbol of the graph that ``value`` is of is not ``other`` any more."""
+    value.node.shape_env.evaluate_expr(sympy.Eq(symbol, other))
+
+
+@contextlib.contextmanager
+def for_real() -> Iterator[None]:
+    """Run code on real tensors in the middle of a trace, as if nothing were traced.
+
+    What the code compiles by itself must not find the trace around it either. Tried on 2.11,
+    2.13, 2.14.
+    """
+    with tracing(None), _disable_current_modes(), no_python_dispatcher():
         yield
 
 
@@ -209,6 +425,37 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 def fake_mode_of(fakes: list[Any]) -> Iterator[None]:
     """Run code on ``fakes``, as their maker does."""
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    found: FakeTensorMode | None = detect_fake_mode(list(values))
+    return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def hint(value: Any) -> Any:
+    """A number for a symbolic size: what it was where it was traced, or any."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.has_hint() else 2
+    return value
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+@contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
     with mode, enable_python_dispatcher():
         yield
 

@@ -12,7 +12,8 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.choice import Choices
 from kernelgraph.graph.layer_call import Trace, adopt
 from kernelgraph.graph.options import Options
-from kernelgraph.graph.rewrite import rewrite
+from kernelgraph.graph.plan import plan
+from kernelgraph.graph.rewrite import replace_layers
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.mapping import current_mapping
 from kernelgraph.report import Decision, Report, publish
@@ -30,6 +31,9 @@ def hubkernels(
     By the time that Dynamo hands over the graph the kernels of the layers that it inlined are in
     it, as custom ops (`kernelgraph.graph.layer_call`). Those that it left as modules follow here.
 
+    The mapping counts as it is while the graph is traced. The compiled graph keeps its decisions
+    when the mapping changes: ``torch.compiler.reset()`` has them made anew.
+
     Args:
         graph_module: The graph that Dynamo traced.
         example_inputs: Its inputs, as fake tensors.
@@ -41,11 +45,11 @@ def hubkernels(
     """
     parsed = Options.parse(mode, options)
     notes, compile_call = _torch.current_graph()
-    if _adopt_late(graph_module) and compile_call is not None:
+    if _adopt_late() and compile_call is not None:
         _torch.trace_again()
     trace: Trace | None = notes.get("trace")
     choices = trace.choices if trace else Choices(parsed, current_mapping())
-    rewrite(graph_module, choices)
+    replace_layers(plan(graph_module, choices), choices)
     _report(choices.decisions, compile_call)
     return _inner(parsed)(graph_module, example_inputs)
 
@@ -82,18 +86,14 @@ def _inner(options: Options) -> Any:
     return _torch.named_backend(options.inner)
 
 
-def _adopt_late(graph_module: fx.GraphModule) -> bool:
+def _adopt_late() -> bool:
     """Adopt the classes that another package tagged since this module was imported.
 
-    Nothing announces them, so their layers are in the graph already; True if there are such.
+    Nothing announces them, so their layers may be in the graph already; True if there are any.
+    The graph does not tell: a layer that returns its input leaves no node in it.
     """
-    late = {cls for cls in tagged_subclasses() if adopt(cls)}
-    return bool(late) and any(
-        not late.isdisjoint(cls.__mro__)
-        for node in graph_module.graph.nodes
-        for _, cls in node.meta.get("nn_module_stack", {}).values()
-        if isinstance(cls, type)
-    )
+    late = [cls for cls in tagged_subclasses() if adopt(cls)]
+    return bool(late)
 
 
 on_extensible(adopt)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
 import keyword
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kernelgraph.graph.constants import class_text, is_constant, is_named_tuple, stable_text
+from kernelgraph.graph.paths import Path, path_name
 from kernelgraph.graph.state import State, describe
 from kernelgraph.layers import Extensible
 
 Template = tuple[Any, ...]
-"""A nested value with its leaves taken out, as constants that Dynamo can handle:
+"""A nested value with its leaves taken out:
 ``("leaf", i)``, ``("const", value)``, ``("tuple" | "list" | "size", templates)``,
-``("dict", ((key, template), ...))``."""
+``("dict" | "OrderedDict", ((key, template), ...))``, ``("namedtuple", templates, cls)`` and
+``("dataclass", ((field, template), ...), cls)``."""
 
-_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list, "size": torch.Size}
-_CONSTANTS = (bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_SEQUENCES: dict[type[Any], str] = {tuple: "tuple", list: "list", torch.Size: "size"}
+_DICTS: dict[type[Any], str] = {dict: "dict", OrderedDict: "OrderedDict"}
 
 
 class UnsupportedValue(Exception):
@@ -29,57 +34,106 @@ class UnsupportedValue(Exception):
 
 
 def take_leaves(value: Any, leaves: list[Any]) -> Template:
-    """Move the tensors and numbers of a nested value to ``leaves``; what is left of it."""
-    if _is_leaf(value):
+    """Move the tensors and numbers of a nested value to ``leaves``; what is left of it.
+
+    Raises:
+        UnsupportedValue: If there is anything else in it but constants, in containers that
+            `put_leaves` can make again.
+    """
+    return _take(value, leaves, (int, float, torch.SymInt))
+
+
+def take_tensors(value: Any, tensors: list[Any]) -> Template:
+    """`take_leaves`, for results of an op: numbers stay, and must be the same in each call."""
+    return _take(value, tensors, ())
+
+
+def _take(value: Any, leaves: list[Any], numbers: tuple[type[Any], ...]) -> Template:
+    cls: type = type(value)
+    if cls in numbers or isinstance(value, torch.Tensor):
         leaves.append(value)
         return ("leaf", len(leaves) - 1)
-    for name, sequence in _SEQUENCES.items():
-        if type(value) is sequence:
-            return (name, tuple(take_leaves(v, leaves) for v in value))
-    if type(value) is dict and all(type(k) in (str, int) for k in value):
-        return ("dict", tuple((k, take_leaves(v, leaves)) for k, v in value.items()))
-    # Exactly these types: of a subclass the rest would be lost, and repr() must tell them apart.
-    if value is None or type(value) in _CONSTANTS:
+    if cls in _SEQUENCES:
+        return (_SEQUENCES[cls], tuple([_take(part, leaves, numbers) for part in value]))
+    if cls in _DICTS and all(type(key) in (str, int) for key in value):
+        items = [(key, _take(part, leaves, numbers)) for key, part in value.items()]
+        return (_DICTS[cls], tuple(items))
+    if is_named_tuple(cls):
+        return ("namedtuple", tuple([_take(part, leaves, numbers) for part in value]), cls)
+    if (names := field_names(cls)) is not None:
+        items = [(name, _take(getattr(value, name), leaves, numbers)) for name in names]
+        return ("dataclass", tuple(items), cls)
+    if is_constant(value) or (cls in (int, float) and not numbers):
         return ("const", value)
-    raise UnsupportedValue(  # a SymFloat is one: no op takes it
-        f"a {type(value).__name__} is passed or returned: an op takes and gives tensors, numbers "
-        "and plain constants, in tuples, lists and dicts"
+    raise UnsupportedValue(
+        f"a {cls.__name__} is passed or returned: an op takes and gives tensors, numbers and "
+        "plain constants, in tuples, lists, dicts and dataclasses"
     )
 
 
 def put_leaves(template: Template, leaves: Sequence[Any]) -> Any:
-    """The inverse of `take_leaves`. Dynamo traces this: it holds to the simplest of Python."""
+    """The inverse of `take_leaves`."""
     kind = template[0]
     if kind == "leaf":
         return leaves[template[1]]
     if kind == "const":
         return template[1]
-    if kind == "dict":
+    if kind == "dict" or kind == "OrderedDict" or kind == "dataclass":
         made = {}
         for key, part in template[1]:
             made[key] = put_leaves(part, leaves)
-        return made
+        if kind == "dataclass":
+            return template[2](**made)
+        return made if kind == "dict" else OrderedDict(made)
     parts = []
     for part in template[1]:
         parts.append(put_leaves(part, leaves))
     if kind == "list":
         return parts
+    if kind == "namedtuple":
+        return tuple.__new__(template[2], parts)  # as its own __new__, which wants a source
     return tuple(parts) if kind == "tuple" else torch.Size(parts)
 
 
-def _is_leaf(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, torch.SymInt)) or type(value) in (int, float)
+@functools.cache
+def field_names(cls: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass that is made from just these; None of any other class."""
+    # What a __post_init__ does might not be right twice. transformers' ModelOutput, a dict too,
+    # has one that only makes its fields its keys.
+    if not dataclasses.is_dataclass(cls) or (
+        hasattr(cls, "__post_init__") and not issubclass(cls, dict)
+    ):
+        return None
+    fields = dataclasses.fields(cls)
+    return tuple(f.name for f in fields) if all(f.init for f in fields) else None
 
 
-def paths_of(template: Template, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The keys that lead to each leaf, in the leaves' order."""
-    kind, body = template[0], template[1]
+def paths_of(template: Template, prefix: Path = ()) -> list[Path]:
+    """The paths that lead to each leaf, in the leaves' order."""
+    kind, body = template[:2]
     if kind == "leaf":
         return [prefix]
     if kind == "const":
         return []
-    items = body if kind == "dict" else enumerate(body)
-    return [path for key, part in items for path in paths_of(part, (*prefix, key))]
+    if kind == "dataclass":
+        steps = [(name, part) for name, part in body]
+    elif kind in ("dict", "OrderedDict"):
+        steps = [((key,), part) for key, part in body]
+    else:
+        steps = [((i,), part) for i, part in enumerate(body)]
+    return [path for step, part in steps for path in paths_of(part, (*prefix, step))]
+
+
+def template_text(template: Template) -> str:
+    """Text that is the same for the same template in every process."""
+    kind, body = template[:2]
+    if kind in ("leaf", "const"):
+        return f"{kind} {stable_text(body)}"
+    if kind in ("dict", "OrderedDict", "dataclass"):
+        inside = ", ".join(f"{key!r}: {template_text(part)}" for key, part in body)
+    else:
+        inside = ", ".join(map(template_text, body))
+    return f"{kind}({inside}){''.join(map(class_text, template[2:]))}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +171,7 @@ class Call:
         parameters = _parameters(layer.reference)
         arguments = take_leaves((tuple(args), dict(kwargs)), operands)
         names = [_argument_name(path, parameters) for path in paths_of(arguments)]
-        names += ["_".join(path) for path in state.operands]
+        names += [path_name(path) for path in state.operands]
         operands += [*values, *(number for _, number in state.numbers)]
         types = tuple(_schema_type(value) for value in operands)
         return cls(state, arguments, _unique(names), types, _autocast(operands)), operands
@@ -133,13 +187,15 @@ class Call:
         return tuple(i for i, t in enumerate(self.types) if t == "Tensor")
 
     @property
-    def argument_keys(self) -> list[tuple[Any, ...]]:
-        """The keys from ``(args, kwargs)`` to each operand that is an argument."""
+    def argument_paths(self) -> list[Path]:
+        """The paths from ``(args, kwargs)`` to each operand that is an argument."""
         return paths_of(self.arguments)
 
     def describe(self) -> str:
         """Text that is the same for the same form of call in every process."""
-        return repr((describe(self.state), self.arguments, self.schema, self.autocast))
+        return repr(
+            (describe(self.state), template_text(self.arguments), self.schema, self.autocast)
+        )
 
 
 def _autocast(operands: Sequence[Any]) -> tuple[str, torch.dtype] | None:
@@ -166,11 +222,11 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in found if p.kind in positional)[1:]
 
 
-def _argument_name(path: tuple[Any, ...], parameters: Sequence[str]) -> str:
-    where, first, *rest = path
-    if where == 0:
+def _argument_name(path: Path, parameters: Sequence[str]) -> str:
+    where, first = path[0][0], path[1][0]
+    if where == 0 and isinstance(first, int):
         first = parameters[first] if first < len(parameters) else f"arg{first}"
-    return "_".join(str(part) for part in (first, *rest))
+    return path_name((str(first), *path[2:]))
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelgraph.devices import Target, target_of
 from kernelgraph.graph.options import Options
+from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, UnsupportedState
 from kernelgraph.kernel import BoundForward, Kernel, decide
 from kernelgraph.layers import Extensible, first_device
@@ -54,8 +55,27 @@ class Choices:
 
     options: Options
     mapping: KernelMapping
+    training: bool | None = None
+    """Whether a gradient can flow through the calls; None: each call tells."""
     decisions: list[Decision] = field(default_factory=list)
     _outcomes: dict[tuple[type, Target, Mode], Kernel | Rejection] = field(default_factory=dict)
+
+    def settle(self, site: Site, tensors: Iterable[Tensor]) -> tuple[Site, Kernel, State]:
+        """`place` and `choose`, for a call with ``tensors`` among its arguments.
+
+        Raises:
+            KeepReference, Exception: As these do.
+        """
+        tensors = list(tensors)
+        site = self.place(site, tensors)
+        kernel, state = self.choose(site)
+        if not site.grad and torch.is_grad_enabled():
+            # A tensor that needs a gradient may be no parameter: one in a list, say.
+            held = [read(site.module, path) for path in state.tensors]
+            if any(tensor.requires_grad for tensor in held):
+                site = self.place(site, [*tensors, *held])
+                kernel, state = self.choose(site)
+        return site, kernel, state
 
     def choose(self, site: Site) -> tuple[Kernel, State]:
         """The kernel for a call whose device and mode are known, and the state that it reads.
@@ -98,9 +118,11 @@ class Choices:
         device = tensors[0].device if tensors else first_device(site.module)
         if device is None:
             raise KeepReference(site, Reason.NO_DEVICE, "no tensor tells the device")
-        grad = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*tensors, *site.module.parameters())
-        )
+        grad = self.training
+        if grad is None:
+            grad = torch.is_grad_enabled() and any(
+                t.requires_grad for t in (*tensors, *site.module.parameters())
+            )
         mode = (Mode.TRAINING if grad else Mode.INFERENCE) | Mode.TORCH_COMPILE
         if (kernelized := kernelized_with(site.module)) is not None:
             mode = kernelized[1]

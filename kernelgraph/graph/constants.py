@@ -7,13 +7,14 @@ import functools
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
 from kernelgraph.hub.loading import code_hash
-from kernelgraph.layers import CONDITION, FAKE, NAME
+from kernelgraph.layers import CONDITION, FAKE, NAME, original
 
 _SIMPLE = (
     type(None),
@@ -21,7 +22,6 @@ _SIMPLE = (
     str,
     bytes,
     complex,
-    enum.Enum,
     torch.dtype,
     torch.device,
     torch.layout,
@@ -37,25 +37,87 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and value in _INT64)
 
 
+def is_named_tuple(cls: type) -> bool:
+    """Whether ``cls`` is made by `collections.namedtuple` or as `typing.NamedTuple`."""
+    return issubclass(cls, tuple) and hasattr(cls, "_make")
+
+
 def is_constant(value: Any) -> bool:
     """Whether ``value`` never changes, and `stable_text` tells it from every other."""
     if isinstance(value, tuple):
-        return all(is_constant(v) or is_number(v) for v in value)
+        return all(map(_may_lie_inside, value))
     if isinstance(value, types.FunctionType):
         return _is_importable(value) or _has_constant_closure(value)
+    if isinstance(value, functools.partial):
+        return type(value) is functools.partial and all(map(_may_lie_inside, _inside(value)))
     if isinstance(value, types.BuiltinFunctionType):
         # One that is bound to an object would be that object's state.
         return isinstance(value.__self__, (type(None), types.ModuleType, type))
     if isinstance(value, type):
         return _is_importable(value)
-    return isinstance(value, _SIMPLE) or (type(value) is int)
+    # Of a subclass of str, say, the rest would be lost.
+    return type(value) in _SIMPLE or isinstance(value, enum.Enum) or type(value) is int
+
+
+def _may_lie_inside(value: Any) -> bool:
+    return is_constant(value) or is_number(value)
+
+
+def _inside(function: functools.partial[Any]) -> list[Any]:
+    return [function.func, *function.args, *function.keywords.values()]
+
+
+_MUTABLE = (list, dict, OrderedDict, set, frozenset)
+
+
+def is_data(value: Any) -> bool:
+    """Whether ``value`` is a number, a constant or a container of such, which may change."""
+    if type(value) in _MUTABLE or type(value) is tuple:
+        return all(map(is_data, parts_of(value)))
+    return _may_lie_inside(value)
+
+
+def parts_of(container: Any) -> list[Any]:
+    """What is in a container; of a dict its keys too."""
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
+def copy_of(value: Any) -> Any:
+    """`is_data` with containers of its own."""
+    if isinstance(value, dict):
+        return type(value)((key, copy_of(part)) for key, part in value.items())
+    if type(value) in _MUTABLE or type(value) is tuple:
+        return type(value)(map(copy_of, value))
+    return value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two of `is_data` are alike, their types included: 1, 1.0 and True are not."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (set, frozenset)):
+        return one == other and {type(v) for v in one} == {type(v) for v in other}
+    if isinstance(one, (tuple, list, dict)):
+        ours, theirs = parts_of(one), parts_of(other)
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(one, functools.partial):
+        return same(*((f.func, f.args, f.keywords) for f in (one, other)))
+    return one is other or one == other or (one != one and other != other)
 
 
 def stable_text(value: Any) -> str:
-    """A constant as text that is the same in every process."""
-    if isinstance(value, tuple):
+    """A constant, or data, as text that is the same in every process."""
+    if isinstance(value, dict):
+        items = (f"{stable_text(key)}: {stable_text(part)}" for key, part in value.items())
+        return f"{type(value).__qualname__}({', '.join(items)})"
+    if isinstance(value, (set, frozenset)):  # strings lie in another order in each process
+        return f"{type(value).__qualname__}({', '.join(sorted(map(stable_text, value)))})"
+    if isinstance(value, (tuple, list)):
         name = "" if type(value) is tuple else type(value).__qualname__
         return f"{name}({', '.join(map(stable_text, value))})"
+    if isinstance(value, functools.partial):
+        keywords = stable_text(value.keywords)
+        return f"partial({', '.join(map(stable_text, (value.func, *value.args)))}, {keywords})"
     if isinstance(value, types.FunctionType):
         return f"{_name(value)}#{code_hash(value)}"
     if isinstance(value, (types.BuiltinFunctionType, type)):
@@ -83,14 +145,14 @@ def _has_constant_closure(function: types.FunctionType) -> bool:
     except ValueError:  # not filled yet
         return False
     inside = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return all(v is not function and (is_constant(v) or is_number(v)) for v in inside)
+    return all(v is not function and _may_lie_inside(v) for v in inside)
 
 
 _class_texts: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
 def class_text(cls: type) -> str:
-    """The name of a module class, and a digest of what its methods compute.
+    """The name of a class, and a digest of what its methods compute.
 
     A name alone is not enough: a notebook defines one class many times over.
     """
@@ -102,7 +164,7 @@ def class_text(cls: type) -> str:
 def _describe_class(cls: type) -> str:
     parts = [_name(cls)]
     for base in cls.__mro__:
-        if base is nn.Module:
+        if base in (nn.Module, object):
             break
         if base.__module__.partition(".")[0] == "torch" and _is_importable(base):
             parts.append(_name(base))  # its code goes with torch's version
@@ -122,7 +184,7 @@ def _member_text(name: str, member: Any) -> str:
         member = member.func
     if isinstance(member, types.FunctionType):
         # What capture wraps around a forward is not the layer's own.
-        return code_hash(getattr(member, "__kernelgraph_reference__", member))[:16]
-    if name.startswith("__") or not (is_constant(member) or is_number(member)):
+        return code_hash(original(member))[:16]
+    if name.startswith("__") or not _may_lie_inside(member):
         return ""
     return stable_text(member)

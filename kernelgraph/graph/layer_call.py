@@ -3,14 +3,14 @@
 An extensible class's ``forward`` is wrapped (`adopt`, or per instance by ``kernelize``) in a
 function that outside of Dynamo only runs what it wraps. Traced by Dynamo, it
 
-1. asks `kernelgraph_begin` whether a kernel stands in for this layer here, and which attributes
-   to read; where none does it runs on into the reference, so the graph is what it would have been;
-2. reads those attributes in traced code, so that they become inputs of the graph;
+1. asks `kernelgraph_begin` whether a kernel stands in for this layer here; where none does it
+   runs on into the reference, so the graph is what it would have been;
+2. reads the tensors that the kernel needs of the layer, which so become inputs of the graph;
 3. asks `kernelgraph_finish` for the op of a call of this form, and calls it.
 
-These two run as ordinary Python at trace time, and see the traced frame's variables
-through `Frame`. What they return is constant in the trace. The Python values that it depends on
-are guarded; the mapping is not: it counts as it is when the graph is traced.
+These two run as ordinary Python at trace time, and see and set the traced frame's variables
+through `Frame`. The Python values that their answers depend on are guarded; the mapping is not: it
+counts as it is when the graph is traced.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kernelgraph.graph import _torch, options
+from kernelgraph.graph import _torch, options, verify
 from kernelgraph.graph._torch import Frame
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
 from kernelgraph.graph.ops import lower, overload
-from kernelgraph.graph.state import Path, State
+from kernelgraph.graph.paths import Path
+from kernelgraph.graph.state import State
+from kernelgraph.graph.traced import op_call, reader
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
 from kernelgraph.mapping import current_mapping
@@ -97,29 +99,18 @@ def _captured(reference: Forward, kernel: Kernel | None = None) -> Forward:
 def _traced(
     key: str, reference: Forward, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    # Dynamo traces this function; what it calls at trace time looks its variables up by name.
-    plan = kernelgraph_begin(key)
-    if plan is None:
+    # Dynamo traces this function. What it calls at trace time looks its variables up by name, and
+    # sets `read`, `op` and `call`: functions written for the layer, for loops take Dynamo long.
+    read: Any = None
+    op: Any = None
+    call: Any = None
+    if not kernelgraph_begin(key):
         return reference(module, *args, **kwargs)
-    state = []
-    for path in plan:
-        value = module
-        for name in path:
-            value = getattr(value, name)
-        state.append(value)
-    lowered = kernelgraph_finish()
-    if lowered is None:
+    state = read(module)
+    constants = kernelgraph_finish()
+    if constants is None:
         return reference(module, *args, **kwargs)
-    op_name, paths, numbers, output = lowered
-    operands: list[Any] = []
-    for path in paths:
-        value = (args, kwargs, state)
-        for step in path:
-            value = value[step]
-        operands.append(value)
-    operands.extend(numbers)
-    results = overload(op_name)(*operands)
-    return put_leaves(output, (results,) if isinstance(results, Tensor) else results)
+    return call(op, args, kwargs, state, constants)
 
 
 # --- at trace time ---------------------------------------------------------------------------
@@ -147,62 +138,70 @@ class Trace:
 
 # Dynamo puts what these two return among the globals of the user's module, under their names.
 @_torch.at_trace_time
-def kernelgraph_begin(key: str) -> tuple[Path, ...] | None:
-    """Decide for the call being traced.
+def kernelgraph_begin(key: str) -> bool:
+    """Decide for the call being traced, and set its `read`, which reads the tensors of the layer.
 
     Returns:
-        The paths of the tensors to read of the layer, or None where the reference is kept.
+        Whether a kernel is used; False where the reference is kept.
     """
     frame = Frame()
     module = frame.value("module")
     layer = extensible(type(module))
     if layer is None or layer.reference is not _references[key]:  # reached through super()
-        return None
+        return False
     try:
         trace = Trace.of(frame)
         if not trace.ours and kernelized_with(module) is None:
-            return None
+            return False
         return _begin(frame, trace, Site(module, layer, module_path(frame.module_stack)))
     except Exception as error:
         raise frame.backend_error(error) from error
 
 
-def _begin(frame: Frame, trace: Trace, site: Site) -> tuple[Path, ...] | None:
+def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
     try:
-        site = trace.choices.place(site, frame.tensors("args", "kwargs"))
         if site.layer.condition is not None:
-            frame.guard("module", (), site.module)
-        kernel, state = trace.choices.choose(site)
-        for path, value in state.guarded:
+            frame.guard_identity("module")
+        site, kernel, state = trace.choices.settle(site, frame.tensors("args", "kwargs"))
+        for path, value in state.values:
             frame.guard("module", path, value)
+        for path in state.types:
+            frame.guard_type("module", path)
+        for path, check in state.checks:
+            frame.guard_check("module", path, check)
     except KeepReference as kept:
         trace.choices.decisions.append(kept.decision)
-        return None
+        return False
     except NotImplementedError as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
-        return None
+        return False
     trace.pending = (site, kernel, state)
-    return state.tensors
+    frame.set_callable("read", reader(state.tensors))
+    return True
 
 
 @_torch.at_trace_time
-def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
-    """The op for the call that was begun, its state now read.
+def kernelgraph_finish() -> tuple[Any, ...] | None:
+    """Make an op for the call that was begun, its state now read, and set its `op` and `call`.
 
     Returns:
-        The op's name, the keys from ``(args, kwargs, state)`` to its first operands, the numbers
-        that are its last, and the form of what the layer returns; None where the reference is
-        kept after all.
+        The constants of `call` (see `op_call`); None where the reference is kept after all.
     """
     frame = Frame()
     trace = Trace.of(frame)
     assert trace.pending is not None, "finish without begin"
     site, kernel, state = trace.pending
     try:
+        args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
-            args, kwargs = frame.fakes("args"), frame.fakes("kwargs")
-            call, operands = Call.of(state, frame.fakes("state"), site.layer, args, kwargs)
-            lowered = lower(kernel, site.layer, call, operands, training=site.grad)
+            call, operands = Call.of(state, values, site.layer, args, kwargs)
+            if trace.choices.options.verify:
+                verify.check(site, kernel, call, operands)
+            place = (site.module, site.path)
+            lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+    except KeepReference as kept:
+        trace.choices.decisions.append(kept.decision)
+        return None
     except (UnsupportedValue, NotImplementedError) as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
         return None
@@ -210,15 +209,25 @@ def kernelgraph_finish() -> tuple[str, Any, Any, Template] | None:
         raise frame.backend_error(error) from error
     decision = site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname)
     trace.choices.decisions.append(decision)
-    keys = [*call.argument_keys, *((2, i) for i in range(len(state.tensors)))]
-    numbers = tuple(number for _, number in state.numbers)
-    return lowered.name, tuple(keys), numbers, lowered.output
+    arguments: list[Path | float] = [*call.argument_paths]
+    for i, operand in enumerate(operands[: len(arguments)]):
+        if isinstance(operand, float):  # it may be a symbol there, which no op takes
+            arguments[i] = operand
+    numbers = [number for _, number in state.numbers]
+    function, constants = op_call(lowered, arguments, len(state.tensors), numbers)
+    frame.set_callable("op", overload(lowered.name))
+    frame.set_callable("call", function)
+    return constants
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:
     """The path of the innermost module in an ``nn_module_stack``, as in ``named_modules()``."""
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    # Dynamo names the root by where it found it: a local variable, or a global.
-    return re.sub(r"^(L\['\w+'\]|G\['\w+'\])\.?", "", path)
+    # A module with an __getattr__ of its own is seen to reach for its submodules itself.
+    path = re.sub(r"\.__dict__\['_modules'\]\['(.*?)'\]", r".\1", list(stack.values())[-1][0])
+    # Dynamo names the root by where it found it: a local variable, or a global. A function that
+    # was made a layer is a global too, and has no path but its name.
+    root = re.match(r"[LG]\['(\w+)'\]\.?", path)
+    below = path[root.end() :] if root else path
+    return below or (root[1] if root and len(stack) > 1 else "")

@@ -19,38 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import (
-    Call,
-    Template,
-    UnsupportedValue,
-    digest,
-    take_leaves,
-)
-from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.shapes import (
-    Result,
-    ShapeFunction,
-    Told,
-    describe_output,
-    effects,
-    remember,
-    static_key,
-    tell,
-)
+from kernelgraph.graph.body import Body
+from kernelgraph.graph.call import Call, Template, digest, template_text
+from kernelgraph.graph.shapes import Result, differentiable, effects, remember, static_key, tell
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 NAMESPACE = "hubkernels"
-LOWERING_VERSION = "1"
+LOWERING_VERSION = "2"
 """Counted up whenever this package gives the same op name another body."""
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _lock = threading.Lock()
-_registered: set[str] = set()
+_bodies: dict[str, Body] = {}
 _answers: dict[Any, Lowered] = {}
 
 
@@ -61,9 +46,14 @@ class Lowered:
     name: str
     """The op's name in `NAMESPACE`."""
     output: Template
-    """What the layer returns; its leaves are the op's results."""
+    """What the layer returns; its leaves are the op's first results."""
     results: tuple[Result, ...]
-    """The shapes, dtypes and devices of the results of the call that was lowered."""
+    """The shapes, dtypes and devices of these results in the call that was lowered."""
+    written: tuple[int, ...] = ()
+    """The operands that the layer writes into. The op does not: what is to be in them are its
+    next results."""
+    packed: tuple[int, ...] = ()
+    """The operands that the op takes as one list, where it would have too many arguments."""
 
     @property
     def qualname(self) -> str:
@@ -72,12 +62,36 @@ class Lowered:
 
 
 def overload(name: str) -> Any:
-    """The op called ``name`` in `NAMESPACE`. Dynamo traces this."""
+    """The op called ``name`` in `NAMESPACE`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def pack(operands: Sequence[Any], packed: Sequence[int]) -> list[Any]:
+    """An op's arguments: those of its operands that are ``packed`` are a list in front."""
+    if len(packed) == 0:
+        return list(operands)
+    rest = [value for i, value in enumerate(operands) if i not in packed]
+    return [[operands[i] for i in packed], *rest]
+
+
+def unpack(arguments: Sequence[Any], packed: Sequence[int]) -> list[Any]:
+    """The inverse of `pack`."""
+    if len(packed) == 0:
+        return list(arguments)
+    listed, *rest = arguments
+    operands = dict(zip(packed, listed, strict=True))
+    others = iter(rest)
+    return [operands[i] if i in operands else next(others) for i in range(len(listed) + len(rest))]
+
+
 def lower(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], *, training: bool
+    kernel: Kernel,
+    layer: Extensible,
+    call: Call,
+    operands: Sequence[Any],
+    *,
+    training: bool,
+    place: tuple[nn.Module, str] | None = None,
 ) -> Lowered:
     """The op that makes ``call`` with ``kernel``, registered if it is not yet.
 
@@ -87,21 +101,32 @@ def lower(
         call: The form of the call.
         operands: The call's operands. Of tensors only the form counts: fakes will do.
         training: Whether a gradient may flow through the call.
+        place: The instance that is called and its path in the model, for errors.
 
     Raises:
-        NoFake: If neither the layer's ``fake``, nor the kernel, nor the reference runs on fakes.
+        NoFake: If nothing tells the shapes of the results (see `tell`).
         UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts, in
-            sizes that depend on values, or writes into its operands or attributes.
+            sizes that depend on values where no ``fake`` says so, or sets attributes.
         AttributeError: If the kernel reads an attribute that the layer does not have.
         RuntimeError: If the kernel does not return the structure that the layer does.
     """
+    lowered = _lower(kernel, layer, call, operands, training)
+    if place is not None:
+        _bodies[lowered.name].places.add(*place)
+    return lowered
+
+
+def _lower(
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], training: bool
+) -> Lowered:
     form, sizes = call.describe(), static_key(operands)
     # A model calls most of its layers alike; running them on fakes is what takes the time here.
-    key = (kernel.layer, kernel.origin, layer, form, sizes, training, torch.get_default_dtype())
+    wanted = _wanted(operands) if training else ()
+    what = (kernel.layer, kernel.origin, layer, form, sizes)
+    key = (*what, training, wanted, torch.get_default_dtype())
     if sizes is not None and key in _answers:
         return _answers[key]
     shapes, told = tell(kernel, layer, call, operands)
-    _check_count(call, told, training)
     base = f"{kernel_name(kernel)}_" + digest(
         LOWERING_VERSION,
         kernel.origin.revision,
@@ -110,30 +135,37 @@ def lower(
         code_hash(layer.fake) if layer.fake else "",
         form,
         repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
-        repr(told.output),
+        template_text(told.output),
     )
-    lowered = Lowered(f"{base}_training" if training else base, told.output, told.results)
+    name = f"{base}_training" if training else base
     with _lock:
-        if lowered.name not in _registered:
-            written = effects(kernel, layer, call, operands)
-            op = _KernelOp(kernel, layer, call, shapes, lowered, written)
-            op.register(base, training=training)
-            _registered.add(lowered.name)
-        if sizes is not None:
+        if name not in _bodies:
+            written = effects(kernel, layer, call, operands, told)
+            body = Body(kernel, layer, call, shapes, told, written, differentiable=training)
+            _register(base, call, body)
+            _bodies[name] = body
+        body = _bodies[name]
+        if training and wanted not in body.flows:
+            flows = differentiable(layer, call, operands, body.returned)
+            remember(body.flows, wanted, flows or (True,) * body.count)
+        lowered = Lowered(name, told.output, told.results, body.returned, _packed(call, body))
+        if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
+
+
+def _wanted(operands: Sequence[Any]) -> tuple[bool, ...]:
+    """Of which operands gradients are wanted."""
+    return tuple(isinstance(v, Tensor) and v.requires_grad for v in operands)
 
 
 _MOST_ARGUMENTS = 64
 """Of an op, in torch's dispatcher."""
 
 
-def _check_count(call: Call, told: Told, training: bool) -> None:
-    count = len(call.types) + (len(told.results) + 1 if training else 0)
-    if count > _MOST_ARGUMENTS:
-        raise UnsupportedValue(
-            f"the op would have {count} arguments, of which torch allows {_MOST_ARGUMENTS}"
-        )
+def _packed(call: Call, body: Body) -> tuple[int, ...]:
+    most = len(call.types) + body.count + 1  # those of the backward op
+    return call.tensors if most > _MOST_ARGUMENTS else ()
 
 
 def kernel_name(kernel: Kernel) -> str:
@@ -144,245 +176,88 @@ def kernel_name(kernel: Kernel) -> str:
     return f"k{name}" if name[0].isdigit() else name
 
 
-class _KernelOp:
-    """The bodies of the ops of one form of call."""
+def _register(base: str, call: Call, body: Body) -> None:
+    """Define the op for inference, or those for training, with fakes and the formula.
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        layer: Extensible,
-        call: Call,
-        shapes: Runner,
-        lowered: Lowered,
-        written: tuple[int, ...],
-    ) -> None:
-        self._kernel = kernel
-        self._layer = layer
-        self._call = call
-        self._shapes = ShapeFunction(shapes)
-        self._run_kernel = Runner(kernel.forward, call)
-        self._run_reference = Runner(layer.reference, call)
-        self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in lowered.results]
-        self._output = lowered.output
-        self._single = len(lowered.results) == 1
+    Each has a name of its own and none an overload: torch 2.11 to 2.14 abort at exit where two
+    overloads of one op take the same arguments.
+    """
+    packed, count = _packed(call, body), body.count
+    taken = pack([f"{t} {n}" for t, n in zip(call.types, call.names, strict=True)], packed)
+    if packed:
+        taken[0] = "Tensor[] tensors"
+    made = ["Tensor"] * (count + len(body.kept))
+    returns = "Tensor" if len(made) == 1 else f"({', '.join(made)})"
+    schema = f"({', '.join(taken)}) -> {returns}"
+    forward, fake = body.forward, body.fake
+    if packed:
+        forward, fake = (_unpacking(function, packed) for function in (forward, fake))
+    if not body.differentiable:
+        _define(base, schema, forward, fake)
+        return
+
+    def of_backward(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: function(given[:count], unpack(given[count:-1], packed), given[-1])
+
+    grads = [f"Tensor? grad_{i}" for i in range(count)]
+    _define(
+        f"{base}_backward",
+        f"({', '.join([*grads, *taken, 'bool[] needs_grad'])}) -> Tensor[]",
+        of_backward(body.backward),
+        of_backward(body.backward_fake),
+    )
+    _define(f"{base}_training", schema, forward, fake)
+    formula = _Formula(overload(f"{base}_backward"), call, body)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{base}_training",
+        formula.differentiate,
+        setup_context=formula.save,
+        lib=_library,
+    )
+
+
+def _unpacking(function: Callable[..., Any], packed: Sequence[int]) -> Callable[..., Any]:
+    return lambda *arguments: function(*unpack(arguments, packed))
+
+
+class _Formula:
+    """The autograd formula of an op: it hands its operands to the backward op."""
+
+    def __init__(self, backward_op: Any, call: Call, body: Body) -> None:
+        self._op = backward_op
         self._tensors = call.tensors
-        self._is_tensor = [kind == "Tensor" for kind in call.types]
-        self._written = written
-        # Of those the kernel gets copies, and may return them.
-        self._lent = [i for i in call.tensors if i not in written]
-        self._sizes: dict[Any, tuple[Any, ...]] = {}
+        self._count = body.count
+        self._kept = body.kept
+        self._flows = body.flows
+        self._packed = _packed(call, body)
 
-    def register(self, base: str, *, training: bool) -> None:
-        """Define the op for inference, or those for training, with fakes and the formula."""
-        # Each has a name of its own and none an overload: torch 2.11 to 2.14 abort at exit where
-        # two overloads of one op take the same arguments.
-        returns = "Tensor" if self._single else f"({', '.join('Tensor' for _ in self._expected)})"
-        schema = f"({self._call.schema}) -> {returns}"
-        if not training:
-            _define(base, schema, self.forward, self.fake)
-            return
-        grads = ", ".join(f"Tensor? grad_{i}" for i in range(len(self._expected)))
-        _define(
-            f"{base}_backward",
-            f"({grads}, {self._call.schema}, bool[] needs_grad) -> Tensor[]",
-            self.backward,
-            self.backward_fake,
-        )
-        self._backward_op = overload(f"{base}_backward")
-        _define(f"{base}_training", schema, self.forward, self.fake)
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{base}_training",
-            self._differentiate,
-            setup_context=self._save,
-            lib=_library,
-        )
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        operands = unpack(inputs, self._packed)
+        results = (output,) if isinstance(output, Tensor) else output
+        flows = self._flows.get(_wanted(operands), ())
+        # A buffer that a layer counts in is to stay one.
+        still = [r for r, flow in zip(results, flows, strict=False) if not flow]
+        if self._kept:
+            kept = results[-len(self._kept) :]
+            still += kept
+            for i, before in zip(self._kept, kept, strict=True):
+                operands[i] = before
+        ctx.mark_non_differentiable(*still)
+        ctx.save_for_backward(*(operands[i] for i in self._tensors))
+        ctx.numbers = [None if i in self._tensors else v for i, v in enumerate(operands)]
 
-    # --- the forward op -----------------------------------------------------------------
-
-    def forward(self, *operands: Any) -> Any:
-        """The kernel, below autograd: its results own their memory and are contiguous."""
-        given = [v.shape if t else v for v, t in zip(operands, self._is_tensor)]  # noqa: B905
-        sizes = self._sizes.get(form := tuple(given))
-        before = [] if sizes else self._versions(operands)
-        if self._written:
-            operands = tuple(v.clone() if i in self._written else v for i, v in enumerate(operands))
-        with torch.no_grad():
-            try:
-                result = self._run_kernel(operands)
-            except torch.OutOfMemoryError:  # some programs catch it and try a smaller batch
-                raise
-            except Exception as error:
-                raise RuntimeError(
-                    f"kernel {self._kernel}, called for layer {self._layer.layer_name}, raised "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            tensors = self._take(result)
-            if sizes is None:
-                # The first call with operands of these sizes: what costs too much for each.
-                who = f"kernel {self._kernel}, called for layer {self._layer.layer_name},"
-                self._check_unwritten(before, operands, who)
-                sizes = self._told_sizes(operands)
-                remember(self._sizes, form, sizes)
-            self._check(tensors, sizes)
-            made = owned(tensors, [operands[i] for i in self._lent])
-        return made[0] if self._single else tuple(made)
-
-    def _take(self, result: Any) -> list[Any]:
-        if isinstance(result, Tensor) and self._output == ("leaf", 0):
-            return [result]
-        tensors: list[Any] = []
-        try:
-            output = take_leaves(result, tensors)
-        except UnsupportedValue:
-            output = ()
-        if output != self._output or not all(isinstance(t, Tensor) for t in tensors):
-            of_tensors = output and isinstance((tensors or [0])[0], Tensor)
-            found = describe_output(output) if of_tensors else f"a {type(result).__name__}"
-            raise self._mismatch(found, describe_output(self._output))
-        return tensors
-
-    def _check(self, tensors: Sequence[Tensor], sizes: tuple[Any, ...]) -> None:
-        for tensor, (dtype, device, dims), size in zip(tensors, self._expected, sizes):  # noqa: B905
-            if (
-                tensor.dtype is not dtype
-                or tensor.device.type != device
-                or (tensor.dim() != dims if size is None else tensor.shape != size)
-            ):
-                raise self._mismatch(
-                    f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}",
-                    f"a {dtype} tensor of "
-                    + (f"{dims} dimensions" if size is None else f"shape {tuple(size)}")
-                    + f" on {device}",
-                )
-
-    def _mismatch(self, found: str, expected: str) -> RuntimeError:
-        return RuntimeError(
-            f"kernel {self._kernel} returned {found} for layer {self._layer.layer_name}; expected "
-            f"is {expected}"
-        )
-
-    def _told_sizes(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """The sizes that the results must have; None where they cannot be told."""
-        try:
-            return tuple(torch.Size(r.shape) for r in self._shapes(operands))
-        except Exception:
-            return (None,) * len(self._expected)
-
-    def _versions(self, operands: Sequence[Any]) -> list[int]:
-        """How often torch has written into each operand, where that is counted."""
-        tensors = [operands[i] for i in self._tensors]
-        return [0 if t.is_inference() else t._version for t in tensors]
-
-    def _check_unwritten(self, before: list[int], operands: Sequence[Any], who: str) -> None:
-        for i, old, new in zip(self._tensors, before, self._versions(operands), strict=True):
-            if old != new and i not in self._written:
-                raise RuntimeError(
-                    f"{who} wrote into its operand {self._call.names[i]}, which does not show on "
-                    "fake tensors"
-                )
-
-    def fake(self, *operands: Any) -> Any:
-        """What `forward` returns, with the shapes alone."""
-        results = self._shapes(operands)
-        made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
-        return made[0] if self._single else tuple(made)
-
-    # --- its gradient: the reference's, recomputed --------------------------------------
-
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = self._tensors
-        ctx.save_for_backward(*(inputs[i] for i in tensors))
-        ctx.numbers = [None if i in tensors else v for i, v in enumerate(inputs)]
-
-    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        grads = grads[: self._count]
         operands = list(ctx.numbers)
         for i, tensor in zip(self._tensors, ctx.saved_tensors, strict=True):
             operands[i] = tensor
-        needs = list(ctx.needs_input_grad)
-        made = iter(self._backward_op(*grads, *operands, needs))
-        return tuple(next(made) if needed else None for needed in needs)
-
-    def backward(self, *arguments: Any) -> list[Tensor]:
-        """The gradients of the operands that ``needs_grad`` marks, by running the reference."""
-        grads, operands, needs = self._split(arguments)
-        with torch.enable_grad(), _torch.recording_gradients():
-            leaves = [
-                v.detach().requires_grad_(needed) if isinstance(v, Tensor) else v
-                for v, needed in zip(operands, needs, strict=True)
-            ]
-            # Aliases, so that a reference that writes into its input does not write into a leaf.
-            inputs = [v.view_as(v) if isinstance(v, Tensor) else v for v in leaves]
-            before = self._versions(operands)
-            results: list[Any] = []
-            take_leaves(self._run_reference(inputs), results)
-            self._check_unwritten(before, operands, f"the reference of {self._layer.layer_name}")
-            pairs = [
-                (r, g.to(r.dtype))
-                for r, g in zip(results, grads, strict=True)
-                if g is not None and r.requires_grad
-            ]
-            wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
-            made: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                made = torch.autograd.grad(
-                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-                )
-        whole = [
-            torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else g
-            for v, g in zip(wanted, made, strict=True)
-        ]
-        return owned(whole, [a for a in arguments if isinstance(a, Tensor)])
-
-    def backward_fake(self, *arguments: Any) -> list[Tensor]:
-        """What `backward` returns, with the shapes alone."""
-        _, operands, needs = self._split(arguments)
-        return [
-            torch.empty(v.shape, dtype=v.dtype, device=v.device)
-            for v, needed in zip(operands, needs, strict=True)
-            if needed
-        ]
-
-    def _split(self, arguments: tuple[Any, ...]) -> tuple[Any, Any, list[bool]]:
-        n = len(self._expected)
-        return arguments[:n], arguments[n:-1], arguments[-1]
+        needs = unpack(ctx.needs_input_grad, self._packed)
+        made = iter(self._op(*grads, *pack(operands, self._packed), needs))
+        return tuple(pack([next(made) if needed else None for needed in needs], self._packed))
 
 
 def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-
-
-def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` as an op may return them: contiguous, and sharing no memory with ``inputs``
-    nor with each other; copied only where they are not."""
-    taken = [_extent(t) for t in inputs]
-    made = []
-    for tensor in tensors:
-        tensor = tensor.detach()
-        if tensor.is_conj() or tensor.is_neg():  # a sign that is yet to be put into the memory
-            tensor = tensor.resolve_conj().resolve_neg()
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-        start, end = _extent(tensor)
-        if any(start < e and s < end for s, e in taken):
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-            start, end = _extent(tensor)
-        taken.append((start, end))
-        made.append(tensor)
-    return made
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the memory that ``tensor`` reaches, on whatever device.
-
-    By address and not by storage: an array from another library, over the same memory, comes
-    back in a storage of its own.
-    """
-    if tensor.numel() == 0:
-        return 0, 0
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.itemsize
+    _torch.call_without_dispatch(overload(name), body)

@@ -27,6 +27,9 @@ class Options:
     """Inductor's own options."""
     inductor_mode: str | None = None
     """``mode=`` of torch.compile, which is Inductor's."""
+    verify: bool = False
+    """Whether each kernel is compared with its reference while compiling, at the call's shapes:
+    one that is not within `kernelgraph.graph.verify.TOLERANCES` is not used."""
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
@@ -51,18 +54,24 @@ class Options:
             )
         kernel_mode = given.pop("kernel_mode", None)
         if kernel_mode is not None:
-            if not isinstance(kernel_mode, Mode):
-                raise TypeError(f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}")
+            try:
+                kernel_mode = Mode.parse(kernel_mode)
+            except TypeError:
+                what = f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}"
+                raise TypeError(what) from None
             tried(kernel_mode)
             kernel_mode |= Mode.TORCH_COMPILE
+        verify = given.pop("verify", False)
+        if not isinstance(verify, bool):
+            raise TypeError(f"option verify is a bool, not {verify!r}")
         _check_rest(given, mode, inner)
-        return cls(policy, inner, kernel_mode, given, mode)
+        return cls(policy, inner, kernel_mode, given, mode, verify)
 
 
 def _check_rest(
     given: Mapping[str, Any], mode: str | None, inner: str | Callable[..., Any]
 ) -> None:
-    ours = "policy, inner and kernel_mode"
+    ours = "policy, inner, kernel_mode and verify"
     if inner != "inductor":
         # "default" is what torch.compile means by no mode.
         if given or mode not in (None, "default"):

@@ -1,8 +1,8 @@
 """The FX pass: extensible layers that are leaves of a graph become kernel ops.
 
 Dynamo's graphs come with their kernels in them (`kernelgraph.graph.layer_call`). In others, those
-of ``torch.fx`` tracers with layers as leaves, an extensible layer is one ``call_module`` node. The
-pass
+of ``torch.fx`` tracers with layers as leaves, an extensible layer is one ``call_module`` node, and
+an extensible function one ``call_function`` node. The pass
 
 1. walks the nodes once, and asks for each such node the same question as capture does;
 2. writes the op's call in front of it, with ``get_attr`` nodes for the state that the op reads;
@@ -14,95 +14,173 @@ dtypes and devices, in the same structure; a layer for which that is not so keep
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
+from kernelgraph.graph import _torch
+from kernelgraph.graph.call import put_leaves, take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
-from kernelgraph.graph.ops import Lowered, lower, overload
+from kernelgraph.graph.ops import Lowered, overload, pack
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.paths import Path, path_text, read
+from kernelgraph.graph.plan import Chosen, Plan, plan, plan_with
+from kernelgraph.graph.saved import save_op
 from kernelgraph.graph.shapes import Result
-from kernelgraph.layers import extensible
-from kernelgraph.report import Reason
+from kernelgraph.graph.values import VALUES, fakes_of, plain
+from kernelgraph.mapping import current_mapping
+from kernelgraph.modes import Mode, tried
+from kernelgraph.report import Reason, Report, publish
 
 logger = logging.getLogger("kernelgraph")
 
 
-def rewrite(graph_module: fx.GraphModule, choices: Choices) -> int:
-    """Replace ``call_module`` nodes of extensible layers by calls of kernel ops, in place.
+def rewrite(
+    graph_module: fx.GraphModule,
+    *,
+    mode: Mode,
+    example_inputs: Sequence[Any] | None = None,
+) -> fx.GraphModule:
+    """Make each call of an extensible layer in a graph a call of a hub kernel, as a custom op.
+
+    For the graphs of ``torch.fx`` tracers that have extensible layers as leaves, as
+    `kernelgraph.Tracer` has; the graph modules that the graph calls are rewritten too. The graph
+    is changed in place, or, where an error is raised, not at all. It runs eagerly and under any
+    backend of torch.compile, and reads the parameters of the same modules as before, which stay
+    where they are. A second run finds nothing to do. `kernelgraph.last_report` says what was
+    decided for each call.
+
+    An op needs to know the ranks, dtypes and devices of what a layer takes, from the fake values
+    that the nodes carry (``meta["val"]``, or Dynamo's ``meta["example_value"]``) or from a run of
+    the graph on fakes of ``example_inputs``, which leaves each node its ``val``. The nodes that
+    are not replaced keep the rest of their metadata, and an op has its layer's. What a layer reads
+    of itself other than tensors, and the autocast region around this call, are those of now.
 
     Args:
-        graph_module: Its nodes carry their fake values, as ``val`` or ``example_value``.
-        choices: Decides, and notes each decision.
+        graph_module: What to change.
+        mode: ``Mode.INFERENCE`` or ``Mode.TRAINING``, with or without ``| Mode.TORCH_COMPILE``:
+            what to choose kernels for. Only an op for training has a gradient, which is that of
+            the layer's own forward. A layer that was kernelized for torch.compile keeps its
+            kernel.
+        example_inputs: The graph's positional arguments, real or fake. Other sizes will do at run
+            time; other ranks, dtypes and devices, or a tensor for a None, will not.
 
     Returns:
-        How many nodes were replaced.
+        ``graph_module`` itself.
 
     Raises:
-        Exception: What `kernelgraph.kernel.decide` and `kernelgraph.graph.ops.lower` raise.
+        TypeError: If an argument is of the wrong type, or a hub layer is impure or does not fit.
+        ValueError: If ``mode`` is not one to choose kernels for, the nodes carry no fake values
+            and there are no ``example_inputs``, or these do not fit the graph.
+        RuntimeError: If a node does not run on fakes.
+        Exception: Whatever a repository raises where it cannot be loaded.
     """
-    replaced = 0
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        module = graph_module.get_submodule(node.target)
-        layer = extensible(type(module))
-        if layer is None:
-            continue
+    if not isinstance(graph_module, fx.GraphModule):
+        raise TypeError(f"rewrite changes a torch.fx.GraphModule, not {_kind(graph_module)}")
+    mode = Mode.parse(mode)
+    tried(mode)
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise TypeError(
+            f"example_inputs is a tuple of the graph's arguments, not {_kind(example_inputs)}"
+        )
+    training = Mode.TRAINING in mode
+    choices = Choices(Options(kernel_mode=mode), current_mapping(), training=training)
+    if example_inputs is None:
+        plans = plan(graph_module, choices, need_values=True)
+    else:
+        plans = plan_with(graph_module, example_inputs, choices)
+    for item, op in replace_layers(plans, choices):
+        _complete(item, op)
+        _save(item)
+    publish(Report("rewrite", tuple(choices.decisions)))
+    return graph_module
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+# --- the graph ----------------------------------------------------------------------------------
+
+
+def replace_layers(plans: Sequence[Plan], choices: Choices) -> list[tuple[Plan, fx.Node]]:
+    """Put ops into the places of the nodes that were planned so, and note each decision.
+
+    Returns:
+        The plans that were carried out, and their ops.
+    """
+    done = []
+    for item in plans:
         try:
-            _replace(graph_module, node, Site(module, layer, node.target), choices)
-            replaced += 1
+            done.append((item, _replace(item)))
         except KeepReference as kept:
             choices.decisions.append(kept.decision)
-    if replaced:
+            continue
+        assert isinstance(item.outcome, Chosen)
+        kernel, op = str(item.outcome.kernel), item.outcome.lowered.qualname
+        decision = item.site.decision(Reason.KERNEL, kernel, "", op)
+        choices.decisions.append(decision)
+    for graph_module in dict.fromkeys(item.graph_module for item, _ in done):
         graph_module.graph.lint()
         graph_module.recompile()
-        logger.debug("rewrite: %d call_module nodes became kernel ops", replaced)
-    return replaced
+    if done:
+        logger.debug("rewrite: %d calls of layers became kernel ops", len(done))
+    return done
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, site: Site, choices: Choices) -> None:
-    args, kwargs = _plain(node.args), _plain(node.kwargs)
-    try:
-        fakes = _plain(node.args, _fake_of), _plain(node.kwargs, _fake_of)
-    except UnsupportedValue as error:
-        raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
-    tensors = [t for t in pytree.tree_leaves(fakes) if isinstance(t, Tensor)]
-    site = choices.place(site, tensors)
-    kernel, state = choices.choose(site)
-    try:
-        # The state as it is: making fakes of it would take most of the pass's time.
-        values = [functools.reduce(getattr, path, site.module) for path in state.tensors]
-        call, operands = Call.of(state, values, site.layer, *fakes)
-        lowered = lower(kernel, site.layer, call, operands, training=site.grad)
-    except UnsupportedValue as error:
-        raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
-    _check_fits(node, lowered, site)
+def _replace(item: Plan) -> fx.Node:
+    if isinstance(item.outcome, KeepReference):
+        raise item.outcome
+    if item.outcome is None:
+        raise KeepReference(item.site, Reason.NOT_AN_OP, "the graph module around it is not run")
+    call, lowered = item.outcome.call, item.outcome.lowered
+    node, graph = item.node, item.graph_module.graph
+    _check_fits(node, lowered, item.site)
 
-    graph = graph_module.graph
-    value_key = next((key for key in _VALUES if key in node.meta), "val")
+    origin = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
     with graph.inserting_before(node):
-        arguments: Any = (args, kwargs)
-        given = [functools.reduce(operator.getitem, k, arguments) for k in call.argument_keys]
-        for path in state.tensors:
+        arguments = plain(node.args), plain(node.kwargs)
+        given = [_pick(graph, arguments, path, origin) for path in call.argument_paths]
+        for path in call.state.tensors:
             # Not by graph.get_attr, which warns of tensors that are neither parameter nor buffer.
-            given.append(graph.create_node("get_attr", ".".join((site.path, *path))))
-        given += [number for _, number in state.numbers]
-        op = graph.call_function(overload(lowered.name), tuple(given))
-        op.meta = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
+            given.append(graph.create_node("get_attr", f"{node.target}.{path_text(path)}"))
+            given[-1].meta = dict(origin)
+        given += [number for _, number in call.state.numbers]
+        op = graph.call_function(overload(lowered.name), tuple(pack(given, lowered.packed)))
+        op.meta = dict(origin)
         results = [op]
         if (count := len(lowered.results)) > 1:
             results = [graph.call_function(operator.getitem, (op, i)) for i in range(count)]
-    _hand_over(graph, node, put_leaves(lowered.output, results))
     if count > 1:
-        op.meta[value_key] = tuple(piece.meta.get(value_key) for piece in results)
-        for piece in results:
-            if not piece.users:
-                graph.erase_node(piece)
-    choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname))
+        for key in VALUES:
+            if key in node.meta:
+                leaves: list[Any] = []
+                take_leaves(plain(node.meta[key]), leaves)
+                op.meta[key] = tuple(leaves)
+    _hand_over(graph, node, put_leaves(lowered.output, results))
+    for piece in results:
+        if piece is not op and not piece.users:
+            graph.erase_node(piece)
+    return op
+
+
+def _pick(graph: fx.Graph, value: Any, path: Path, origin: dict[str, Any]) -> Any:
+    """What ``path`` leads to in arguments, some of it maybe inside what one node returns."""
+    for step in path:
+        if isinstance(value, fx.Node):
+            whole = value
+            by_name = isinstance(step, str)
+            value = graph.call_function(
+                getattr if by_name else operator.getitem, (whole, step if by_name else step[0])
+            )
+            inside = {k: read(whole.meta[k], (step,)) for k in VALUES if k in whole.meta}
+            value.meta = {**origin, **inside}
+        else:
+            value = read(value, (step,))
+    return value
 
 
 def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
@@ -126,7 +204,7 @@ def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
                 raise keep("what it returns is used as a whole")
             uses.append((user, piece))
     for traced, result in uses:
-        value = next((traced.meta[key] for key in _VALUES if key in traced.meta), None)
+        value = next((traced.meta[key] for key in VALUES if key in traced.meta), None)
         if isinstance(value, Tensor) and _form(value) != _form(result):
             raise keep(f"the kernel returns a {_form(result)}, and the layer a {_form(value)}")
 
@@ -149,26 +227,68 @@ def _hand_over(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     graph.erase_node(node)
 
 
-_VALUES = ("val", "example_value")
-_VALUE_META = (*_VALUES, "tensor_meta")
+_VALUE_META = (*VALUES, "tensor_meta")
 _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 
 
-def _plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
-    """A node's arguments in Python's own containers, and ``each`` node in them replaced."""
-    if isinstance(value, fx.Node):
-        return each(value)
-    if isinstance(value, list):
-        return [_plain(part, each) for part in value]
-    if type(value) is tuple:
-        return tuple([_plain(part, each) for part in value])
-    if isinstance(value, dict):
-        return {key: _plain(part, each) for key, part in value.items()}
-    return value
+def _complete(item: Plan, op: fx.Node) -> None:
+    """Give an op, and the new nodes around it, the values that a run of it on fakes has.
+
+    The layer's may have other strides. A backend traces the graph once more and needs none of it.
+    """
+    assert isinstance(item.outcome, Chosen)
+    found = [(key, n) for n in (op, *op.all_input_nodes) for key in VALUES if key in n.meta]
+    key, carrier = found[0] if found else ("val", op)
+    mode = _torch.fake_mode_for([carrier.meta.get(key)])
+    for node in op.all_input_nodes:
+        if node.op == "get_attr" and key not in node.meta:
+            state: Any = item.graph_module
+            for name in str(node.target).split("."):
+                state = getattr(state, name)
+            node.meta[key] = _torch.to_fake(mode, state)
+    results = item.outcome.lowered.results
+    whole = op.meta.get(key)
+    values: Sequence[Any] = [whole] if len(results) == 1 else list(whole or ())
+    if not (len(values) == len(results) and all(map(_is_told, values, results))):
+        with _torch.running_on(mode):
+            values = fakes_of(results)
+    made: list[tuple[fx.Node, Any]] = [(op, values[0])]
+    if len(values) > 1:
+        pieces: list[Any] = [(user, user.args[1]) for user in op.users]
+        made = [(op, tuple(values)), *((user, values[i]) for user, i in pieces)]
+    for node, value in made:
+        node.meta[key] = value
+        if getattr(node.meta.get("tensor_meta"), "stride", None) not in (None, _stride(value)):
+            del node.meta["tensor_meta"]
 
 
-def _fake_of(node: fx.Node) -> Any:
-    for key in _VALUES:
-        if key in node.meta:
-            return node.meta[key]
-    raise UnsupportedValue(f"node {node} carries no fake value")
+def _is_told(value: Any, result: Result) -> bool:
+    """Whether a value is what an op returns; never asked of symbols, which it would guard."""
+    return (
+        isinstance(value, Tensor)
+        and all(type(n) is int for n in (*value.shape, *result.shape))
+        and (tuple(value.shape), value.dtype, value.device) == tuple(result)
+        and value.is_contiguous()
+    )
+
+
+def _save(item: Plan) -> None:
+    site, chosen = item.site, item.outcome
+    assert isinstance(chosen, Chosen)
+    assert site.target is not None
+    assert site.mode is not None
+    save_op(
+        item.graph_module,
+        chosen.lowered.name,
+        chosen.kernel,
+        type(site.module),
+        site.target,
+        site.mode,
+        chosen.call,
+        chosen.operands,
+        training=site.grad,
+    )
+
+
+def _stride(value: Any) -> Any:
+    return value.stride() if isinstance(value, Tensor) else None

@@ -1,45 +1,104 @@
-"""Running a ``forward`` with the operands of an op: the body of one."""
+"""Running a ``forward`` with the operands of an op.
+
+What a graph runs is a Python function that is written for the call, as a ``dataclass`` writes its
+``__init__``: loops over the operands would cost several times what many kernels do.
+"""
 
 from __future__ import annotations
 
 import functools
+import keyword
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kernelgraph.graph.call import Call, UnsupportedValue, paths_of, put_leaves
-from kernelgraph.graph.state import new_shell
+from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
+from kernelgraph.graph.shell import new_shell
+from kernelgraph.graph.source import expression, write
 
 
 class Runner:
-    """Calls a ``forward`` with the operands of a `Call`: the body of an op.
+    """Calls a ``forward`` with the operands of a `Call`.
 
-    The object that plays ``self`` and the containers of the arguments are made once and kept in a
-    pool, since making them costs more than a small kernel; each thread in a call has its own, and
-    between calls they hold no tensor.
+    The objects that play ``self`` are made once and kept in a pool, since making one costs more
+    than a small kernel; each thread in a call has its own, and between calls they hold no tensor.
     """
 
     def __init__(self, forward: Callable[..., Any], call: Call) -> None:
-        self._forward = _in_autocast(forward, call.autocast)
-        self._call = call
-        self._free: list[_Activation] = []
+        self.call = call
+        self.forward = _in_autocast(forward, call.autocast)
+        self.operands = [f"a{i}" for i in range(len(call.types))]
+        """The names of the operands in the functions that are written."""
+        self._namespace: dict[str, Any] = {"forward": self.forward}
+        self._namespace |= {"free": [], "new_shell": functools.partial(_shell, call)}
+        self.run = self._write([*self._call_lines(), "return result"], {})
+        """The call, with the operands as its arguments."""
 
     def __call__(self, operands: Sequence[Any]) -> Any:
+        return self.run(*operands)
+
+    def around(
+        self, before: Sequence[str], on_error: str, after: Sequence[str], names: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """A function that makes the call between other lines.
+
+        Args:
+            before: Lines in front of the call.
+            on_error: What to do with the ``error`` that it raises.
+            after: Lines behind it, which find what it returns as ``result``.
+            names: What the lines call by name.
+        """
+        return self._write([*before, *self._call_lines(on_error), *after], names)
+
+    def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
+        made: Callable[..., Any] = write(self.operands, lines, {**self._namespace, **names})
+        return made
+
+    def _call_lines(self, on_error: str = "") -> list[str]:
+        """The lines of the call. For a norm with a weight and an eps::
+
         try:
-            activation = self._free.pop()
+            shell = free.pop()
         except IndexError:
-            activation = _Activation(self._call)
-        slots = activation.slots
+            shell = new_shell()
+        module, (d0, d1, ) = shell
         try:
-            for (container, key), value in zip(slots, operands):  # noqa: B905 (hot path)
-                container[key] = value
-            args, kwargs = activation.arguments()
-            return self._forward(activation.shell.module, *args, **kwargs)
+            d0['weight'] = a1
+            d1['eps'] = a2
+            result = forward(module, a0)
         finally:
-            for container, key in slots:
-                container[key] = None
-            self._free.append(activation)
+            d0['weight'] = None
+            free.append(shell)
+        """
+        slots = new_shell(self.call.state).slots
+        first = len(self.operands) - len(slots)  # of the state's
+        held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
+        tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
+        _, (args, kwargs) = self.call.arguments
+        # Made anew where it is evaluated: a forward may change the containers it is given.
+        made = functools.partial(expression, leaves=self.operands, constant=self._constant)
+        given = [made(part) for part in args[1]]
+        given += [_keyword(name, made(part)) for name, part in kwargs[1]]
+        return [
+            "try:",
+            "    shell = free.pop()",
+            "except IndexError:",
+            "    shell = new_shell()",
+            f"module, ({''.join(f'd{j}, ' for j in range(len(slots)))}) = shell",
+            "try:",
+            *(f"    {s} = {a}" for s, a in zip(held, self.operands[first:], strict=True)),
+            f"    result = forward({', '.join(['module', *given])})",
+            *(["except Exception as error:", f"    {on_error}"] if on_error else []),
+            "finally:",
+            *(f"    {slot} = None" for slot in tensors),
+            "    free.append(shell)",
+        ]
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._namespace)}"
+        self._namespace[name] = value
+        return name
 
     def observe(self, operands: Sequence[Any]) -> Any:
         """Call, and see that the layer's attributes are afterwards what they were before.
@@ -47,15 +106,16 @@ class Runner:
         Raises:
             UnsupportedValue: If the call sets one: an op has no such effect.
         """
-        activation = _Activation(self._call)
-        for (container, key), value in zip(activation.slots, operands, strict=True):
+        shell = new_shell(self.call.state)
+        count = len(operands) - len(shell.slots)
+        for (container, key), value in zip(shell.slots, operands[count:], strict=True):
             container[key] = value
-        before = activation.shell.contents()
-        args, kwargs = activation.arguments()
-        result = self._forward(activation.shell.module, *args, **kwargs)
-        changed = {name for (_, name), _ in before.items() ^ activation.shell.contents().items()}
+        before = shell.contents()
+        args, kwargs = put_leaves(self.call.arguments, operands)
+        result = self.forward(shell.module, *args, **kwargs)
+        changed = {name for (_, name), _ in before.items() ^ shell.contents().items()}
         if changed:
-            where = getattr(self._forward, "__qualname__", self._forward)
+            where = getattr(self.forward, "__qualname__", self.forward)
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
         return result
 
@@ -76,34 +136,11 @@ def _in_autocast(
     return inside
 
 
-class _Activation:
-    """What a call needs and no other call may use at the same time."""
+def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
+    shell = new_shell(call.state)
+    return shell.module, tuple(container for container, _ in shell.slots)
 
-    def __init__(self, call: Call) -> None:
-        self.shell = new_shell(call.state)
-        template = call.arguments
-        leaves = paths_of(template)
-        _, (args, kwargs) = template
-        # Containers among the arguments are made anew for each call, which may change them.
-        parts = [*args[1], *(part for _, part in kwargs[1])]
-        flat = all(kind in ("leaf", "const") for kind, _ in parts)
-        self._values: list[Any] = [None] * len(leaves)
-        self._template = None if flat else template
-        self._args: list[Any] = []
-        self._kwargs: dict[str, Any] = {}
-        self.slots: list[tuple[Any, Any]]
-        if flat:
-            nothing = [None] * len(leaves)
-            self._args = list(put_leaves(args, nothing))
-            self._kwargs = put_leaves(kwargs, nothing)
-            containers = (self._args, self._kwargs)
-            self.slots = [(containers[where], key) for where, key in leaves]
-        else:
-            self.slots = [(self._values, i) for i in range(len(leaves))]
-        self.slots += self.shell.slots
 
-    def arguments(self) -> tuple[Sequence[Any], dict[str, Any]]:
-        if self._template is None:
-            return self._args, self._kwargs
-        args, kwargs = put_leaves(self._template, self._values)
-        return args, kwargs
+def _keyword(name: str, value: str) -> str:
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{name}={value}" if plain else f"**{{{name!r}: {value}}}"

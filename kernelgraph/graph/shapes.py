@@ -1,59 +1,53 @@
-"""What a layer returns, told by running it on fake tensors."""
+"""The shapes of what a layer returns: by its ``fake``, by runs on fake tensors, or by a probe."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_leaves
+from kernelgraph.graph import _torch, samples
+from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_tensors
+from kernelgraph.graph.paths import path_text
+from kernelgraph.graph.probe import Probe
 from kernelgraph.graph.runner import Runner
+from kernelgraph.graph.told import NoFake as NoFake
+from kernelgraph.graph.told import Result as Result
+from kernelgraph.graph.told import Told as Told
+from kernelgraph.graph.told import observe
+from kernelgraph.graph.told import remember as remember
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
-
-class NoFake(Exception):
-    """The shape of a layer's output cannot be told."""
+Source = Callable[[Sequence[Any]], Told]
+"""What tells the results of calls of one form, given the operands."""
 
 
 class _DependsOnValues(UnsupportedValue):
     """An output's size is not known before there are values."""
 
 
-class Result(NamedTuple):
-    """What is known of one tensor of an output before there is any."""
-
-    shape: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Told(NamedTuple):
-    """What a run on fakes tells."""
-
-    results: tuple[Result, ...]
-    output: Template
-    """What the layer returns, its tensors taken out."""
-    written: tuple[int, ...]
-    """The operands that the run wrote into."""
-
-
-def run_on_fakes(runner: Runner, operands: Sequence[Any]) -> Told:
+def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> Told:
     """Run a forward on fakes that are like ``operands``.
 
     On fakes of its own: the operands belong to whoever traces, and a forward may write into
     them. Asking such a fake for its memory raises: what native code would do with the null
     pointer that it would otherwise get is nobody's guess.
 
+    Args:
+        runner: Runs the forward.
+        operands: Of tensors only the form counts.
+        source: What the forward is, see `Told.source`. Only a ``fake`` may return sizes that
+            depend on values.
+
     Raises:
         UnsupportedValue: If no op can do what it does.
         Exception: Whatever it raises.
     """
     given = [v for v in operands if isinstance(v, Tensor)]
-    tensors: list[Any] = []
     with (
         torch.inference_mode(False),  # tensors of inference mode do not count what writes to them
         torch.no_grad(),
@@ -62,18 +56,16 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any]) -> Told:
         _torch.no_data_pointers(),
     ):
         fakes = [_like(v) if isinstance(v, Tensor) else v for v in operands]
-        before = [_version(v) for v in fakes]
-        output = take_leaves(runner.observe(fakes), tensors)
-        written = tuple(i for i, v in enumerate(fakes) if _version(v) != before[i])
-    if not all(isinstance(t, Tensor) for t in tensors):
-        raise UnsupportedValue("the layer returns a number, which no op can")
-    if not tensors:
-        raise UnsupportedValue("the layer returns no tensor")
-    known = {symbol for v in given for symbol in _torch.free_unbacked_symbols(v)}
-    if any(_torch.free_unbacked_symbols(t) - known for t in tensors):
-        raise _DependsOnValues("the size of what the layer returns depends on values of tensors")
-    results = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in tensors)
-    return Told(results, output, written)
+        told, tensors = observe(runner, fakes)
+    known = {symbol for v in operands for symbol in _torch.free_unbacked_symbols(v)}
+    fresh = any(_torch.free_unbacked_symbols(t) - known for t in tensors)
+    if fresh and source != "fake":
+        raise _DependsOnValues(
+            "the size of what the layer returns depends on values of tensors; pass fake= where "
+            "the layer is made extensible, a shape function that takes such a size from "
+            "torch.library.get_ctx().new_dynamic_size()"
+        )
+    return told._replace(source=source, fresh=fresh)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -83,24 +75,21 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
 
 
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) else 0
-
-
 class ShapeFunction:
     """The shapes of what one form of call returns."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._known: dict[Any, tuple[Result, ...]] = {}
 
     def __call__(self, operands: Sequence[Any]) -> tuple[Result, ...]:
         """The results of a call with ``operands``, of which the values are never looked at."""
         key = static_key(operands)
-        if key is None:
-            return run_on_fakes(self._runner, operands).results
-        if key not in self._known:
-            remember(self._known, key, run_on_fakes(self._runner, operands).results)
+        if key is None or key not in self._known:
+            told = self._source(operands)
+            if key is None or told.fresh:  # each call has sizes of its own
+                return told.results
+            remember(self._known, key, told.results)
         return self._known[key]
 
 
@@ -120,46 +109,89 @@ def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> None:
-    """Put ``value`` into a table that never grows beyond ``most`` entries."""
-    if len(known) >= most:
-        known.clear()
-    known[key] = value
-
-
 def tell(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
-) -> tuple[Runner, Told]:
-    """What ``call`` returns, by the first that runs on fakes, and that one.
+) -> tuple[Source, Told]:
+    """What ``call`` returns, and what tells it of other calls of the form.
 
-    The layer's ``fake`` stands alone where there is one; else it is the kernel, whose results are
-    what the graph will get, or the reference, which mostly can where the kernel is native code.
+    The layer's ``fake`` stands alone where there is one. Else it is the first that can of
+
+    1. the kernel on fakes, whose results are what the graph will get;
+    2. the reference on fakes, which mostly can where the kernel is native code;
+    3. the kernel run for real, on small inputs that are made up (`kernelgraph.graph.probe`).
 
     Raises:
-        NoFake: If none does.
-        UnsupportedValue: If the reference does what no op can.
+        NoFake: If none can, or the ``fake`` raises.
+        UnsupportedValue: If the kernel or the reference does what no op can.
         AttributeError: If the kernel reads an attribute that the layer does not have.
     """
     if layer.fake is not None:
-        runner = Runner(layer.fake, call)
-        return runner, run_on_fakes(runner, operands)
-    _check_annotated(kernel, layer, call)
-    errors = []
-    for what, forward in (("kernel", kernel.forward), ("reference", layer.reference)):
-        runner = Runner(forward, call)
+        source: Source = _on_fakes("fake", layer.fake, call)
         try:
-            return runner, run_on_fakes(runner, operands)
+            return source, source(operands)
+        except UnsupportedValue:
+            raise
+        except Exception as error:
+            raise NoFake(f"fake= of layer {layer.layer_name} raised {_text(error)}") from error
+    _check_annotated(kernel, layer, call)
+    attempts: list[tuple[str, Source]] = [
+        ("the kernel", _on_fakes("kernel", kernel.forward, call)),
+        ("the reference", _on_fakes("reference", layer.reference, call)),
+        ("the kernel on inputs made up for it", Probe(Runner(kernel.forward, call))),
+    ]
+    errors = []
+    for what, source in attempts:
+        try:
+            if what == "the kernel" and static_key(operands) is None:
+                # A run that fails on symbolic sizes has guarded them by then, for nothing.
+                _at_hints(source, operands)
+            return source, source(operands)
         except Exception as error:
             if isinstance(error, AttributeError):
                 _explain_attribute(error, what, kernel, layer, call)
-            if isinstance(error, UnsupportedValue) and what == "reference":
+            # On fakes a kernel may do what it does only there.
+            if isinstance(error, _DependsOnValues) or (
+                isinstance(error, UnsupportedValue) and what != "the kernel"
+            ):
                 raise
-            first_line = (str(error).splitlines() or [""])[0]
-            errors.append(f"the {what}: {type(error).__name__}: {first_line}")
+            errors.append(f"{what}: {_text(error)}")
     raise NoFake(
-        f"the output's shape of layer {layer.layer_name} cannot be told by running it on fake "
-        f"tensors; pass fake= where the layer is made extensible ({'; '.join(errors)})"
+        f"the shape of what kernel {kernel} returns for layer {layer.layer_name} cannot be told "
+        "by running it or the layer on fake tensors, nor by probing it; pass fake= where the "
+        f"layer is made extensible ({'; '.join(errors)})"
     )
+
+
+def _at_hints(source: Source, operands: Sequence[Any]) -> Told:
+    """What ``source`` tells of a call with the sizes that symbols have in the call that is traced;
+    nothing is guarded."""
+    known = {
+        symbol: samples.UNKNOWN if hint is None else hint
+        for symbol, hint in _torch.hints(n for v in operands for n in samples.measures(v)).items()
+    }
+
+    def static(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return _torch.evaluate(value, known)
+        size, stride = (
+            [_torch.evaluate(n, known) for n in numbers]
+            for numbers in (value.shape, value.stride())
+        )
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+
+    with _torch.for_real():
+        with _torch.fake_mode_of([]):
+            fakes = [static(value) for value in operands]
+        return source(fakes)
+
+
+def _text(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return first_line if isinstance(error, NoFake) else f"{type(error).__name__}: {first_line}"
+
+
+def _on_fakes(source: str, forward: Callable[..., Any], call: Call) -> Source:
+    return functools.partial(run_on_fakes, Runner(forward, call), source=source)
 
 
 def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
@@ -167,7 +199,7 @@ def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
     declared = {n for base in kernel.layer.__mro__ for n in _annotations(base)}
     for path in call.state.absent:
         if path[0] in declared:
-            raise _no_attribute(kernel, layer, ".".join(path))
+            raise _no_attribute(kernel, layer, path_text(path))
 
 
 def _annotations(cls: type) -> frozenset[str]:
@@ -185,10 +217,10 @@ def _explain_attribute(
     for path, kind in call.state.untaken:
         if path[-1] == error.name:
             raise UnsupportedValue(
-                f"the {what} reads self.{'.'.join(path)}, a {kind}, which is neither a tensor, a "
-                "module nor a constant"
+                f"{what} reads self.{path_text(path)}, a {kind}, which is neither a tensor, a "
+                "module, a constant nor made of such"
             ) from error
-    if what == "kernel":
+    if what != "the reference":
         raise _no_attribute(kernel, layer, str(error.name)) from error
 
 
@@ -199,33 +231,77 @@ def _no_attribute(kernel: Kernel, layer: Extensible, name: str) -> AttributeErro
     )
 
 
+class Effects(NamedTuple):
+    """The operands that a call writes into."""
+
+    kernel: tuple[int, ...]
+    layer: tuple[int, ...]
+    """Those that the layer's reference writes into: what is in them is part of its result."""
+
+
 def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
-) -> tuple[int, ...]:
-    """The operands that the kernel writes into, as far as runs on fakes tell.
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], told: Told
+) -> Effects:
+    """What kernel and reference write into, as far as runs on fakes tell, or the probe that
+    ``told`` comes from.
 
     Raises:
-        UnsupportedValue: If the reference writes into one: an op has no such effect.
+        UnsupportedValue: If the reference does what no op can.
         RuntimeError: If the two do not return the same structure.
     """
-    kernels = _attempt(kernel.forward, call, operands)
-    references = _attempt(layer.reference, call, operands)
-    if references is not None and references.written:
-        names = ", ".join(call.names[i] for i in references.written)
-        raise UnsupportedValue(f"{layer.reference.__qualname__} writes into {names}")
-    if kernels is None:
-        return ()
-    if references is not None and references.output != kernels.output:
+    kernels = _attempt("kernel", kernel.forward, call, operands)
+    references = _attempt("reference", layer.reference, call, operands)
+    if kernels and references and references.output != kernels.output:
         raise RuntimeError(
             f"kernel {kernel} returns {describe_output(kernels.output)} for layer "
             f"{layer.layer_name}, which returns {describe_output(references.output)}"
         )
-    return kernels.written
+    if kernels is None and told.source == "probe":
+        kernels = told
+    return Effects(kernels.written if kernels else (), references.written if references else ())
 
 
-def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -> Told | None:
+def differentiable(
+    layer: Extensible, call: Call, operands: Sequence[Any], written: Sequence[int]
+) -> tuple[bool, ...] | None:
+    """Which results a gradient flows through, by a run of the reference on fakes; None where that
+    does not run.
+
+    Args:
+        layer: The layer that is called.
+        call: The form of the call.
+        operands: Its operands, which say by ``requires_grad`` where gradients are wanted.
+        written: The operands that the reference writes into: results too, behind the others.
+    """
+    given = [v for v in operands if isinstance(v, Tensor)]
+    results: list[Any] = []
     try:
-        return run_on_fakes(Runner(forward, call), operands)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _torch.fake_mode_of(given),
+            _torch.forgetting_unbacked_symbols(),
+            _torch.no_data_pointers(),
+        ):
+            leaves = [
+                _like(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+                for v in operands
+            ]
+            # A layer may write into what it is given, which it could not if these were leaves.
+            fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]
+            take_tensors(Runner(layer.reference, call)(fakes), results)
+            results += [fakes[i] for i in written]
+    except Exception:  # native code, say
+        return None
+    return tuple(result.requires_grad for result in results)
+
+
+def _attempt(
+    what: str, forward: Callable[..., Any], call: Call, operands: Sequence[Any]
+) -> Told | None:
+    source = _on_fakes(what, forward, call)
+    try:
+        return source(operands) if static_key(operands) else _at_hints(source, operands)
     except _DependsOnValues:
         return None
     except UnsupportedValue:
@@ -236,12 +312,13 @@ def _attempt(forward: Callable[..., Any], call: Call, operands: Sequence[Any]) -
 
 def describe_output(output: Template) -> str:
     """A template in words."""
-    kind, body = output
+    kind, body = output[:2]
     if kind == "leaf":
         return "a tensor"
     if kind == "const":
         return repr(body)
-    if kind == "dict":
+    if kind in ("dict", "OrderedDict", "dataclass"):
+        kind = output[2].__name__ if kind == "dataclass" else kind
         inside = ", ".join(f"{key!r}: {describe_output(part)}" for key, part in body)
-        return f"a dict {{{inside}}}"
+        return f"a {kind} {{{inside}}}"
     return f"a {kind} of {len(body)} ({', '.join(map(describe_output, body))})"

@@ -10,11 +10,12 @@ from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kernelgraph.devices import DEVICE_TYPES, Target, target_of
+from kernelgraph.hub.foreign import foreign_origin
 from kernelgraph.hub.importing import Checked, Origin, import_checked, module_origin
 from kernelgraph.hub.metadata import (
-    METADATA,
     UNLISTED,
     check_archs,
+    content_hash,
     encoded_digest,
     files_in,
     gfx_of,
@@ -160,18 +161,6 @@ def load_variant(directory: Path, target: Target, **arguments: Any) -> ModuleTyp
     return import_checked(check_variant(directory, target, **arguments))
 
 
-def content_hash(sha256: Mapping[str, str]) -> str:
-    """The hash of a variant's whole content, in hex, given the base64 digests of its files.
-
-    The metadata belongs to the content: it names the kernel and its devices.
-    """
-    known = {file: digest for file, digest in sha256.items() if file not in UNLISTED[1:]}
-    # Where the metadata stands is part of the hash, and so of the names of ops.
-    order = sorted(known, key=lambda file: (file == METADATA, file))
-    lines = [f"{file}\0{known[file]}\n" for file in order]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
 def _package(
     directory: Path,
     files: Mapping[str, str],
@@ -206,11 +195,11 @@ def _package(
 def origin_of(layer: type[nn.Module]) -> Origin:
     """Where the hub layer ``layer`` comes from.
 
-    For a class that no kernel loaded here defines, the repository is its top-level module, and the
-    revision is a hash of what its ``forward`` computes, as far as its code tells: the same in each
-    process, another after an edit.
+    For a class that is in no kernel, the repository is its top-level module, and the revision is a
+    hash of what its ``forward`` computes, as far as its code tells: the same in each process,
+    another after an edit.
     """
-    if origin := module_origin(layer.__module__):
+    if origin := module_origin(layer.__module__) or foreign_origin(layer):
         return origin
     root = layer.__module__.partition(".")[0]
     return Origin(root, root, code_hash(layer.forward), "")
@@ -257,6 +246,8 @@ def _fingerprint(value: object, seen: set[int]) -> str:
     kind = value if isinstance(value, type) else type(value)
     if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device", "layout"):
         return str(value)
+    if kind is type(value) and isinstance(name := getattr(value, "__name__", None), str):
+        return f"{getattr(value, '__module__', None)}.{name}"  # built in, or an op of torch
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -48,7 +48,7 @@ def take_function(kernel: ModuleType, name: str, repository: str) -> type[nn.Mod
     with _lock:
         made = _made.setdefault(kernel, {})
         if name not in made:
-            made[name] = _layer_of(function, name, kernel.__name__)
+            made[name] = layer_of_function(function, name, kernel.__name__)
         return made[name]
 
 
@@ -57,7 +57,8 @@ def _names(holder: object, wanted: Callable[[object], bool]) -> str:
     return ", ".join(sorted(found)) or "none"
 
 
-def _layer_of(function: Callable[..., Any], name: str, module: str) -> type[nn.Module]:
+def layer_of_function(function: Callable[..., Any], name: str, module: str) -> type[nn.Module]:
+    """A hub layer called ``name`` in ``module`` that calls ``function``, with its flags."""
     flags = ("can_torch_compile", "has_backward")
     said = {flag: getattr(function, flag) for flag in flags if hasattr(function, flag)}
     return class_of_function(function, name, module, __doc__=function.__doc__, **said)

@@ -223,6 +223,18 @@ def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
     }
 
 
+def content_hash(sha256: Mapping[str, str]) -> str:
+    """The hash of a variant's whole content, in hex, given the base64 digests of its files.
+
+    The metadata belongs to the content: it names the kernel and its devices.
+    """
+    known = {file: digest for file, digest in sha256.items() if file not in UNLISTED[1:]}
+    # Where the metadata stands is part of the hash, and so of the names of ops.
+    order = sorted(known, key=lambda file: (file == METADATA, file))
+    lines = [f"{file}\0{known[file]}\n" for file in order]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
 def encoded_digest(file: Path | bytes, algorithm: str = "sha256") -> str:
     """The base64 digest of a file, or of bytes."""
     state = hashlib.new(algorithm)

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelgraph.devices import Device
 from kernelgraph.graph.call import Call, put_leaves
-from kernelgraph.graph.ops import NAMESPACE, Lowered, lower
-from kernelgraph.graph.state import Path, State
+from kernelgraph.graph.ops import NAMESPACE, Lowered, lower, pack
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.state import State
 from kernelgraph.hub.importing import Origin
 from kernelgraph.hub.loading import origin_of
 from kernelgraph.kernel import Kernel
@@ -22,12 +23,6 @@ from kernelgraph.layers import Extensible, extensible
 from kernelgraph.mapping import Selection
 from kernelgraph.modes import Mode
 from tests.graph.toy_models import Repository
-
-
-def at(value: Any, path: Path) -> Any:
-    for name in path:
-        value = getattr(value, name)
-    return value
 
 
 def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
@@ -47,7 +42,7 @@ def call_of(
     """The form of ``module(*args, **kwargs)`` and its operands."""
     layer = layer_of(module)
     state = State.of(module, [layer.reference, *([forward] if forward else [])])
-    values = [at(module, path) for path in state.tensors]
+    values = [read(module, path) for path in state.tensors]
     return Call.of(state, values, layer, args, kwargs)
 
 
@@ -65,10 +60,13 @@ class Op:
 
     def __call__(self, *operands: Any) -> Any:
         """Run it, and give what the layer would."""
-        results = self.overload(*(operands or self.operands))
-        return put_leaves(
-            self.lowered.output, (results,) if isinstance(results, Tensor) else results
-        )
+        operands = operands or tuple(self.operands)
+        results = self.overload(*pack(operands, self.lowered.packed))
+        results = (results,) if isinstance(results, Tensor) else results
+        count = len(self.lowered.results)
+        for i, value in zip(self.lowered.written, results[count:]):  # noqa: B905 (more follow)
+            operands[i].copy_(value)
+        return put_leaves(self.lowered.output, results)
 
 
 def lowered(
@@ -78,6 +76,7 @@ def lowered(
     training: bool = False,
     fake: Callable[..., Any] | None = None,
     mode: FakeTensorMode | None = None,
+    path: str | None = None,
     **kwargs: Any,
 ) -> Op:
     """The op for ``module(*args, **kwargs)`` with ``kernel``."""
@@ -88,4 +87,6 @@ def lowered(
     mode = mode or FakeTensorMode()
     fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in operands]
     with mode, enable_python_dispatcher():
-        return Op(lower(kernel, layer, call, fakes, training=training), call, operands)
+        place = None if path is None else (module, path)
+        made = lower(kernel, layer, call, fakes, training=training, place=place)
+        return Op(made, call, operands)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import keyword
 import os
 import re
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,43 @@ from kernelgraph.graph.call import (
     paths_of,
     put_leaves,
     take_leaves,
+    take_tensors,
 )
+from kernelgraph.graph.paths import read
 from tests.graph.lowering import call_of
+
+Named = namedtuple("Named", "a b")
+
+
+@dataclasses.dataclass
+class Data:
+    a: Any
+    b: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    a: Any
+    b: Any = None
+
+
+@dataclasses.dataclass
+class Checked:
+    a: Any
+
+    def __post_init__(self) -> None:
+        self.a = self.a + 1
+
+
+@dataclasses.dataclass
+class Made:
+    a: Any
+    b: Any = dataclasses.field(init=False, default=None)
+
+
+class Color(enum.Enum):
+    RED = "red"
+
 
 LEAVES = st.one_of(
     st.builds(torch.ones, st.integers(0, 3)),
@@ -38,6 +74,7 @@ CONSTANTS = st.one_of(
     st.booleans(),
     st.text(max_size=3),
     st.sampled_from([torch.float16, torch.device("cpu"), torch.strided, torch.channels_last]),
+    st.sampled_from([Color.RED, 1j, b"b", len, torch.relu, Data]),
 )
 VALUES = st.recursive(
     st.one_of(LEAVES, CONSTANTS),
@@ -46,6 +83,8 @@ VALUES = st.recursive(
         st.lists(inner, max_size=3).map(tuple),
         st.lists(st.integers(0, 9), max_size=3).map(torch.Size),
         st.dictionaries(st.one_of(st.text(max_size=2), st.integers(0, 3)), inner, max_size=3),
+        st.dictionaries(st.text(max_size=2), inner, max_size=3).map(OrderedDict),
+        *(st.builds(cls, inner, inner) for cls in (Named, Data, Frozen)),
     ),
     max_leaves=12,
 )
@@ -60,6 +99,8 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (Data, Frozen)):
+        return same(vars(one), vars(other))
     return one == other
 
 
@@ -75,18 +116,15 @@ def test_putting_leaves_undoes_taking_them(value):
     assert same(put_leaves(template, leaves), value)
     assert len(paths_of(template)) == len(leaves)
     for path, leaf in zip(paths_of(template), leaves, strict=True):
-        found = value
-        for key in path:
-            found = found[key]
-        assert found is leaf
+        assert read(value, path) is leaf
 
 
-Named = namedtuple("Named", "a b")
-
-
-@dataclasses.dataclass
-class Data:
-    a: Tensor
+@given(VALUES)
+def test_of_an_output_only_tensors_are_leaves(value):
+    leaves: list[Any] = []
+    template = take_tensors(value, leaves)
+    assert all(isinstance(leaf, Tensor) for leaf in leaves)
+    assert same(put_leaves(template, leaves), value)
 
 
 class Words(str):
@@ -96,16 +134,16 @@ class Words(str):
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (Named(1, 2), "Named"),
-        (Data(torch.ones(1)), "Data"),
-        (OrderedDict(a=1), "OrderedDict"),
+        (Checked(1), "Checked"),
+        (Made(1), "Made"),
+        (defaultdict(int), "defaultdict"),
         ({1.5: 2}, "dict"),
         ({True: 2}, "dict"),
         ({1, 2}, "set"),
         (Words("x"), "Words"),
         (np.float32(1), "float32"),
         (object(), "object"),
-        (len, "builtin_function_or_method"),
+        ([].append, "builtin_function_or_method"),
         (slice(1), "slice"),
     ],
     ids=lambda value: type(value).__name__,
@@ -169,9 +207,9 @@ def test_a_call_names_its_operands():
         "Tensor weight, float eps"
     )
     assert call.tensors == (0, 2, 5, 6)
-    keys = call.argument_keys
-    assert keys[:3] == [(0, 0), (0, 1), (0, 2, 0)]
-    assert keys[-1] == (1, "masks", "a")
+    keys = call.argument_paths
+    assert keys[:3] == [((0,), (0,)), ((0,), (1,)), ((0,), (2,), (0,))]
+    assert keys[-1] == ((1,), ("masks",), ("a",))
     assert [type(o) for o in operands[:6]] == [Tensor, int, Tensor, float, float, Tensor]
     assert [type(o) for o in operands[6:]] == [nn.Parameter, float]
 
@@ -202,6 +240,12 @@ X = torch.ones(2)
         (((X,), {"a": True}), ((X,), {"a": False})),
         (((X,), {"a": torch.float16}), ((X,), {"a": torch.float32})),
         (((X,), {"a": X, "b": X}), ((X,), {"b": X, "a": X})),
+        (((X, (1, 2)), {}), ((X, Named(1, 2)), {})),
+        (((X, Data(1)), {}), ((X, Frozen(1)), {})),
+        (((X, {"a": 1}), {}), ((X, OrderedDict(a=1)), {})),
+        (((X, {"a": 1}), {}), ((X, {1: 1}), {})),
+        (((X, torch.relu), {}), ((X, torch.tanh), {})),
+        (((X, Color.RED), {}), ((X, "red"), {})),
     ],
 )
 def test_another_form_is_described_otherwise(one, other):

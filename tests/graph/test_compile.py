@@ -435,6 +435,24 @@ class TestLayers:
             assert_same(compiled(Model())(x), 2 * x + 11)
             assert_same(compiled(lambda x: double(x=x))(x), 2 * x + 10)
 
+    @pytest.mark.parametrize("value", [3, 2.5, True, None, "text", torch.float64, (1, "text")])
+    @torch.no_grad()
+    def test_constant_arguments(self, value: Any) -> None:
+        class Constant(nn.Module):
+            def forward(self, x: Tensor, n: Any) -> Tensor:
+                return x + 1
+
+        class HubConstant(nn.Module):
+            def forward(self, x: Tensor, n: Any) -> Tensor:
+                assert n == value
+                return torch.from_numpy(x.numpy() + 10)
+
+        replace_kernel_forward_from_hub(Constant, "Constant")
+        layer = Constant()
+        with use_kernel_mapping(on_cpu(Constant=HubConstant)):
+            made = compiled(lambda x: layer(x, value))(torch.ones(3))
+            assert made.tolist() == [11] * 3
+
     @torch.no_grad()
     def test_classes_that_others_tagged_before_and_after(self) -> None:
         class Early(nn.Module):
@@ -547,27 +565,6 @@ class TestLayers:
         torch.compiler.reset()
         with use_kernel_mapping(on_cpu(Outer=HubOuter)):
             assert_same(compiled(model)(x), reference + 1000)
-
-    @torch.no_grad()
-    def test_a_reference_that_cannot_be_traced(self) -> None:
-        def shapes(self: nn.Module, x: Tensor) -> Tensor:
-            return torch.empty_like(x)
-
-        class Loop(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return torch.stack([row * int(row.sum().item() > 0) for row in x])
-
-        class HubLoop(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x + len(x.numpy())
-
-        replace_kernel_forward_from_hub(Loop, "Loop")
-        x = torch.randn(3, 4)
-        with use_kernel_mapping(on_cpu(Loop=HubLoop)):
-            with pytest.raises(Exception, match="pass fake= where the layer is made extensible"):
-                compiled(Loop())(x)
-            replace_kernel_forward_from_hub(Loop, "Loop", fake=shapes)
-            assert_same(compiled(Loop())(x), x + 3)
 
     @torch.no_grad()
     def test_no_kernel_for_the_device(self) -> None:

@@ -35,6 +35,8 @@ def test_without_options():
         ("inner", "eager", "eager"),
         ("inner", compiler, compiler),
         ("kernel_mode", None, None),
+        ("verify", False, False),
+        ("verify", True, True),
         ("kernel_mode", Mode.INFERENCE, INFERENCE),
         ("kernel_mode", Mode.TRAINING, TRAINING),
         ("kernel_mode", TRAINING, TRAINING),
@@ -86,6 +88,7 @@ def test_what_was_given_stays_as_it_was():
             TypeError,
             "option kernel_mode is a kernelgraph.Mode, not 'inference'",
         ),
+        (None, {"verify": 1}, TypeError, "option verify is a bool, not 1"),
         (None, {"kernel_mode": 1}, TypeError, "option kernel_mode is a kernelgraph.Mode, not 1"),
         (
             None,
@@ -103,23 +106,23 @@ def test_what_was_given_stays_as_it_was():
             None,
             {"polcy": "never", "max_autotune": True, "another": 1},
             ValueError,
-            "unknown option another, polcy: neither one of hubkernels (policy, inner and "
-            "kernel_mode) nor one of Inductor's (torch._inductor.list_options())",
+            "unknown option another, polcy: neither one of hubkernels (policy, inner, "
+            "kernel_mode and verify) nor one of Inductor's (torch._inductor.list_options())",
         ),
         (None, {1: 2}, TypeError, "the name of an option is a string, not 1"),
         (
             None,
             {"inner": "eager", "max_autotune": True},
             ValueError,
-            "max_autotune: not an option of hubkernels (policy, inner and kernel_mode), and "
-            "Inductor's do not go with inner='eager'",
+            "max_autotune: not an option of hubkernels (policy, inner, kernel_mode and verify), "
+            "and Inductor's do not go with inner='eager'",
         ),
         (
             "max-autotune",
             {"inner": "aot_eager"},
             ValueError,
-            "mode='max-autotune': not an option of hubkernels (policy, inner and kernel_mode), and "
-            "Inductor's do not go with inner='aot_eager'",
+            "mode='max-autotune': not an option of hubkernels (policy, inner, kernel_mode and "
+            "verify), and Inductor's do not go with inner='aot_eager'",
         ),
         (
             "reduce-overhead",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import enum
 import functools
 import linecache
+import logging
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,16 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from kernelgraph.graph.state import (
-    EVERYTHING,
-    State,
-    UnsupportedState,
-    attribute_reads,
-    attribute_writes,
-    describe,
-    new_shell,
-)
-from tests.graph.lowering import at
+from kernelgraph.graph.constants import same
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.reads import CALL, EVERYTHING, uses
+from kernelgraph.graph.shell import new_shell
+from kernelgraph.graph.state import State, UnsupportedState, describe
 
 
 def module_level(x: Tensor) -> Tensor:
@@ -63,6 +61,10 @@ def passed_on(self, x):
 
 def by_getattr(self, x):
     return getattr(self, "bias", None)
+
+
+def by_a_computed_name(self, x):
+    return getattr(self, x)
 
 
 def by_super(self, x):
@@ -141,11 +143,12 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
             chains,
             {("weight",), ("config", "inner", "eps"), ("training",), ("proj", "weight", "shape")},
         ),
-        (method, {("helper",), ("scale",)}),
+        (method, {("helper", CALL), ("scale",)}),
         (nested, {("a",), ("b",), ("c",)}),
         (nested_other_self, {("a",)}),
         (passed_on, EVERYTHING),
-        (by_getattr, EVERYTHING),
+        (by_getattr, {("bias",)}),
+        (by_a_computed_name, EVERYTHING),
         (by_super, EVERYTHING),
         (by_locals, EVERYTHING),
         (posonly, {("weight",)}),
@@ -157,7 +160,7 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
         (reads_nothing, set()),
         (coroutine, EVERYTHING),
         (no_self, EVERYTHING),
-        (with_default, {("weight", "sum")}),
+        (with_default, {("weight", "sum", CALL)}),
         (decorated, EVERYTHING),
         (wrapped, EVERYTHING),
         (in_a_lambda, EVERYTHING),
@@ -168,7 +171,7 @@ exec("def without_source(self, x):\n    return self.weight", namespace)
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_reads_are_told_from_the_source(forward, reads):
-    assert attribute_reads(forward) == reads
+    assert uses(forward).reads == reads
 
 
 def sets(self, x):
@@ -198,18 +201,29 @@ def unpacks(self, x):
     [
         (sets, {("last",), ("a", "b")}),
         (deletes, {("cache",)}),
-        (adds, {("count",)}),
+        (adds, set()),
         (unpacks, {("a",), ("b",), ("c",), ("d",)}),
         (chains, set()),
         (passed_on, set()),
     ],
 )
 def test_writes_are_told_from_the_source(forward, writes):
-    assert attribute_writes(forward) == writes
+    assert uses(forward).writes == writes
 
 
 def test_what_is_added_to_is_read_too():
-    assert attribute_reads(adds) == {("count",)}
+    assert uses(adds).updates == uses(adds).reads == {("count",)}
+    with pytest.raises(UnsupportedState, match=r"adds sets self\.count, which a custom op cannot"):
+        State.of(_with_count(1), [adds])
+    with pytest.raises(UnsupportedState, match=r"adds sets self\.count"):
+        State.of(_with_count(nn.Parameter(torch.ones(1))), [adds])
+    assert State.of(_with_count(torch.ones(1)), [adds]).tensors == (("count",),)  # in place
+
+
+def _with_count(count: Any) -> nn.Module:
+    module = nn.Module()
+    module.count = count
+    return module
 
 
 def test_source_that_changed_after_the_import_is_not_believed(tmp_path):
@@ -219,7 +233,7 @@ def test_source_that_changed_after_the_import_is_not_believed(tmp_path):
     exec(compile(file.read_text(), str(file), "exec"), module)
     file.write_text("def other(this):\n    return this.after\n")
     linecache.checkcache()
-    assert attribute_reads(module["forward"]) == EVERYTHING
+    assert uses(module["forward"]).reads == EVERYTHING
 
 
 # --- State.of -----------------------------------------------------------------------------------
@@ -234,6 +248,16 @@ class Point(NamedTuple):
     y: float
 
 
+@dataclasses.dataclass
+class Config:
+    scale: float
+    sizes: list[int]
+    mask: Tensor
+
+    def total(self) -> float:
+        return self.scale * len(self.sizes)
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -242,6 +266,9 @@ class Inner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear(x))
+
+
+TANH_GELU = functools.partial(functional.gelu, approximate="tanh")
 
 
 class Everything(nn.Module):
@@ -267,6 +294,7 @@ class Everything(nn.Module):
         self.color = Color.RED
         self.function = functional.silu
         self.builtin = torch.relu
+        self.partial = TANH_GELU
         self.cls = nn.Linear
         self.inner = Inner()
         self.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(12)])
@@ -274,6 +302,8 @@ class Everything(nn.Module):
             inner=SimpleNamespace(eps=0.5), mask=torch.ones(2), items=[1], get=self.helper
         )
         self.listed = [1, 2]
+        self.opaque = iter("")
+        self.pair = (torch.ones(2), [torch.zeros(2), 3])
 
     @property
     def prop(self) -> Tensor:
@@ -281,6 +311,16 @@ class Everything(nn.Module):
 
     def helper(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return module_level(self)  # type: ignore[arg-type]
+
+    def twice(self, x: Tensor) -> Tensor:
+        return self.helper(self.inner(x)) if len(x) else self.twice(x)
+
+    def counts(self, x: Tensor) -> Tensor:
+        self.count = 1
+        return x
 
 
 def source(body: str) -> Callable[..., Any]:
@@ -322,6 +362,7 @@ def state_of(body: str, module: nn.Module | None = None) -> State:
         ("self.color", "constants", ((("color",), Color.RED),)),
         ("self.function(x)", "constants", ((("function",), functional.silu),)),
         ("self.builtin(x)", "constants", ((("builtin",), torch.relu),)),
+        ("self.partial(x)", "constants", ((("partial",), TANH_GELU),)),
         ("self.cls", "constants", ((("cls",), nn.Linear),)),
         ("self.classes", "constants", ((("classes",), (torch.float32, None)),)),
         ("self.inner.dropout.training", "constants", ((("inner", "dropout", "training"), True),)),
@@ -348,29 +389,122 @@ def test_a_submodule_is_read_whole(body):
     assert dict(state.nodes)[("inner", "linear")] is nn.Linear
 
 
-@pytest.mark.parametrize("body", ["self.prop", "self.helper(x)", "torch.relu(self)"])
+@pytest.mark.parametrize("body", ["self.hidden(x)", "self.named_parameters()", "torch.relu(self)"])
 def test_members_that_may_read_anything_read_everything(body):
     state = state_of(body)
     assert {("weight",), ("running",), ("plain",), ("blocks", "11", "bias")} <= set(state.tensors)
-    assert ("listed",) in dict(state.untaken)
+    assert ("opaque",) in dict(state.untaken)
+    assert dict(state.constants)[("listed",)] == [1, 2]
+    assert dict(state.whole)[()] == tuple(
+        k
+        for k in [*vars(Everything()), "weight", "bias", "running", "inner", "blocks"]
+        if k == "training" or not k.startswith("_")
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "tensors"),
+    [
+        ("self.prop", {("weight",)}),
+        ("self.helper(x)", {("weight",)}),
+        ("self.inner(x)", {("inner", "linear", "weight")}),
+        ("self.inner.forward(x)", {("inner", "linear", "weight")}),
+        ("self.twice(x)", {("weight",), ("inner", "linear", "weight")}),
+        ("getattr(self, 'weight')", {("weight",)}),
+        ("self.pair[0]", {("pair", (0,)), ("pair", (1,), (0,))}),
+    ],
+)
+def test_what_is_called_is_read_as_far_as_its_source_tells(body, tensors):
+    assert set(state_of(body).tensors) == tensors
+
+
+def test_objects_are_read_whole_where_they_are_used_whole():
+    module = Everything()
+    module.config = Config(0.5, [1], torch.ones(2))
+    part, whole = state_of("self.config.scale", module), state_of("self.config.total()", module)
+    assert (part.numbers, part.constants) == (((("config", "scale"), 0.5),), ())
+    assert dict(part.nodes)[("config",)] is None
+    assert dict(whole.nodes)[("config",)] is Config
+    assert whole.tensors == (("config", "mask"),)
+    assert dict(whole.constants) == {("config", "scale"): 0.5, ("config", "sizes"): [1]}
+
+
+def test_an_object_without_a_dict_is_read_in_part_only():
+    @dataclasses.dataclass(slots=True)
+    class Slotted:
+        scale: float = 0.5
+
+        def total(self) -> float:
+            return self.scale
+
+    module = Everything()
+    module.config = Slotted()
+    assert state_of("self.config.scale", module).numbers == ((("config", "scale"), 0.5),)
+    with pytest.raises(UnsupportedState, match=r"self\.config is a Slotted, which is neither"):
+        state_of("self.config.total()", module)
+
+
+def test_what_an_object_holds_counts_only_if_it_is_data():
+    """A logger in a module that is read whole leads to every other in the process."""
+    module = Everything()
+    module.logger = logging.getLogger("toy")
+    state = state_of("torch.relu(self)", module)
+    assert dict(state.untaken)[("logger",)] == "Logger"
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "value"),
+    [
+        ("self.pair", "pair", (torch.ones(2), [torch.zeros(2), 4])),
+        ("self.pair", "pair", (torch.ones(2), [torch.zeros(2)])),
+        ("self.pair", "pair", [torch.ones(2), [torch.zeros(2), 3]]),
+        ("self.listed", "listed", [1, 2.0]),
+        ("self.listed", "listed", (1, 2)),
+        ("self.gone", "gone", None),
+        ("self.inner(x)", "inner", nn.Linear(2, 2)),
+        ("torch.relu(self)", "added", 1),
+        ("torch.relu(self)", "opaque", [1]),
+        ("self.shape", "shape", (True, 2)),
+    ],
+)
+def test_whatever_changes_is_guarded(body, name, value):
+    """The guards of a state hold where it is that of the layer, and not otherwise."""
+    module = Everything()
+    module.shape = (1, 2)
+    state = state_of(body, module)
+    assert holds(state, module)
+    assert holds(state, copy.deepcopy(module) if name != "opaque" else module)
+    if isinstance(value, nn.Module):
+        del module.inner
+    setattr(module, name, value)
+    assert not holds(state, module)
+
+
+def holds(state: State, module: nn.Module) -> bool:
+    then = Everything()
+    then.shape = (1, 2)
+    try:
+        return (
+            all(same(value, read(module, path)) for path, value in state.values)
+            and all(type(read(module, p)) is type(read(then, p)) for p in state.types)
+            and all(check(read(module, path)) for path, check in state.checks)
+        )
+    except (AttributeError, LookupError):  # so does a guard of Dynamo's
+        return False
 
 
 def test_several_forwards_read_together():
     state = State.of(Everything(), [source("self.weight"), source("self.eps + self.weight")])
     assert state.operands == (("weight",), ("eps",))
-    assert state.guarded == ((("eps",), 1e-5),)
+    assert state.values == ((("eps",), 1e-5),)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (
-            "self.listed[0]",
-            "self.listed is a list, which is neither a tensor, a module nor a constant",
-        ),
-        ("self.config.items", "self.config.items is a list, which is neither"),
+        ("self.opaque", "self.opaque is a str_"),
         ("self.config.get()", "self.config.get is a method, which is neither"),
-        ("self.config", "self.config is a SimpleNamespace, which is neither"),
+        ("self.counts(x)", "Everything.counts sets self.count, which a custom op cannot"),
     ],
 )
 def test_what_cannot_be_carried_is_an_error(body, message):
@@ -416,11 +550,14 @@ def test_a_submodule_that_computes_something_else_is_an_error(change, what):
     assert state_of("self.weight", module).tensors == (("weight",),)  # its own are not the op's
 
 
-def test_a_module_inside_itself_is_an_error():
+@pytest.mark.parametrize("hold", [lambda module: module, lambda module: (module,)])
+def test_a_module_above_is_not_state(hold):
+    """However it is reached, as a child's reference to its parent say."""
     module = Everything()
-    module.inner.__dict__["parent"] = module.inner
-    with pytest.raises(UnsupportedState, match=r"self\.inner\.parent is a module that it is"):
-        state_of("self.inner(x)", module)
+    module.inner.__dict__["parent"] = hold(module)
+    state = state_of("self.inner(x), torch.relu(self.inner)", module)
+    assert ("inner", "parent") in dict(state.untaken)
+    assert state.tensors == (("inner", "linear", "weight"),)
 
 
 def test_an_absent_attribute_is_noted():
@@ -441,9 +578,18 @@ def make(factor):
         torch.ones(1).add,
         [].append,
         type("Local", (), {}),
-        functools.partial(functional.silu),
+        functools.partial(torch.add, torch.ones(1)),
+        functools.partial(functional.gelu, approximate=["tanh"]),
     ],
-    ids=["closure-tensor", "closure-list", "bound-builtin", "bound-append", "class", "partial"],
+    ids=[
+        "closure-tensor",
+        "closure-list",
+        "bound-builtin",
+        "bound-append",
+        "class",
+        "partial-tensor",
+        "partial-list",
+    ],
 )
 def test_a_callable_with_state_is_no_constant(function):
     module = Everything()
@@ -469,6 +615,9 @@ def described(body: str, **attributes: Any) -> str:
         ("self.function(x)", lambda x: x, lambda x: -x),
         ("self.function(x)", functional.silu, functional.gelu),
         ("self.function(x)", torch.relu, torch.tanh),
+        ("self.function(x)", functools.partial(functional.gelu), functional.gelu),
+        ("self.function(x)", TANH_GELU, functools.partial(functional.gelu, approximate="none")),
+        ("self.function(x)", functools.partial(torch.add, 1), functools.partial(torch.add, 2)),
         ("self.flag", True, False),
         ("self.flag", 1j, True),
         ("self.shape", (1, 2), (1.0, 2)),
@@ -516,7 +665,7 @@ def fill(state: State, module: nn.Module) -> Any:
     shell = new_shell(state)
     assert not tensors_of(shell.module)
     for (container, key), path in zip(shell.slots, state.operands, strict=True):
-        container[key] = at(module, path)
+        container[key] = read(module, path)
     return shell.module
 
 

@@ -569,6 +569,12 @@ class TestOrigin:
             (int,),
             (torch.float16,),
             (torch.bfloat16,),
+            (len,),
+            (abs,),
+            (torch.relu,),
+            (torch.ops.aten.relu,),
+            (torch.ops.aten.relu.default,),
+            (torch.ops.aten.tanh.default,),
         ]
         revisions = [origin_of(make(*arguments)).revision for arguments in variants]
         assert len(set(revisions)) == len(variants)

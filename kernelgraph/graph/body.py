@@ -1,0 +1,262 @@
+"""What the ops of one form of call do: run the kernel, and for the gradient the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
+from kernelgraph.graph.memory import contiguous_copy, extent, owned
+from kernelgraph.graph.places import Places
+from kernelgraph.graph.runner import Runner
+from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, Told, describe_output, remember
+from kernelgraph.graph.steady import Known, steady_state
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible
+
+
+class Body:
+    """The functions behind the ops of one form of call.
+
+    Args:
+        kernel: Runs in `forward`.
+        layer: Its reference runs in `backward`.
+        call: The form of the call.
+        shapes: Tells the shapes of a call.
+        told: Of one such call: all have results of these dtypes, devices and ranks.
+        effects: The operands that kernel and layer write into.
+        differentiable: Whether the results go through autograd.
+    """
+
+    forward: Callable[..., Any]
+    """The forward op: the kernel, below autograd. Its results own their memory, and are contiguous
+    and of the shapes that `fake` says."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        layer: Extensible,
+        call: Call,
+        shapes: Source,
+        told: Told,
+        effects: Effects,
+        *,
+        differentiable: bool,
+    ) -> None:
+        self.places = Places()
+        self.differentiable = differentiable
+        self.returned = effects.layer
+        """The operands whose contents after the call are results too, behind the others."""
+        self.count = len(told.results) + len(self.returned)
+        """How many results there are that a gradient may come for."""
+        self.kept = effects.layer if differentiable else ()
+        """The operands whose contents before the call are the last results, for the backward:
+        by then they have been written over."""
+        self.flows: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+        """Which results a gradient flows through, by which operands gradients are wanted of; all
+        do where it is not told."""
+        self._kernel = kernel
+        self._layer = layer
+        self._call = call
+        self._shapes = ShapeFunction(shapes)
+        self._run_reference = Runner(layer.reference, call)
+        self._run_kernel = Runner(kernel.forward, call)
+        self._output = told.output
+        self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in told.results]
+        self._copied = {*effects.kernel, *effects.layer}
+        # Of the copies the kernel may return what it likes.
+        self._lent = [i for i in call.tensors if i not in self._copied]
+        self._known: dict[Any, Known] = {}
+        self.forward = self._copying if self._copied else self._steady_state()
+
+    # --- the forward op -----------------------------------------------------------------
+
+    def _steady_state(self) -> Callable[..., Any]:
+        return steady_state(
+            self._run_kernel,
+            self._output,
+            [dtype for dtype, _, _ in self._expected],
+            self._lent,
+            differentiable=self.differentiable,
+            table=self._known,
+            checked=self._checked,
+            fitted=self._fitted,
+            failed=self._fail,
+        )
+
+    def _checked(self, form: Any, operands: tuple[Any, ...]) -> Any:
+        """The first call with operands of some sizes: all is checked that a kernel can do wrong."""
+        before = self._versions(operands)
+        try:
+            result = self._run_kernel(operands)
+        except Exception as error:
+            self._fail(error, operands)
+        who = f"kernel {self._kernel}, called for {self._where(operands)},"
+        self._check_unwritten(before, operands, who)
+        extents = [extent(operands[i]) for i in self._lent]
+        known = Known(self._told_sizes(operands), tuple(end - start for start, end in extents))
+        made = self._fitted(result, known, operands)
+        if form is not None:
+            remember(self._known, form, known)
+        return made
+
+    def _fitted(self, result: Any, known: Known, operands: Sequence[Any]) -> Any:
+        """The results of a call, made to fit where they do not."""
+        tensors = self._taken(result, operands)
+        for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
+            self._check(tensor, expected, size, operands)
+        tensors += [operands[i] for i in self.returned]
+        made = owned(tensors, [operands[i] for i in self._lent])
+        return made[0] if self.count == 1 else tuple(made)
+
+    def _copying(self, *operands: Any) -> Any:
+        """The forward op of a kernel that writes into its operands: it gets copies."""
+        copies = tuple(
+            contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
+        )
+        with torch.no_grad():
+            made = self._checked(None, copies)
+            if self.kept:
+                made = (*made, *(contiguous_copy(operands[i]) for i in self.kept))
+            return made
+
+    def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
+        """The tensors of what the kernel returned, if that has the layer's structure."""
+        tensors: list[Any] = []
+        try:
+            output = take_tensors(result, tensors)
+        except UnsupportedValue:
+            output = ()
+        if output != self._output:
+            found = describe_output(output) if output else f"a {type(result).__name__}"
+            raise self._mismatch(found, describe_output(self._output), operands)
+        return tensors
+
+    def _check(self, tensor: Tensor, expected: Any, size: Any, operands: Sequence[Any]) -> None:
+        dtype, device, dims = expected
+        if (
+            tensor.dtype is not dtype
+            or tensor.device.type != device
+            or (tensor.dim() != dims if size is None else tensor.shape != size)
+        ):
+            raise self._mismatch(
+                f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}",
+                f"a {dtype} tensor of "
+                + (f"{dims} dimensions" if size is None else f"shape {tuple(size)}")
+                + f" on {device}",
+                operands,
+            )
+
+    def _told_sizes(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """The sizes that the results must have; None where they cannot be told."""
+        try:
+            return tuple(torch.Size(r.shape) for r in self._shapes(operands))
+        except Exception:
+            return (None,) * len(self._expected)
+
+    def fake(self, *operands: Any) -> Any:
+        """What `forward` returns, with the shapes alone."""
+        results = self._shapes(operands)
+        made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+        _torch.bind_unbacked_symbols(made, operands)
+        made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    # --- its gradient: the reference's, recomputed --------------------------------------
+
+    def backward(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """The gradients of the operands that ``needs`` marks, by running the reference."""
+        with torch.enable_grad(), _torch.recording_gradients():
+            # Weights that are tied stay so, for a reference that goes over its parameters().
+            own: dict[int, Tensor] = {}
+            leaves = [
+                own.setdefault(id(v), v.detach().requires_grad_(needed))
+                if isinstance(v, Tensor)
+                else v
+                for v, needed in zip(operands, needs, strict=True)
+            ]
+            # Not the leaves themselves: a reference may write into what it is given.
+            views: dict[int, Tensor] = {}
+            inputs = [
+                v.clone()
+                if i in self.returned
+                else views.setdefault(id(v), v.view_as(v))
+                if isinstance(v, Tensor)
+                else v
+                for i, v in enumerate(leaves)
+            ]
+            before = self._versions(operands)
+            results: list[Any] = []
+            take_tensors(self._run_reference(inputs), results)
+            results += [inputs[i] for i in self.returned]
+            who = f"the reference of {self._layer.layer_name}{self.places.describe(operands)}"
+            self._check_unwritten(before, operands, who)
+            pairs = [
+                (r, g.to(r.dtype))
+                for r, g in zip(results, grads, strict=True)
+                if g is not None and r.requires_grad
+            ]
+            wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
+            made: Sequence[Tensor | None] = [None] * len(wanted)
+            if pairs and wanted:
+                made = torch.autograd.grad(
+                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+        # Of a tensor that is passed twice, the whole gradient goes to the first.
+        first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
+        whole = [
+            torch.zeros_like(v, memory_format=torch.contiguous_format)
+            if g is None or first[id(v)] != k
+            else g
+            for k, (v, g) in enumerate(zip(wanted, made, strict=True))
+        ]
+        return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
+
+    def backward_fake(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """What `backward` returns, with the shapes alone."""
+        return [_like(v) for v, needed in zip(operands, needs, strict=True) if needed]
+
+    # --- what goes wrong ----------------------------------------------------------------
+
+    def _versions(self, operands: Sequence[Any]) -> list[int]:
+        """How often torch has written into each operand, where that is counted."""
+        tensors = [operands[i] for i in self._call.tensors]
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    def _check_unwritten(self, before: list[int], operands: Sequence[Any], who: str) -> None:
+        after = self._versions(operands)
+        for i, old, new in zip(self._call.tensors, before, after, strict=True):
+            if old != new and i not in self._copied:
+                raise RuntimeError(
+                    f"{who} wrote into its operand {self._call.names[i]}, which does not show on "
+                    "fake tensors"
+                )
+
+    def _where(self, operands: Sequence[Any]) -> str:
+        return f"layer {self._layer.layer_name}{self.places.describe(operands)}"
+
+    def _fail(self, error: Exception, operands: Sequence[Any]) -> NoReturn:
+        if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
+            raise error
+        raise RuntimeError(
+            f"kernel {self._kernel}, called for {self._where(operands)}, raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+    def _mismatch(self, found: str, expected: str, operands: Sequence[Any]) -> RuntimeError:
+        return RuntimeError(
+            f"kernel {self._kernel} returned {found} for {self._where(operands)}; expected is "
+            f"{expected}"
+        )
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,49 @@
+"""What an op may return: tensors that are contiguous and share no memory with anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` as an op may return them: contiguous, and sharing no memory with ``inputs``
+    nor with each other; copied only where they are not."""
+    taken = [extent(t) for t in inputs]
+    made = []
+    for tensor in tensors:
+        tensor = tensor.detach()
+        if tensor.is_conj() or tensor.is_neg():  # a sign that is yet to be put into the memory
+            tensor = tensor.resolve_conj().resolve_neg()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        start, end = extent(tensor)
+        if any(start < e and s < end for s, e in taken):
+            tensor = tensor.clone()
+            start, end = extent(tensor)
+        taken.append((start, end))
+        made.append(tensor)
+    return made
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, without the strides of ``tensor``."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the memory that ``tensor`` reaches, on whatever device.
+
+    By address and not by storage: an array from another library, over the same memory, comes
+    back in a storage of its own. An empty tensor counts as a byte: autograd sees a write into it,
+    and it shall not be handed on as a result either.
+    """
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start + 1
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize

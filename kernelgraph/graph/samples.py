@@ -1,0 +1,99 @@
+"""Operands made up after the form of others: to run a layer before its inputs are there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelgraph.graph import _torch
+
+UNKNOWN = 8
+"""A size that depends on values, for want of a hint."""
+
+_FILLED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextlib.contextmanager
+def apart(operands: Sequence[Any]) -> Iterator[None]:
+    """Run code for real in the middle of a trace, and leave nothing of it behind.
+
+    No gradient is recorded, and the random numbers that it draws, on the CPU and on the devices
+    of ``operands``, are drawn again by whoever comes next.
+    """
+    devices = {v.device for v in operands if isinstance(v, Tensor)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_torch.for_real())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in ("cuda", "xpu"):
+            indices = sorted({device.index or 0 for device in devices if device.type == kind})
+            if indices:
+                stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        yield
+
+
+def measures(value: Any) -> tuple[Any, ...]:
+    """The sizes and strides of a tensor; a number itself."""
+    if not isinstance(value, Tensor):
+        return (value,)
+    return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
+
+
+def make(
+    operands: Sequence[Any], size: Callable[[Any], int], seed: int, *, bools: bool = False
+) -> list[Any]:
+    """Operands like ``operands``: of their dtypes, devices, strides and Python values.
+
+    Floats are drawn from a normal distribution; integers are zeros, which are in range as an
+    index wherever anything is; bools are drawn with ``bools``, else False.
+
+    Args:
+        operands: Tensors, of which only the form counts, and numbers.
+        size: What a size, a stride or a symbolic number is to be.
+        seed: Other values for another seed, the same for the same.
+        bools: See above.
+
+    Raises:
+        TypeError: If a tensor is of a kind that cannot be made up.
+        Exception: What torch raises where it cannot make a tensor of a dtype or on a device.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    made: list[Any] = []
+    for value in operands:
+        if isinstance(value, Tensor):
+            plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or _torch.is_fake(value)
+            if value.layout is not torch.strided or not plain:
+                kind = f"{str(value.layout)[6:]} {type(value).__name__}"
+                raise TypeError(f"no values can be made up for a {kind}")
+            if value.device not in generators:
+                generator = torch.Generator(value.device)
+                generators[value.device] = generator.manual_seed(seed)
+            sizes = [size(n) for n in value.shape]
+            strides = [size(n) for n in value.stride()]
+            memory = _memory(_extent(sizes, strides), value, generators[value.device], bools)
+            made.append(memory.as_strided(sizes, strides))
+        else:
+            made.append(size(value) if isinstance(value, torch.SymInt) else value)
+    return made
+
+
+def _extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    if 0 in sizes:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+def _memory(extent: int, like: Tensor, generator: torch.Generator, bools: bool) -> Tensor:
+    dtype, device = like.dtype, like.device
+    if dtype in _FILLED or dtype.is_complex:
+        return torch.randn(extent, dtype=dtype, device=device, generator=generator)
+    if dtype.is_floating_point:  # of eight bits
+        return torch.randn(extent, device=device, generator=generator).to(dtype)
+    if dtype is torch.bool and bools:
+        return torch.randint(2, (extent,), device=device, generator=generator).bool()
+    return torch.zeros(extent, dtype=dtype, device=device)
