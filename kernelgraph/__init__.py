@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from kernelgraph.eager import kernelize
     from kernelgraph.graph.rewrite import rewrite
     from kernelgraph.graph.tracer import Tracer
-    from kernelgraph.hub.loading import get_local_kernel
+    from kernelgraph.hub.importing import get_kernel_dep
+    from kernelgraph.hub.kernels import (
+        get_kernel,
+        get_local_kernel,
+        get_locked_kernel,
+        has_kernel,
+    )
     from kernelgraph.hub.repositories import (
         FuncRepository,
         LayerRepository,
         LocalFuncRepository,
         LocalLayerRepository,
+        LockedLayerRepository,
     )
     from kernelgraph.layers import (
         replace_kernel_forward_from_hub,
@@ -38,10 +45,15 @@ _HOMES = {
     "LayerRepository": "hub.repositories",
     "LocalFuncRepository": "hub.repositories",
     "LocalLayerRepository": "hub.repositories",
+    "LockedLayerRepository": "hub.repositories",
     "Mode": "modes",
     "ROCMProperties": "devices",
     "Tracer": "graph.tracer",
-    "get_local_kernel": "hub.loading",
+    "get_kernel": "hub.kernels",
+    "get_kernel_dep": "hub.importing",
+    "get_local_kernel": "hub.kernels",
+    "get_locked_kernel": "hub.kernels",
+    "has_kernel": "hub.kernels",
     "kernelize": "eager",
     "last_report": "report",
     "register_kernel_mapping": "mapping",
@@ -61,10 +73,15 @@ __all__ = [
     "LayerRepository",
     "LocalFuncRepository",
     "LocalLayerRepository",
+    "LockedLayerRepository",
     "Mode",
     "ROCMProperties",
     "Tracer",
+    "get_kernel",
+    "get_kernel_dep",
     "get_local_kernel",
+    "get_locked_kernel",
+    "has_kernel",
     "kernelize",
     "last_report",
     "register_kernel_mapping",

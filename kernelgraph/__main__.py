@@ -1,5 +1,7 @@
 """``python -m kernelgraph``."""
 
+import sys
+
 from kernelgraph.cli import main
 
-main()
+sys.exit(main())

@@ -86,7 +86,7 @@ class Report:
             place = ("", "") if one_place else (d.device, d.mode)
             rest = (d.layer, *place, _outcome(d), d.op)
             rows.extend((path or "(model)", *rest) for path in _merged(paths))
-        return "\n".join([head, *_table(header, rows)])
+        return "\n".join([head, *table(header, rows)])
 
 
 def because(reason: Reason, detail: str) -> str:
@@ -126,7 +126,7 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]:
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]:
     """Lines of a left-aligned table; columns that are empty in every row are left out."""
     if not rows:
         return

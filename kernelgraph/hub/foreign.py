@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from kernelgraph.hub.importing import Origin
 from kernelgraph.hub.members import layer_of_function
-from kernelgraph.hub.metadata import METADATA, content_hash, digest_files, read_metadata
+from kernelgraph.hub.metadata import (
+    METADATA,
+    content_hash,
+    encoded_digest,
+    files_in,
+    read_metadata,
+)
 from kernelgraph.hub.variants import parse
 from kernelgraph.layers import FUNCTION
 
@@ -107,5 +113,5 @@ def _origin_at(directory: Path) -> Origin:
         return Origin(f"{owner}/{short}", name or short, commit, directory.name)
     build = directory.parent
     repository = build.parent if build.name == "build" else build
-    content = content_hash(directory, digest_files(directory))
+    content = content_hash({name: encoded_digest(file) for name, file in files_in(directory)})
     return Origin(str(repository), name or repository.name, content, directory.name)

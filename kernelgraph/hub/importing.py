@@ -8,10 +8,14 @@ kernels cannot deadlock; a finder of ours only decides what may be found, which 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.util
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.abc import MetaPathFinder
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
@@ -22,6 +26,7 @@ from importlib.machinery import (
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 from kernelgraph.hub.metadata import encoded_digest
 
@@ -51,6 +56,16 @@ class Checked:
     sha256: Mapping[str, str]
     """The base64 digest of every file, by relative path."""
     origin: Origin
+    dependencies: Mapping[str, Checked] = field(default_factory=dict)
+    """The kernels that this one uses, by repository id."""
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the content, and of that of the kernels that it uses, in hex."""
+        if not self.dependencies:
+            return self.content
+        used = [f"{repo_id}\0{k.identity}\n" for repo_id, k in sorted(self.dependencies.items())]
+        return hashlib.sha256("".join([self.content, "\n", *used]).encode()).hexdigest()
 
     @property
     def stem(self) -> str:
@@ -67,15 +82,18 @@ _names: dict[tuple[str, str], str] = {}
 def import_checked(kernel: Checked) -> ModuleType:
     """Import ``kernel``, or return its module if the same content was imported before.
 
+    The kernels that it uses are imported first.
+
     Raises:
         ImportError: The import failed; the message names the repository, the revision and the
             variant. Nothing of the kernel is left in ``sys.modules``.
     """
+    modules = {repo_id: import_checked(used) for repo_id, used in kernel.dependencies.items()}
     shown = kernel.package or kernel.origin.name
     readable = "".join(c if c.isascii() and c.isalnum() else "_" for c in shown)
     with _lock:
         name = _names.setdefault(
-            (kernel.content, kernel.package), f"kernelgraph_{readable}_{kernel.content[:16]}"
+            (kernel.identity, kernel.package), f"kernelgraph_{readable}_{kernel.identity[:16]}"
         )
         _checked[name] = kernel
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -84,8 +102,9 @@ def import_checked(kernel: Checked) -> ModuleType:
         # `__import__`, because where threads import kernels that import each other it hands out a
         # module that is not ready, as in any circular import; importlib.import_module raises. It
         # also hands out the module whose import failed in another thread while this one waited.
-        while (module := __import__(name)) is not sys.modules.get(name):
-            pass
+        with _offering(modules):
+            while (module := __import__(name)) is not sys.modules.get(name):
+                pass
         return module
     except Exception as error:
         origin = kernel.origin
@@ -93,6 +112,39 @@ def import_checked(kernel: Checked) -> ModuleType:
             f"importing kernel {origin.repository} failed (revision {origin.revision}, variant "
             f"{origin.variant}): {type(error).__name__}: {error}"
         ) from error
+
+
+def get_kernel_dep(repo_id: str) -> ModuleType:
+    """For a kernel's own code: a kernel that its ``metadata.json`` says it uses.
+
+    Args:
+        repo_id: The repository, as ``kernel-depends`` names it.
+
+    Raises:
+        RuntimeError: The caller is no kernel's code, or the kernel does not depend on that one.
+    """
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    kernel = _checked.get(caller.partition(".")[0])
+    if kernel is None:
+        raise RuntimeError(f"get_kernel_dep({repo_id!r}): {caller} is no kernel's module")
+    if repo_id not in kernel.dependencies:
+        there = ", ".join(sorted(kernel.dependencies)) or "none"
+        raise RuntimeError(
+            f"kernel {kernel.origin.repository} does not depend on {repo_id}: its metadata lists "
+            f"{there} in kernel-depends"
+        )
+    return import_checked(kernel.dependencies[repo_id])
+
+
+@contextlib.contextmanager
+def _offering(modules: dict[str, ModuleType]) -> Iterator[None]:
+    """Have the `kernels` package's own ``get_kernel_dep`` answer too, where it is installed."""
+    if not modules or importlib.util.find_spec("kernels") is None:
+        yield
+        return
+    deps: Any = importlib.import_module("kernels.deps")
+    with deps.use_kernel_deps(modules):
+        yield
 
 
 def module_origin(name: str) -> Origin | None:

@@ -3,66 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kernelgraph.devices import DEVICE_TYPES, Target, target_of
 from kernelgraph.hub.foreign import foreign_origin
 from kernelgraph.hub.importing import Checked, Origin, import_checked, module_origin
 from kernelgraph.hub.metadata import (
+    UNLISTED,
     check_archs,
     content_hash,
-    digest_files,
+    encoded_digest,
+    files_in,
+    gfx_of,
     read_metadata,
     verify,
 )
+from kernelgraph.hub.python_packages import check_python_depends
+from kernelgraph.hub.revisions import Wanted
 from kernelgraph.hub.variants import System, choose, no_variant, parse
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "Checked",
     "Origin",
+    "check_variant",
     "code_hash",
-    "get_local_kernel",
-    "load_local",
+    "content_hash",
+    "default_target",
+    "import_checked",
     "load_variant",
     "origin_of",
+    "variant_at",
 ]
-
-
-def get_local_kernel(
-    repo_path: str | os.PathLike[str],
-    *,
-    backend: str | None = None,
-    package_name: str | None = None,
-) -> ModuleType:
-    """Import a kernel from a directory.
-
-    The same content is imported once, wherever it lies; changed content is imported anew, and
-    what was imported before stays as it was.
-
-    Args:
-        repo_path: A kernel repository, its ``build/``, or one variant in it.
-        backend: The device type that the kernel is for; by default the accelerator that torch
-            can use here, or else cpu.
-        package_name: The package in the variant, where the variant is not itself a package; by
-            default the name in its metadata, or that of the only package there.
-
-    Raises:
-        FileNotFoundError: ``repo_path`` is no kernel repository, or has no variant that fits; the
-            message says why each was refused.
-        ValueError: There is no such backend, the metadata cannot be understood, a file does not
-            match the digest, or the build is for other devices.
-        ImportError: The kernel's own code failed.
-    """
-    target = default_target() if backend is None else target_of(backend)
-    path = Path(os.path.abspath(os.path.expanduser(repo_path)))
-    return load_local(path, target, shown=str(repo_path), package_name=package_name)
 
 
 def default_target() -> Target:
@@ -75,54 +53,51 @@ def default_target() -> Target:
     return target_of(accelerator.type)
 
 
-def load_local(
-    path: Path, target: Target, *, shown: str, package_name: str | None = None
-) -> ModuleType:
-    """`get_local_kernel` for an absolute path and a known device; ``shown`` is for people."""
-    directory = _variant_at(path, target, shown)
-    build = directory.parent
-    return load_variant(
-        directory,
-        target,
-        repository=shown,
-        name=build.parent.name if build.name == "build" else build.name,
-        package_name=package_name,
+def variant_at(path: Path, target: Target, shown: str) -> Path:
+    """The variant that is meant by ``path``: the one it is, or the best of those it holds.
+
+    Raises:
+        FileNotFoundError: There is none, or none that fits; the message says why.
+    """
+    builds = {directory.name: directory for directory in builds_at(path, shown)}
+    if path in builds.values() and parse(path.name) is None:
+        return path  # whatever it is called, nothing else can be meant
+    system = System.detect(target.type)
+    choice = choose(builds, system)
+    if choice.best is None:
+        raise no_variant(shown, choice, system)
+    return builds[choice.best]
+
+
+def builds_at(path: Path, shown: str) -> list[Path]:
+    """The variants that are meant by ``path``: the one it is, or those it holds.
+
+    Raises:
+        FileNotFoundError: It is no kernel repository.
+    """
+    build = path / "build"
+    is_package = (path / "__init__.py").is_file()
+    if path.is_dir():
+        if parse(path.name) and (is_package or not build.is_dir()):
+            return [path]
+        if build.is_dir():
+            return _subdirectories(build)
+        inside = _subdirectories(path)
+        if path.name == "build" or any(parse(directory.name) for directory in inside):
+            return inside
+        if is_package:
+            return [path]
+    raise FileNotFoundError(
+        f"{shown} is not a kernel repository: expected a directory with build/<variant>/ in "
+        "it, such a build/, or one variant with an __init__.py"
     )
 
 
-def _variant_at(path: Path, target: Target, shown: str) -> Path:
-    """The variant that is meant by ``path``: the one it is, or the best of those it holds."""
-    build = path / "build"
-    is_package = (path / "__init__.py").is_file()
-    names: list[str] = []
-    if path.is_dir():
-        if parse(path.name) and (is_package or not build.is_dir()):
-            build, names = path.parent, [path.name]
-        elif build.is_dir():
-            names = _subdirectories(build)
-        else:
-            build, names = path, _subdirectories(path)
-            if path.name != "build" and not any(parse(name) for name in names):
-                if is_package:  # whatever it is called, nothing else can be meant
-                    return path
-                build = path / "build"
-    if not build.is_dir():
-        raise FileNotFoundError(
-            f"{shown} is not a kernel repository: expected a directory with build/<variant>/ in "
-            "it, such a build/, or one variant with an __init__.py"
-        )
-    system = System.detect(target.type)
-    choice = choose(names, system)
-    if choice.best is None:
-        raise no_variant(shown, choice, system)
-    return build / choice.best
+def _subdirectories(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir())
 
 
-def _subdirectories(path: Path) -> list[str]:
-    return [entry.name for entry in path.iterdir() if entry.is_dir()]
-
-
-def load_variant(
+def check_variant(
     directory: Path,
     target: Target,
     *,
@@ -130,8 +105,11 @@ def load_variant(
     name: str,
     revision: str | None = None,
     package_name: str | None = None,
-) -> ModuleType:
-    """Check the variant in ``directory`` and import it; nothing of it runs before the checks.
+    check_arch: bool = True,
+    sha256: Mapping[str, str] | None = None,
+    dependency: Callable[[Wanted], Checked] | None = None,
+) -> Checked:
+    """Check the variant in ``directory``, and what it depends on; nothing of it is run.
 
     Args:
         directory: The variant, as an absolute path.
@@ -139,22 +117,48 @@ def load_variant(
         repository: What errors and reports call the repository.
         name: The kernel's short name, where its metadata has none.
         revision: The commit; by default the content's hash.
-        package_name: As for `get_local_kernel`.
+        package_name: The package in the variant, where the variant is not itself a package.
+        check_arch: Whether a build that was compiled for other devices is refused.
+        sha256: The base64 digest of every file, where the caller has read them already.
+        dependency: How a kernel that this one uses is found and checked.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: As for `get_local_kernel`.
+        FileNotFoundError: There is no package in it, or no build of a dependency that fits.
+        ValueError: The metadata cannot be understood, a file does not match the digest, or the
+            build is for other devices.
+        ImportError: A Python package that the kernel needs is not installed.
     """
     try:
+        # First, because this is what finds a link that leads out, be it the metadata itself.
+        found = sha256 or {n: encoded_digest(path) for n, path in files_in(directory)}
+        files = {file: digest for file, digest in found.items() if file not in UNLISTED}
         metadata = read_metadata(directory)
-        sha256 = digest_files(directory)
-        verify(directory, metadata, sha256)
-        check_archs(metadata, target, _gfx(target))
+        verify(directory, metadata, files)
+        if check_arch:
+            check_archs(metadata, target, gfx_of(target))
+        check_python_depends(metadata.python_depends, target.type)
     except ValueError as error:
         raise ValueError(f"kernel {repository}, variant {directory.name}: {error}") from error
-    package = _package(directory, sha256, package_name, metadata.name or name, repository)
-    content = content_hash(directory, sha256)
+    except ImportError as error:
+        raise ImportError(f"kernel {repository}, variant {directory.name}: {error}") from error
+    package = _package(directory, files, package_name, metadata.name or name, repository)
+    content = content_hash(found)
+    kernels = {}
+    for wanted in metadata.kernel_depends:
+        assert dependency is not None
+        kernels[wanted.repo_id] = dependency(wanted)
     origin = Origin(repository, metadata.name or name, revision or content, directory.name)
-    return import_checked(Checked(directory, package, content, sha256, origin))
+    return Checked(directory, package, content, files, origin, kernels)
+
+
+def load_variant(directory: Path, target: Target, **arguments: Any) -> ModuleType:
+    """`check_variant`, and import it.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `check_variant`.
+        ImportError: Also, the kernel's own code failed.
+    """
+    return import_checked(check_variant(directory, target, **arguments))
 
 
 def _package(
@@ -183,17 +187,6 @@ def _package(
         f"kernel {repository}, variant {directory.name}: expected an __init__.py in it, or in a "
         f"directory {candidates[0]}/ of it; {there}"
     )
-
-
-def _gfx(target: Target) -> str | None:
-    """The ROCm architecture of the current device, where there is one."""
-    if target.type != "rocm":
-        return None
-    import torch
-
-    if torch.version.hip is None or not torch.cuda.is_available():
-        return None
-    return getattr(torch.cuda.get_device_properties(), "gcnArchName", None)
 
 
 # --- where a class comes from -------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """What a build says of itself in ``metadata.json``, and whether its files are what it says.
 
 The format is that of the Hub's kernel repositories: ``id``, ``name``, ``version``, ``license``,
-``python-depends``, ``backend`` (``type``, ``archs``) and ``digest`` (``algorithm``, ``files``:
-relative path to base64 digest), all optional here, because older builds lack some or have no such
-file. Keys that are not known are left alone.
+``python-depends``, ``kernel-depends``, ``backend`` (``type``, ``archs``) and ``digest``
+(``algorithm``, ``files``: relative path to base64 digest), all optional here, because older builds
+lack some or have no such file. Keys that are not known are left alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kernelgraph.hub.revisions import Wanted
 
 if TYPE_CHECKING:
     from kernelgraph.devices import Target
@@ -27,7 +29,7 @@ METADATA = "metadata.json"
 ALGORITHMS = ("sha256", "sha384", "sha512", "blake2b")
 
 # No digest can list these: the file it stands in, and the signature made over that file.
-_UNLISTED = (METADATA, f"{METADATA}.sigstore")
+UNLISTED = (METADATA, f"{METADATA}.sigstore")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Metadata:
     license: str | None = None
     python_depends: tuple[str, ...] = ()
     """The general requirements, and those for the build's own backend."""
+    kernel_depends: tuple[Wanted, ...] = ()
+    """The kernels that this one uses."""
     backend: str | None = None
     archs: tuple[str, ...] = ()
     digest: Digest | None = None
@@ -89,6 +93,7 @@ def parse_metadata(data: bytes, source: str = METADATA) -> Metadata:
         version=top.get("version", (int, str), "a number or a string"),
         license=top.text("license"),
         python_depends=_python_depends(top, backend_type),
+        kernel_depends=_kernel_depends(top),
         backend=backend_type,
         archs=backend.texts("archs"),
         digest=_digest(top),
@@ -140,6 +145,33 @@ def _python_depends(top: _Reader, backend: str | None) -> tuple[str, ...]:
     )
 
 
+def _kernel_depends(top: _Reader) -> tuple[Wanted, ...]:
+    """A list of objects with a ``repo-id`` and either a ``version`` or a ``revision``."""
+    key = "kernel-depends"
+    entries = top.get(key, list, "a list of objects") or []
+    return tuple(read_wanted(top.source, f"{key}[{i}]", entry) for i, entry in enumerate(entries))
+
+
+def read_wanted(source: str, key: str, content: object) -> Wanted:
+    """A dependency on a kernel, as ``metadata.json`` and lock files write it.
+
+    Raises:
+        ValueError: It is not what the format says; the message names ``source`` and ``key``.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f'{source}: "{key}": expected an object, got {reprlib.repr(content)}')
+    entry = _Reader(source, content, f"{key}.")
+    repo_id = entry.text("repo-id")
+    revision = entry.text("revision")
+    version = entry.get("version", (int, str), "a number or a string")
+    try:
+        if repo_id is None or (revision is None) == (version is None):
+            raise ValueError('expected "repo-id", and either "version" or "revision"')
+        return Wanted(repo_id, revision, version)
+    except ValueError as error:
+        raise ValueError(f'{source}: "{key}": {error}') from error
+
+
 def _digest(top: _Reader) -> Digest | None:
     content = top.get("digest", dict, "an object")
     if content is None:
@@ -154,15 +186,18 @@ def _digest(top: _Reader) -> Digest | None:
     for name, value in files.items():
         if not isinstance(value, str):
             raise _Reader(top.source, files, "digest.files.").error(name, "a string", value)
-        if _leaves(name):
+        if leaves(name):
             raise digest.error("files", "paths inside the variant's directory", name)
     return Digest(algorithm, tuple(sorted(files.items())))
 
 
-def _leaves(name: str) -> bool:
-    windows = PureWindowsPath(name)
-    absolute = PurePosixPath(name).is_absolute() or windows.root or windows.drive
-    return bool(absolute) or ".." in windows.parts or not name
+# Absolute, on a drive, with a step upwards, or no path at all; with either kind of slash.
+_LEAVES = re.compile(r"$|[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
+
+
+def leaves(name: str) -> bool:
+    """Whether a relative path leads out of where it starts, on any system."""
+    return _LEAVES.match(name) is not None
 
 
 # --- the files on disk ------------------------------------------------------------------------
@@ -183,22 +218,20 @@ def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
         )
     return {
         name: encoded_digest(path, algorithm)
-        for name, path in _files(directory)
-        if name not in _UNLISTED
+        for name, path in files_in(directory)
+        if name not in UNLISTED
     }
 
 
-def content_hash(directory: Path, sha256: Mapping[str, str]) -> str:
-    """The hash of a variant's whole content, in hex.
+def content_hash(sha256: Mapping[str, str]) -> str:
+    """The hash of a variant's whole content, in hex, given the base64 digests of its files.
 
-    Args:
-        directory: The variant.
-        sha256: Its `digest_files`.
+    The metadata belongs to the content: it names the kernel and its devices.
     """
-    lines = [f"{file}\0{digest}\n" for file, digest in sorted(sha256.items())]
-    # The metadata belongs to the content: it names the kernel and its devices.
-    if (metadata := directory / METADATA).is_file():
-        lines.append(f"{METADATA}\0{encoded_digest(metadata)}\n")
+    known = {file: digest for file, digest in sha256.items() if file not in UNLISTED[1:]}
+    # Where the metadata stands is part of the hash, and so of the names of ops.
+    order = sorted(known, key=lambda file: (file == METADATA, file))
+    lines = [f"{file}\0{known[file]}\n" for file in order]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -235,7 +268,7 @@ def verify(directory: Path, metadata: Metadata, sha256: Mapping[str, str] | None
         found = sha256
     else:
         found = digest_files(directory, algorithm)
-    listed = {name: value for name, value in metadata.digest.files if not _is_bytecode(name)}
+    listed = {name: value for name, value in metadata.digest.files if not is_bytecode(name)}
     problems = {
         "missing": sorted(listed.keys() - found.keys()),
         "changed": sorted(n for n in listed.keys() & found.keys() if listed[n] != found[n]),
@@ -246,43 +279,83 @@ def verify(directory: Path, metadata: Metadata, sha256: Mapping[str, str] | None
         raise ValueError(f"{directory} does not match the digest in its {METADATA}: {shown}")
 
 
-def _is_bytecode(name: str) -> bool:
+def is_bytecode(name: str) -> bool:
+    """Whether a path is that of bytecode, which is never downloaded, listed nor used."""
     return name.endswith((".pyc", ".pyo")) or "__pycache__" in name.split("/")
 
 
-def _files(directory: Path) -> Iterator[tuple[str, Path]]:
-    """The files under ``directory``, bytecode aside, by relative path with forward slashes."""
-    inside = [directory.resolve(), *_blobs(directory)]
-    for parent, folders, files in os.walk(directory, onerror=_raise):
-        folders.sort()
-        for name in sorted([*folders, *files]):
-            path = Path(parent, name)
-            relative = path.relative_to(directory).as_posix()
-            if _is_bytecode(relative):
+def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The files under ``directory``, bytecode aside, by relative path with forward slashes.
+
+    Raises:
+        ValueError: Something there is neither a file nor a directory, or a link that leads out.
+    """
+    root = directory.resolve()
+    inside = [str(place) for place in (root, *_blobs(root))]
+    folders = [(str(root), "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            relative = prefix + entry.name
+            if is_bytecode(relative):
                 continue
-            if path.is_symlink():
-                end = Path(os.path.realpath(path))
-                if not any(end.is_relative_to(place) for place in inside):
-                    raise ValueError(f"{directory}: {relative} is a link that leads out of it")
-            mode = path.stat().st_mode if path.exists() else 0
-            if stat.S_ISREG(mode):
-                yield relative, path
-            elif not stat.S_ISDIR(mode) or path.is_symlink():
+            if entry.is_symlink() and not _leads_inside(entry.path, inside):
+                raise ValueError(f"{directory}: {relative} is a link that leads out of it")
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, f"{relative}/"))
+            elif _is_file(entry):
+                yield relative, directory / relative
+            else:
                 raise ValueError(f"{directory}: {relative} is neither a file nor a directory")
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle
+        return False
 
 
-def _blobs(directory: Path) -> Iterator[Path]:
-    # In huggingface_hub's cache every file of a snapshot is a link into the repository's blobs.
-    for parent in directory.resolve().parents:
-        if parent.name == "snapshots" and (blobs := parent.parent / "blobs").is_dir():
-            yield blobs.resolve()
+def _leads_inside(link: str, inside: list[str]) -> bool:
+    # A link to a plain file right in one of the places, which is what there is in
+    # huggingface_hub's cache, needs no look at each directory on the way.
+    parent = os.path.dirname(link)  # of which no part is a link itself
+    end = os.path.normpath(os.path.join(parent, os.readlink(link)))
+    if os.path.dirname(end) in inside and stat.S_ISREG(_mode(end)):
+        return True
+    return any(Path(os.path.realpath(link)).is_relative_to(place) for place in inside)
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    # In huggingface_hub's cache every file of a snapshot is a link into the repository's blobs,
+    # and one of those may be a link into the blobs that all repositories share.
+    for parent in root.parents:
+        if parent.name == "snapshots":
+            for blobs in (parent.parent / "blobs", parent.parent.parent / "blobs"):
+                if blobs.is_dir():
+                    yield blobs.resolve()
 
 
 # --- the device ---------------------------------------------------------------------------------
+
+
+def gfx_of(target: Target) -> str | None:
+    """The ROCm architecture of the current device, where there is one."""
+    if target.type != "rocm":
+        return None
+    import torch
+
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    return getattr(torch.cuda.get_device_properties(), "gcnArchName", None)
+
 
 _CUDA_ARCH = re.compile(r"(\d{1,3})\.(\d)([af]?)(\+PTX)?", re.ASCII)
 

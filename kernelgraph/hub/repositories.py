@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kernelgraph.devices import Target, type_name
-from kernelgraph.hub.fetching import fetch
-from kernelgraph.hub.loading import default_target, load_local, load_variant
+from kernelgraph.hub.kernels import load, load_from_disk
+from kernelgraph.hub.loading import default_target
+from kernelgraph.hub.lockfile import Locks, find_locks
 from kernelgraph.hub.members import take_function, take_layer
-from kernelgraph.hub.revisions import check_version
-from kernelgraph.hub.trust import check_trust
+from kernelgraph.hub.revisions import Wanted, check_name, check_repo_id
+from kernelgraph.hub.trust import allowed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +32,7 @@ class Repository:
     """The field that names what is taken."""
 
     def __post_init__(self) -> None:
-        _check_name(self._member, getattr(self, self._member))
+        check_name(self._member, getattr(self, self._member))
 
     def load(self, target: Target | None = None) -> type[nn.Module]:
         """The hub layer.
@@ -75,13 +74,15 @@ class _Local(Repository):
         if not isinstance(self.repo_path, (str, os.PathLike)):
             raise TypeError(f"repo_path: expected a path, got {type_name(self.repo_path)}")
         if self.package_name is not None:
-            _check_name("package_name", self.package_name)
+            check_name("package_name", self.package_name)
         # Absolute now, so that a later chdir does not make it another repository.
         path = Path(os.path.abspath(os.path.expanduser(self.repo_path)))
         object.__setattr__(self, "_path", path)
 
     def _kernel(self, target: Target) -> ModuleType:
-        return load_local(self._path, target, shown=self._where(), package_name=self.package_name)
+        return load_from_disk(
+            self._path, target, shown=self._where(), package_name=self.package_name
+        )
 
     def _where(self) -> str:
         return str(self.repo_path)
@@ -96,42 +97,62 @@ class _Hub(Repository):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_repo_id("repo_id", self.repo_id)
-        if self.revision is not None:
-            _check_name("revision", self.revision)
-        if self.version is not None:
-            check_version(self.version)
-            if self.revision is not None:
-                raise ValueError(f"{self.repo_id}: pass revision or version, not both")
-        if not isinstance(self.trust_remote_code, bool):
-            object.__setattr__(self, "trust_remote_code", _repo_ids(self.trust_remote_code))
+        self._wanted()
+        object.__setattr__(self, "trust_remote_code", allowed(self.trust_remote_code))
+
+    def _wanted(self) -> Wanted:
+        return Wanted(self.repo_id, self.revision, self.version)
 
     def _kernel(self, target: Target) -> ModuleType:
-        check_trust(self.repo_id, self.trust_remote_code)
-        if self.revision is None and self.version is None:
-            warnings.warn(
-                f"{self.repo_id} is loaded from its branch main, which may change at any time: "
-                'pass a version, such as version=1 or version=">=0.1,<0.2", or a revision',
-                stacklevel=3,
-            )
-        fetched = fetch(
-            self.repo_id,
-            revision=self.revision,
-            version=self.version,
-            device_type=target.type,
-        )
-        return load_variant(
-            fetched.directory,
+        return load(self._wanted(), target, trust_remote_code=self.trust_remote_code)
+
+    def _where(self) -> str:
+        return str(self._wanted())
+
+
+@dataclass(frozen=True)
+class LockedLayerRepository(Repository):
+    """A layer of a kernel repository on the Hub, at the commit that a lock file has for it.
+
+    Args:
+        repo_id: The repository, ``owner/name``.
+        lockfile: The lock file, read now; by default the ``kernels.lock`` that the calling package
+            was installed with, or else the one in the working directory.
+        layer_name: The layer, a class in the kernel's ``layers``.
+        trust_remote_code: As for `LayerRepository`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        FileNotFoundError: There is no such lock file.
+        ValueError: The lock file cannot be understood, or has no such repository; or a name is
+            malformed.
+    """
+
+    repo_id: str
+    lockfile: str | os.PathLike[str] | None = field(default=None, kw_only=True, compare=False)
+    layer_name: str = field(kw_only=True)
+    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
+    _locks: Locks = field(init=False, repr=False)
+    _member = "layer_name"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_repo_id("repo_id", self.repo_id)
+        object.__setattr__(self, "trust_remote_code", allowed(self.trust_remote_code))
+        locks = find_locks(self.lockfile)
+        locks.of(self.repo_id)
+        object.__setattr__(self, "_locks", locks)
+
+    def _kernel(self, target: Target) -> ModuleType:
+        return load(
+            self._locks.of(self.repo_id).wanted,
             target,
-            repository=self.repo_id,
-            name=self.repo_id.rpartition("/")[2],
-            revision=fetched.commit,
+            trust_remote_code=self.trust_remote_code,
+            locks=self._locks,
         )
 
     def _where(self) -> str:
-        if self.version is not None:
-            return f"{self.repo_id} version {self.version}"
-        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
+        return f"{self.repo_id} (locked)"
 
 
 @dataclass(frozen=True)
@@ -206,29 +227,3 @@ class FuncRepository(_Hub):
 
     func_name: str = field(kw_only=True)
     _member = "func_name"
-
-
-_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-
-
-def _check_name(argument: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{argument}: expected a str, got {type_name(value)}")
-    if not value:
-        raise ValueError(f"{argument}: expected a name, got an empty str")
-
-
-def _check_repo_id(argument: str, value: Any) -> None:
-    _check_name(argument, value)
-    if not _REPO_ID.fullmatch(value):
-        raise ValueError(f"{argument}: expected owner/name, got {value!r}")
-
-
-def _repo_ids(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(
-            f"trust_remote_code: expected a bool or a list of repository ids, got {value!r}"
-        )
-    for repo_id in value:
-        _check_repo_id("trust_remote_code", repo_id)
-    return tuple(value)

@@ -14,6 +14,7 @@ Backends are called here by their device types: a ``cu130`` build is for ``cuda`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import platform
 import re
@@ -134,6 +135,7 @@ class Choice:
         return self.fitting[0] if self.fitting else None
 
 
+@functools.lru_cache(maxsize=4096)
 def parse(name: str) -> Variant | None:
     """Take a variant name apart; None for a name that is not a variant's."""
     if name == "torch-universal":

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from kernelgraph.devices import Target
-from kernelgraph.hub.loading import Origin, get_local_kernel, load_variant, origin_of
+from kernelgraph.hub.kernels import get_local_kernel
+from kernelgraph.hub.loading import Origin, load_variant, origin_of
 from tests.hub.toy_repository import METADATA, layer_files, write_repository
 
 
@@ -459,7 +460,7 @@ class TestThreads:
         one, two = tmp_path / "one", tmp_path / "two"
         for own, other in ((one, two), (two, one)):
             source = (
-                "import time\nfrom kernelgraph.hub.loading import get_local_kernel\n"
+                "import time\nfrom kernelgraph.hub.kernels import get_local_kernel\n"
                 f"time.sleep(0.05)\nother = get_local_kernel({str(other)!r})\n"
             )
             write_repository(own, {"__init__.py": source})

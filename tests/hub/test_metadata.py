@@ -23,6 +23,7 @@ from kernelgraph.hub.metadata import (
     read_metadata,
     verify,
 )
+from kernelgraph.hub.revisions import Wanted
 from tests.hub.toy_repository import write_repository
 
 
@@ -140,6 +141,14 @@ nearly_right = st.fixed_dictionaries(
     {},
     optional={
         **dict.fromkeys(KEYS, json_values),
+        "kernel-depends": st.lists(
+            json_values
+            | st.fixed_dictionaries(
+                {"repo-id": st.just("org/a") | json_values},
+                optional={"version": json_values, "revision": st.text() | json_values},
+            ),
+            max_size=3,
+        ),
         "backend": json_values | st.fixed_dictionaries({"type": json_values, "archs": json_values}),
         "digest": json_values
         | st.fixed_dictionaries(
@@ -150,6 +159,40 @@ nearly_right = st.fixed_dictionaries(
         ),
     },
 )
+
+
+class TestKernelDepends:
+    @pytest.mark.parametrize(
+        ("entry", "wanted"),
+        [
+            ({"repo-id": "org/a", "version": 1}, Wanted("org/a", version=1)),
+            ({"repo-id": "org/a", "version": ">=0.1"}, Wanted("org/a", version=">=0.1")),
+            ({"repo-id": "org/a", "revision": "main"}, Wanted("org/a", "main")),
+            ({"repo-id": "org/a", "revision": "v1", "version": None}, Wanted("org/a", "v1")),
+        ],
+    )
+    def test_forms(self, entry, wanted):
+        assert parse({"kernel-depends": [entry]}).kernel_depends == (wanted,)
+        assert parse({"kernel-depends": None}).kernel_depends == ()
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ({}, r'"kernel-depends": expected a list of objects, got \{\}$'),
+            (["org/a"], r'"kernel-depends\[0\]": expected an object, got \'org/a\'$'),
+            ([{}], 'expected "repo-id", and either "version" or "revision"$'),
+            ([{"repo-id": "org/a"}], 'expected "repo-id", and either "version" or "revision"$'),
+            ([{"repo-id": "org/a", "version": 1, "revision": "x"}], 'either "version" or "revis'),
+            ([{"repo-id": "a", "version": 1}], "repo_id: expected owner/name, got 'a'$"),
+            ([{"repo-id": "org/a", "version": True}], r'version": expected a number or a string'),
+            ([{"repo-id": "org/a", "version": -1}], "version: expected 0 or more, got -1$"),
+            ([{"repo-id": "org/a", "revision": "../x"}], "revision: expected a branch, a tag or"),
+            ([{"repo-id": "org/a", "revision": "\ud800"}], "revision: expected a branch, a tag or"),
+        ],
+    )
+    def test_malformed(self, value, message):
+        with pytest.raises(ValueError, match=message):
+            parse({"kernel-depends": value})
 
 
 class TestFuzz:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from kernelgraph.devices import Target
 from kernelgraph.hub.loading import origin_of
+from kernelgraph.hub.lockfile import Lock, Locks
 from kernelgraph.hub.repositories import (
     FuncRepository,
     LayerRepository,
     LocalFuncRepository,
     LocalLayerRepository,
+    LockedLayerRepository,
     Repository,
 )
-from tests.hub.toy_repository import layer_files, write_repository
+from kernelgraph.hub.revisions import Wanted
+from tests.hub.toy_repository import layer_files, variant_files, write_repository
 
 FUNCTIONS = """
 import math
@@ -266,120 +265,98 @@ class TestFunctions:
         assert layer()(1, 2) == 2
 
 
-class TestTrust:
-    @pytest.mark.parametrize("trust", [False, [], ["owner/other"]])
-    @pytest.mark.parametrize("make", [LayerRepository, FuncRepository])
-    def test_refusal_before_anything_is_asked(self, monkeypatch, make, trust):
-        monkeypatch.setattr("kernelgraph.hub.repositories.fetch", None)
-        name = {"layer_name" if make is LayerRepository else "func_name": "x"}
-        repository = make("owner/name", version=1, trust_remote_code=trust, **name)
-        with pytest.raises(
-            ValueError, match=r"^owner/name: loading a kernel runs its repository's"
-        ):
-            repository.load(Target("cpu"))
-
-    def test_the_three_ways_out(self):
-        with pytest.raises(ValueError, match="trust") as caught:
-            LayerRepository("owner/name", layer_name="L", version=1).load()
-        message = str(caught.value)
-        assert "pass trust_remote_code=True" in message
-        assert 'trust_remote_code=["owner/name"]' in message
-        assert "LocalLayerRepository" in message
-
-
-COMMIT = "0123456789" * 4
-
-# One process for many loads, because huggingface_hub reads its settings when it is imported.
-SCRIPT = """
-import os, sys, warnings
-from kernelgraph.devices import Target
-from kernelgraph.hub.loading import origin_of
-from kernelgraph.hub.repositories import LayerRepository
-warnings.simplefilter("ignore")
-for cache, arguments in eval(sys.argv[1]):
-    os.environ["KERNELS_CACHE"] = cache
-    repository = LayerRepository(
-        "owner/name", layer_name="Add", trust_remote_code=True, **arguments
-    )
-    try:
-        layer = repository.load(Target("cpu"))
-    except Exception as error:
-        print(type(error).__name__, str(error).splitlines()[0])
-    else:
-        print(layer()(1), *vars(origin_of(layer)).values())
-"""
-
-
-def loaded_in_a_process(*loads: tuple[str, dict[str, object]], **environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, repr(loads)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()
-
-
-def write_cache(cache: Path, repo_type: str) -> str:
-    """What is left of an earlier download: a snapshot, the refs to it and its list of files."""
-    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
-
-    storage = cache / f"{repo_type}s--owner--name"
-    root = storage / "snapshots" / COMMIT
-    write_repository(root, metadata={"name": repo_type})
-    for ref in ("main", "v1"):
-        (storage / "refs").mkdir(exist_ok=True)
-        (storage / "refs" / ref).write_text(COMMIT)
-    files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    entry = TreeCacheEntry(size=1, blob_id="0", lfs_sha256=None, lfs_size=None, xet_hash=None)
-    write_tree_cache(str(storage), COMMIT, dict.fromkeys(files, entry))
-    return str(cache)
-
-
 class TestHub:
-    UNREACHABLE = "OSError owner/name: could not be had from the Hub: "
+    """What a repository object adds to `get_kernel`, which has tests of its own."""
 
-    def test_unreachable(self, tmp_path):
-        cache = str(tmp_path)
-        loads = [(cache, {}), (cache, {"version": 1}), (cache, {"version": ">=1"})]
-        said = loaded_in_a_process(*loads, HF_ENDPOINT="http://127.0.0.1:9")
-        assert [line[: len(self.UNREACHABLE)] for line in said] == [self.UNREACHABLE] * 3
+    @pytest.fixture
+    def commit(self, hub):
+        hub.organisation("owner", trusted=True)
+        return hub.repository("owner/name").commit(variant_files(), branch="v1")
 
-    def test_offline(self, tmp_path):
-        kernel = write_cache(tmp_path / "1", "kernel")
-        model = write_cache(tmp_path / "2", "model")
-        nothing = str(tmp_path / "3")
-        loads = [
-            (kernel, {}),
-            (kernel, {"version": 1}),
-            (kernel, {"revision": COMMIT}),
-            (model, {"version": 1}),
-            (model, {"revision": COMMIT}),
-            (kernel, {"version": 2}),
-            (nothing, {}),
+    def test_load(self, commit):
+        layer = LayerRepository("owner/name", layer_name="Add", version=1).load()
+        assert layer()(torch.ones(1)) == 2
+        assert list(vars(origin_of(layer)).values()) == [
+            "owner/name",
+            "toy",
+            commit,
+            "torch-universal",
         ]
-        *found, no_version, no_cache = loaded_in_a_process(*loads, HF_HUB_OFFLINE="1")
-        from_kernel = f"2 owner/name kernel {COMMIT} torch-universal"
-        from_model = f"2 owner/name model {COMMIT} torch-universal"
-        assert found == [from_kernel] * 3 + [from_model] * 2
-        assert no_version.startswith(self.UNREACHABLE)
-        assert no_cache.startswith(self.UNREACHABLE)
+        function = FuncRepository("owner/name", func_name="layers", revision=commit)
+        with pytest.raises(ValueError, match=r"owner/name@.*the kernel has no function 'layers'"):
+            function.load()
 
-    def test_main_without_a_bound_is_warned_of(self, monkeypatch):
-        def fetch(*args, **kwargs):
-            raise OSError("not now")
+    def test_nothing_is_asked_before(self, hub):
+        repository = LayerRepository("owner/name", layer_name="Add", version=1)
+        assert hash(repository) == hash(copy.deepcopy(repository))
+        assert hub.asked() == []
 
-        monkeypatch.setattr("kernelgraph.hub.repositories.fetch", fetch)
-        repository = LayerRepository("owner/name", layer_name="L", trust_remote_code=True)
-        with (
-            pytest.warns(UserWarning, match=r"^owner/name is loaded from its branch main, which"),
-            pytest.raises(OSError, match="not now"),
-        ):
-            repository.load()
+    def test_main_without_a_bound_is_warned_of(self, hub, commit):
+        hub.repository("owner/name").branches["main"] = commit
+        with pytest.warns(UserWarning, match=r"^owner/name is loaded from its branch main, which"):
+            LayerRepository("owner/name", layer_name="Add").load()
         for bound in ({"version": 1}, {"revision": "main"}):
-            bounded = LayerRepository("o/n", layer_name="L", trust_remote_code=["o/n"], **bound)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                with pytest.raises(OSError, match="not now"):
-                    bounded.load()
+                LayerRepository("owner/name", layer_name="Add", **bound).load()
+
+    @pytest.mark.parametrize("make", [LayerRepository, FuncRepository])
+    def test_trust(self, hub, make):
+        hub.organisation("owner", trusted=False)
+        hub.repository("owner/name").commit(variant_files(), branch="v1")
+        name = {"layer_name" if make is LayerRepository else "func_name": "layers"}
+        with pytest.raises(ValueError, match="does not call its owner owner a trusted publisher"):
+            make("owner/name", version=1, **name).load()
+        with pytest.raises(ValueError, match=r"no layer 'layers'|no function 'layers'"):
+            make("owner/name", version=1, trust_remote_code=["owner/name"], **name).load()
+
+
+class TestLocked:
+    @pytest.fixture
+    def lockfile(self, hub, tmp_path):
+        hub.organisation("owner", trusted=True)
+        commit = hub.repository("owner/name").commit(variant_files(), branch="v1")
+        path = tmp_path / "kernels.lock"
+        path.write_text(Locks((Lock(Wanted("owner/name", version=1), commit),)).to_json())
+        return path
+
+    def test_load(self, hub, lockfile):
+        repository = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Add")
+        hub.repository("owner/name").commit(variant_files(layer_files(result=9)), branch="v1")
+        assert repository.load()()(torch.ones(1)) == 2
+        assert str(repository) == "owner/name (locked): Add"
+
+    def test_as_a_value(self, lockfile):
+        repository = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Add")
+        for same in (
+            pickle.loads(pickle.dumps(repository)),
+            copy.copy(repository),
+            copy.deepcopy(repository),
+        ):
+            assert same == repository
+            assert hash(same) == hash(repository)
+        other = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Mul")
+        assert repository != other
+
+    def test_in_the_working_directory(self, lockfile, monkeypatch):
+        monkeypatch.chdir(lockfile.parent)
+        repository = LockedLayerRepository("owner/name", layer_name="Add")
+        monkeypatch.chdir("/")
+        assert repository.load()()(torch.ones(1)) == 2
+
+    def test_not_locked(self, lockfile):
+        with pytest.raises(
+            ValueError, match=r"^owner/other is not in .*kernels\.lock, which locks owner/name ver"
+        ):
+            LockedLayerRepository("owner/other", lockfile=lockfile, layer_name="Add")
+
+    def test_bad_arguments(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"^there is no kernels\.lock in the working"):
+            LockedLayerRepository("owner/name", layer_name="Add")
+        with pytest.raises(FileNotFoundError, match=r"^there is no lock file x\.lock: run"):
+            LockedLayerRepository("owner/name", lockfile="x.lock", layer_name="Add")
+        with pytest.raises(TypeError, match=r"^lockfile: expected a path or None, got int$"):
+            LockedLayerRepository("owner/name", lockfile=1, layer_name="Add")
+        with pytest.raises(ValueError, match=r"^repo_id: expected owner/name, got 'name'$"):
+            LockedLayerRepository("name", layer_name="Add")

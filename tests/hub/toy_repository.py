@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,25 @@ def write_repository(
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     directory.mkdir(parents=True, exist_ok=True)
     if metadata is not None:
-        content = dict(metadata)
+        said = dict(metadata)
         if digest:
-            content["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
-        (directory / "metadata.json").write_text(json.dumps(content))
+            said["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
+        (directory / "metadata.json").write_text(json.dumps(said))
     return directory
+
+
+def variant_files(
+    files: Mapping[str, str | bytes] | None = None,
+    *,
+    variant: str = "torch-universal",
+    metadata: Mapping[str, Any] | None = METADATA,
+    digest: bool = True,
+) -> dict[str, bytes]:
+    """What `write_repository` writes, as the files of a commit."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_repository(Path(directory), files, variant=variant, metadata=metadata, digest=digest)
+        return {
+            path.relative_to(directory).as_posix(): path.read_bytes()
+            for path in Path(directory).rglob("*")
+            if path.is_file()
+        }

@@ -1,0 +1,214 @@
+"""The lock file ``kernels.lock``: which commit each repository is loaded at, and with what content.
+
+It is a list, in JSON, of objects with two members::
+
+    {"dependency": {"repo-id": "owner/name", "version": 1},
+     "lock": {"commit": "<40 hex digits>", "digests": {"<variant>": "sha256-<hex>"}}}
+
+``dependency`` is what was asked for, in the form that ``kernel-depends`` has too; a ``version`` may
+also be a specifier, and a ``revision`` may stand in its place. The repositories that the project
+itself depends on come first. Files of the `kernels` package are of this form without ``digests``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernelgraph.devices import type_name
+from kernelgraph.hub.metadata import read_wanted
+from kernelgraph.hub.revisions import Wanted, is_commit
+
+LOCKFILE = "kernels.lock"
+_DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One repository, locked."""
+
+    wanted: Wanted
+    commit: str
+    digests: tuple[tuple[str, str], ...] = ()
+    """Pairs of a variant and its `fetching.content_digest`, by variant; empty where not known."""
+
+
+@dataclass(frozen=True)
+class Locks:
+    """A parsed lock file."""
+
+    locks: tuple[Lock, ...]
+    source: str = LOCKFILE
+    """What errors call the file."""
+
+    def of(self, repo_id: str) -> Lock:
+        """What is locked for a repository that the project itself depends on.
+
+        Raises:
+            ValueError: Nothing is.
+        """
+        for lock in self.locks:
+            if lock.wanted.repo_id == repo_id:
+                return lock
+        raise self._not_locked(repo_id)
+
+    def get(self, wanted: Wanted) -> Lock:
+        """What is locked for exactly that.
+
+        Raises:
+            ValueError: Nothing is.
+        """
+        for lock in self.locks:
+            if lock.wanted == wanted:
+                return lock
+        raise self._not_locked(str(wanted))
+
+    def _not_locked(self, what: str) -> ValueError:
+        there = ", ".join(str(lock.wanted) for lock in self.locks) or "nothing"
+        return ValueError(
+            f"{what} is not in {self.source}, which locks {there}: add it to "
+            "[tool.kernels.dependencies] in pyproject.toml and run `kernelgraph lock`"
+        )
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps([_entry(lock) for lock in self.locks], indent=2) + "\n"
+
+
+def parse_locks(data: bytes | str, source: str = LOCKFILE) -> Locks:
+    """Parse the content of a lock file; ``source`` is the file that errors name.
+
+    Raises:
+        ValueError: It is not what the format says; the message names what was expected where.
+    """
+    try:
+        content = json.loads(data if isinstance(data, str) else data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected a JSON list: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{source}: expected a JSON list, got {reprlib.repr(content)}")
+    locks = [_lock(source, i, entry) for i, entry in enumerate(content)]
+    seen = set()
+    for lock in locks:
+        if lock.wanted in seen:
+            raise ValueError(f"{source}: {lock.wanted} is locked twice")
+        seen.add(lock.wanted)
+    return Locks(tuple(locks), source)
+
+
+def _lock(source: str, i: int, entry: object) -> Lock:
+    def expected(what: str, got: object) -> ValueError:
+        return ValueError(f"{source}: [{i}]: expected {what}, got {reprlib.repr(got)}")
+
+    if not isinstance(entry, dict) or not isinstance(locked := entry.get("lock"), dict):
+        raise expected('an object with "dependency" and "lock"', entry)
+    wanted = read_wanted(source, f"[{i}].dependency", entry.get("dependency"))
+    commit = locked.get("commit")
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise expected('a commit of 40 hex digits as "lock.commit"', commit)
+    digests = locked.get("digests", {})
+    if not isinstance(digests, dict) or not all(
+        isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests.values()
+    ):
+        raise expected('an object of "sha256-" digests as "lock.digests"', digests)
+    return Lock(wanted, commit, tuple(sorted(digests.items())))
+
+
+def _entry(lock: Lock) -> dict[str, Any]:
+    wanted = lock.wanted
+    asked = {"revision": wanted.ref} if wanted.version is None else {"version": wanted.version}
+    locked: dict[str, Any] = {"commit": lock.commit}
+    if lock.digests:
+        locked["digests"] = dict(lock.digests)
+    return {"dependency": {"repo-id": wanted.repo_id, **asked}, "lock": locked}
+
+
+# --- what a project has -------------------------------------------------------------------------
+
+
+def read_dependencies(pyproject: Path) -> tuple[Wanted, ...]:
+    """What ``[tool.kernels.dependencies]`` of a ``pyproject.toml`` says to lock.
+
+    Each entry is ``"owner/name" = version``, a number or a specifier; or a table with ``version``
+    or ``revision``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not TOML, has no such table, or an entry is malformed.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        content: Any = tomllib.loads(pyproject.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{pyproject}: {error}") from error
+    for key in ("tool", "kernels", "dependencies"):
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{pyproject}: expected a table [tool.kernels.dependencies], with entries such as "
+            '"owner/name" = 1'
+        )
+    dependencies = []
+    for repo_id, asked in content.items():
+        table = asked if isinstance(asked, Mapping) else {"version": asked}
+        key = f"tool.kernels.dependencies.{repo_id}"
+        dependencies.append(read_wanted(str(pyproject), key, {**table, "repo-id": repo_id}))
+    return tuple(dependencies)
+
+
+def find_locks(lockfile: str | os.PathLike[str] | None) -> Locks:
+    """Read a lock file: the given one, or that of the caller.
+
+    The caller's is the ``kernels.lock`` among the metadata of the package that the nearest calling
+    function outside of this library belongs to, or else the one in the working directory.
+
+    Raises:
+        TypeError: ``lockfile`` is no path.
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be understood.
+    """
+    if lockfile is None:
+        if (found := _of_caller()) is not None:
+            return parse_locks(found[1], found[0])
+        lockfile = LOCKFILE
+        if not os.path.exists(lockfile):
+            raise FileNotFoundError(
+                f"there is no {LOCKFILE} in the working directory, and the calling package was "
+                "installed with none: run `kernelgraph lock`, or pass lockfile"
+            )
+    if not isinstance(lockfile, (str, os.PathLike)):
+        raise TypeError(f"lockfile: expected a path or None, got {type_name(lockfile)}")
+    path = Path(lockfile).expanduser()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no lock file {path}: run `kernelgraph lock`") from None
+    return parse_locks(data, str(lockfile))
+
+
+def _of_caller() -> tuple[str, str] | None:
+    own = __name__.partition(".")[0]
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == own:
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    if package in ("", "__main__"):
+        return None
+    for name in importlib.metadata.packages_distributions().get(package, ()):
+        if (text := importlib.metadata.distribution(name).read_text(LOCKFILE)) is not None:
+            return f"{LOCKFILE} of {name}", text
+    return None
