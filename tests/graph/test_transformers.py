@@ -7,7 +7,6 @@ compares it with the same model kernelized eagerly.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers: Any = pytest.importorskip("transformers")
 kernels: Any = pytest.importorskip("kernels")
 
