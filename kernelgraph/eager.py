@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.kernel import BoundForward, Kernel, decide
+from kernelgraph.kernel import BoundForward, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
     Extensible,
@@ -63,9 +63,7 @@ def _remake(cls: type[nn.Module], selection: Selection, target: Target, mode: Mo
     try:
         if (layer := extensible(cls)) is None:
             raise TypeError("the class is not extensible in this process")
-        chosen = {selection.mode: selection.repository}
-        mapping = KernelMapping.parse({layer.layer_name: {selection.device: chosen}})
-        outcome = decide(layer, target, mode, mapping)
+        outcome = decide_again(layer, selection, target, mode)
         if isinstance(outcome, Kernel):
             return Recipe(cls, selection, target, mode, _forward_for(outcome, layer, mode))
         why = because(outcome.reason, outcome.detail)

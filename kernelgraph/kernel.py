@@ -84,6 +84,19 @@ def decide(
     return Kernel(hub_layer, origin_of(hub_layer), selection)
 
 
+def decide_again(
+    layer: Extensible, selection: Selection, target: Target, mode: Mode
+) -> Kernel | Rejection:
+    """`decide` for a layer whose repository another process has selected.
+
+    Raises:
+        TypeError, ValueError, Exception: As `decide` raises.
+    """
+    chosen = {selection.mode: selection.repository}
+    mapping = KernelMapping.parse({layer.layer_name: {selection.device: chosen}})
+    return decide(layer, target, mode, mapping)
+
+
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
     from kernelgraph.hub.foreign import load_foreign
     from kernelgraph.hub.repositories import Repository

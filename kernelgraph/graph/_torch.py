@@ -180,7 +180,7 @@ class Frame:
     @contextlib.contextmanager
     def fake_mode(self) -> Iterator[None]:
         """Run code on this trace's fake tensors, as Dynamo itself does."""
-        with self._tx.fake_mode, enable_python_dispatcher():
+        with running_on(self._tx.fake_mode):
             yield
 
     @property
@@ -422,6 +422,25 @@ def for_real() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
+    with mode, enable_python_dispatcher():
+        yield
+
+
+@contextlib.contextmanager
+def no_data_pointers() -> Iterator[None]:
+    """Have fakes of the mode that is on raise where something asks for their memory."""
+    mode: Any = detect_fake_mode()
+    allowed = mode._allow_unsafe_data_ptr_access
+    mode._allow_unsafe_data_ptr_access = False
+    try:
+        yield
+    finally:
+        mode._allow_unsafe_data_ptr_access = allowed
+
+
+@contextlib.contextmanager
 def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
     """Run code on fakes of a mode of its own, whose sizes may be symbols of those in ``like``.
 
@@ -433,13 +452,8 @@ def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
         mode = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=getattr(mode, "shape_env", None)
         )
-    allowed = mode._allow_unsafe_data_ptr_access
-    mode._allow_unsafe_data_ptr_access = False
-    try:
-        with for_real(), mode, enable_python_dispatcher():
-            yield
-    finally:
-        mode._allow_unsafe_data_ptr_access = allowed
+    with for_real(), running_on(mode), no_data_pointers():
+        yield
 
 
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
@@ -464,28 +478,6 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
     with FakeCopyMode(mode):
         return copy.deepcopy(module)
-
-
-@contextlib.contextmanager
-def running_on(mode: FakeTensorMode) -> Iterator[None]:
-    """Run code on fakes of ``mode``."""
-    with mode, enable_python_dispatcher():
-        yield
-
-
-@contextlib.contextmanager
-def no_data_pointers() -> Iterator[None]:
-    """Have fakes that are made here raise where something asks for their memory."""
-    mode: Any = detect_fake_mode()
-    if mode is None:
-        yield
-        return
-    allowed = mode._allow_unsafe_data_ptr_access
-    mode._allow_unsafe_data_ptr_access = False
-    try:
-        yield
-    finally:
-        mode._allow_unsafe_data_ptr_access = allowed
 
 
 @contextlib.contextmanager

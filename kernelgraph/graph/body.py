@@ -13,8 +13,9 @@ from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
 from kernelgraph.graph.memory import contiguous_copy, extent, owned
 from kernelgraph.graph.places import Places
 from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, Told, describe_output, remember
+from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, describe_output
 from kernelgraph.graph.steady import Known, steady_state
+from kernelgraph.graph.told import Told, fakes_of, remember
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -160,8 +161,7 @@ class Body:
 
     def fake(self, *operands: Any) -> Any:
         """What `forward` returns, with the shapes alone."""
-        results = self._shapes(operands)
-        made = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+        made = fakes_of(self._shapes(operands))
         _torch.bind_unbacked_symbols(made, operands)
         made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
         return made[0] if len(made) == 1 else tuple(made)

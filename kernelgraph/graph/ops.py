@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 from kernelgraph.graph.body import Body
 from kernelgraph.graph.call import Call, Template, digest, template_text
-from kernelgraph.graph.shapes import Result, differentiable, effects, remember, static_key, tell
+from kernelgraph.graph.shapes import differentiable, effects, static_key, tell
+from kernelgraph.graph.told import Result, remember
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible

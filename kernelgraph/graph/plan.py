@@ -16,7 +16,8 @@ from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
 from kernelgraph.graph.ops import Lowered, lower
 from kernelgraph.graph.paths import path_text, read
-from kernelgraph.graph.values import NoValue, fakes_of, plain, propagate, value_of
+from kernelgraph.graph.told import fakes_of
+from kernelgraph.graph.values import NoValue, plain, propagate, value_of
 from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason

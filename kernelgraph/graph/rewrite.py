@@ -29,8 +29,8 @@ from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import Path, path_text, read
 from kernelgraph.graph.plan import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.saved import save_op
-from kernelgraph.graph.shapes import Result
-from kernelgraph.graph.values import VALUES, fakes_of, plain
+from kernelgraph.graph.told import Result, fakes_of
+from kernelgraph.graph.values import VALUES, plain
 from kernelgraph.mapping import current_mapping
 from kernelgraph.modes import Mode, tried
 from kernelgraph.report import Reason, Report, publish

@@ -15,7 +15,7 @@ import torch
 
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.shell import new_shell
-from kernelgraph.graph.source import expression, write
+from kernelgraph.graph.source import expression, tuple_of, write
 
 
 class Runner:
@@ -85,7 +85,7 @@ class Runner:
             "    shell = free.pop()",
             "except IndexError:",
             "    shell = new_shell()",
-            f"module, ({''.join(f'd{j}, ' for j in range(len(slots)))}) = shell",
+            f"module, {tuple_of(f'd{j}' for j in range(len(slots)))} = shell",
             "try:",
             *(f"    {s} = {a}" for s, a in zip(held, self.operands[first:], strict=True)),
             f"    result = forward({', '.join(['module', *given])})",

@@ -44,6 +44,12 @@ def measures(value: Any) -> tuple[Any, ...]:
     return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
 
 
+def sizes_now(operands: Sequence[Any]) -> dict[Any, int]:
+    """What the symbols in sizes and numbers are in the call that is traced."""
+    hints = _torch.hints(n for value in operands for n in measures(value))
+    return {symbol: UNKNOWN if hint is None else hint for symbol, hint in hints.items()}
+
+
 def make(
     operands: Sequence[Any], size: Callable[[Any], int], seed: int, *, bools: bool = False
 ) -> list[Any]:

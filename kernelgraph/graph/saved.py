@@ -19,9 +19,9 @@ from kernelgraph.devices import Target
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call
 from kernelgraph.graph.ops import NAMESPACE, lower
-from kernelgraph.kernel import Kernel, decide
+from kernelgraph.kernel import Kernel, decide_again
 from kernelgraph.layers import extensible
-from kernelgraph.mapping import KernelMapping, Rejection, Selection
+from kernelgraph.mapping import Rejection, Selection
 from kernelgraph.modes import Mode
 from kernelgraph.report import because
 
@@ -100,9 +100,7 @@ def _load(*values: Any) -> SavedOp:
 def _make(saved: SavedOp) -> str:
     if (layer := extensible(saved.cls)) is None:
         raise TypeError(f"class {saved.cls.__qualname__} is not extensible in this process")
-    chosen = {saved.selection.mode: saved.selection.repository}
-    mapping = KernelMapping.parse({layer.layer_name: {saved.selection.device: chosen}})
-    outcome = decide(layer, saved.target, saved.mode, mapping)
+    outcome = decide_again(layer, saved.selection, saved.target, saved.mode)
     if isinstance(outcome, Rejection):
         raise ValueError(because(outcome.reason, outcome.detail))
     with _torch.running_on(_torch.fake_mode_for(())):

@@ -11,7 +11,7 @@ import keyword
 import math
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,13 @@ def expression(template: Template, leaves: Sequence[str], constant: Constant) ->
             return made
         cls = constant(OrderedDict if kind == "OrderedDict" else template[2])
         return f"{cls}({made})" if kind == "OrderedDict" else f"{cls}(**{made})"
-    parts = "".join(f"{expression(part, leaves, constant)}, " for part in body)
+    parts = [expression(part, leaves, constant) for part in body]
     if kind == "list":
-        return f"[{parts}]"
+        return f"[{', '.join(parts)}]"
+    made = tuple_of(parts)
     if kind == "namedtuple":
-        return f"tuple.__new__({constant(template[2])}, ({parts}))"
-    return f"({parts})" if kind == "tuple" else f"{constant(torch.Size)}(({parts}))"
+        return f"tuple.__new__({constant(template[2])}, {made})"
+    return made if kind == "tuple" else f"{constant(torch.Size)}({made})"
 
 
 def literal(value: Any, constant: Constant) -> str:
@@ -65,6 +66,11 @@ def literal(value: Any, constant: Constant) -> str:
     if value is None or type(value) in (bool, int, str):
         return repr(value)
     return repr(value) if type(value) is float and math.isfinite(value) else constant(value)
+
+
+def tuple_of(values: Iterable[str]) -> str:
+    """The tuple of some expressions, or, on the left of an assignment, of names."""
+    return f"({''.join(f'{value}, ' for value in values)})"
 
 
 def access(start: str, path: Path) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kernelgraph.graph.call import Template
 from kernelgraph.graph.runner import Runner
+from kernelgraph.graph.source import tuple_of
 
 
 class Known(NamedTuple):
@@ -70,14 +71,14 @@ def steady_state(
         failed: ``(error, operands)``: raises what an error of the kernel is to become.
     """
     operands = runner.operands
-    every = f"({''.join(f'{a}, ' for a in operands)})"
+    every = tuple_of(operands)
     tensors = runner.call.tensors
-    form = "".join(f"{a}.shape, " if i in tensors else f"{a}, " for i, a in enumerate(operands))
+    form = tuple_of(f"{a}.shape" if i in tensors else a for i, a in enumerate(operands))
     before = [
         "if is_grad_enabled():",
         "    with no_grad():",
         f"        return again{every}",
-        f"form = ({form})",
+        f"form = {form}",
         "known = table.get(form)",
         "if known is None:",
         f"    return checked(form, {every})",
@@ -117,8 +118,8 @@ def _quick_return(
     shared += [f"p{k} == p{m}" for k in range(len(results)) for m in range(k)]
     given = results[0] if len(results) == 1 else f"({', '.join(results)})"
     lines = [
-        f"({''.join(f's{k}, ' for k in range(len(results)))}), "
-        f"({''.join(f'n{i}, ' for i in range(len(lent)))}) = known",
+        f"{tuple_of(f's{k}' for k in range(len(results)))}, "
+        f"{tuple_of(f'n{i}' for i in range(len(lent)))} = known",
         f"if {' and '.join(fits)}:",
         *(f"    p{k} = {r}.data_ptr()" for k, r in enumerate(results)),
         f"    if not ({' or '.join(shared) or 'False'}):",
@@ -126,6 +127,5 @@ def _quick_return(
     ]
     if not several:
         return lines
-    unpack = f"    {''.join(f'{r}, ' for r in results)} = result".replace(",  =", ", =")
     test = f"if type(result) is {kind} and len(result) == {len(results)}:"
-    return [test, unpack, *(f"    {line}" for line in lines)]
+    return [test, *(f"    {line}" for line in [f"{tuple_of(results)} = result", *lines])]

@@ -24,6 +24,11 @@ class Result(NamedTuple):
     device: torch.device
 
 
+def fakes_of(results: Sequence[Result]) -> list[Tensor]:
+    """What an op returns, in the fake mode that is on."""
+    return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
+
+
 class Told(NamedTuple):
     """What a run tells."""
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from kernelgraph.graph.ops import Lowered, pack
 from kernelgraph.graph.paths import Path, Step
-from kernelgraph.graph.source import access, expression, literal, write
+from kernelgraph.graph.source import access, expression, literal, tuple_of, write
 
 
 def reader(paths: Sequence[Path]) -> Callable[[Any], tuple[Any, ...]]:
     """A function from a layer to its values at ``paths``."""
-    values = "".join(f"{access('module', path)}, " for path in paths)
-    made: Callable[[Any], tuple[Any, ...]] = write(["module"], [f"return ({values})"], {})
+    values = tuple_of(access("module", path) for path in paths)
+    made: Callable[[Any], tuple[Any, ...]] = write(["module"], [f"return {values}"], {})
     return made
 
 

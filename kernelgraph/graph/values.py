@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import UnsupportedValue
-from kernelgraph.graph.shapes import Result
 
 VALUES = ("val", "example_value")
 """Where nodes carry their values: as FX passes and torch.export have it, and as Dynamo has it."""
@@ -46,11 +45,6 @@ def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any
     if isinstance(value, dict):
         return {key: plain(part, each) for key, part in value.items()}
     return value
-
-
-def fakes_of(results: Sequence[Result]) -> list[Tensor]:
-    """What an op returns, in the fake mode that is on."""
-    return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
 
 
 Forwards = Callable[[fx.Node, nn.Module], Callable[..., Any]]

@@ -22,7 +22,8 @@ from kernelgraph.graph.call import Call, Template, take_leaves
 from kernelgraph.graph.choice import KeepReference, Site
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.shapes import describe_output, remember
+from kernelgraph.graph.shapes import describe_output
+from kernelgraph.graph.told import remember
 from kernelgraph.kernel import Kernel
 from kernelgraph.report import Reason
 
@@ -101,8 +102,7 @@ class _Operands:
             if not _torch.is_fake(value) and value.device.type != "meta":
                 self._weights[i] = value
                 self._operands[i] = None  # nothing to make up
-        hints = _torch.hints(n for v in operands for n in samples.measures(v))
-        self._known = {symbol: hint or samples.UNKNOWN for symbol, hint in hints.items()}
+        self._known = samples.sizes_now(operands)
         self.form = tuple((*map(self._size, samples.measures(v)), *_kind(v)) for v in operands)
 
     def _size(self, value: Any) -> Any:

@@ -20,8 +20,7 @@ from kernelgraph.hub.members import layer_of_function
 from kernelgraph.hub.metadata import (
     METADATA,
     content_hash,
-    encoded_digest,
-    files_in,
+    hash_files,
     read_metadata,
 )
 from kernelgraph.hub.variants import parse
@@ -113,5 +112,5 @@ def _origin_at(directory: Path) -> Origin:
         return Origin(f"{owner}/{short}", name or short, commit, directory.name)
     build = directory.parent
     repository = build.parent if build.name == "build" else build
-    content = content_hash({name: encoded_digest(file) for name, file in files_in(directory)})
+    content = content_hash(hash_files(directory))
     return Origin(str(repository), name or repository.name, content, directory.name)

@@ -16,9 +16,8 @@ from kernelgraph.hub.metadata import (
     UNLISTED,
     check_archs,
     content_hash,
-    encoded_digest,
-    files_in,
     gfx_of,
+    hash_files,
     read_metadata,
     verify,
 )
@@ -130,7 +129,7 @@ def check_variant(
     """
     try:
         # First, because this is what finds a link that leads out, be it the metadata itself.
-        found = sha256 or {n: encoded_digest(path) for n, path in files_in(directory)}
+        found = sha256 or hash_files(directory)
         files = {file: digest for file, digest in found.items() if file not in UNLISTED}
         metadata = read_metadata(directory)
         verify(directory, metadata, files)

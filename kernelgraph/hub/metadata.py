@@ -203,6 +203,11 @@ def leaves(name: str) -> bool:
 # --- the files on disk ------------------------------------------------------------------------
 
 
+def hash_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
+    """The base64 digest of each file of the variant in ``directory``, bytecode aside."""
+    return {name: encoded_digest(path, algorithm) for name, path in files_in(directory)}
+
+
 def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
     """The digest of each file of the variant in ``directory``, as ``digest.files`` lists them.
 
@@ -216,15 +221,12 @@ def digest_files(directory: Path, algorithm: str = "sha256") -> dict[str, str]:
         raise ValueError(
             f"unknown digest algorithm {algorithm!r}: there are {', '.join(ALGORITHMS)}"
         )
-    return {
-        name: encoded_digest(path, algorithm)
-        for name, path in files_in(directory)
-        if name not in UNLISTED
-    }
+    hashes = hash_files(directory, algorithm)
+    return {name: digest for name, digest in hashes.items() if name not in UNLISTED}
 
 
 def content_hash(sha256: Mapping[str, str]) -> str:
-    """The hash of a variant's whole content, in hex, given the base64 digests of its files.
+    """The hash of a variant's whole content, in hex, given its `hash_files`.
 
     The metadata belongs to the content: it names the kernel and its devices.
     """

@@ -23,7 +23,7 @@ from kernelgraph import (
 from kernelgraph.devices import target_of
 from tests.examples.sources import import_example
 from tests.graph import toy_models
-from tests.graph.toy_models import Repository
+from tests.graph.toy_models import Repository, error
 
 pytestmark = pytest.mark.cuda
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
@@ -54,12 +54,6 @@ def decoder(experts: int, dtype: torch.dtype) -> tuple[Any, Tensor]:
 
 def tolerance(experts: int, dtype: torch.dtype) -> float:
     return ROUTED if experts and dtype is torch.bfloat16 else TOLERANCE[dtype]
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The relative error by norm."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ from kernelgraph import (
     use_kernel_forward_from_hub,
     use_kernel_mapping,
 )
-from tests.graph.toy_models import Repository
+from tests.graph.toy_models import Repository, error
 
 pytestmark = pytest.mark.cuda
 liger = pytest.importorskip("liger_kernel.ops")
@@ -116,12 +116,6 @@ def block(experts: bool, dtype: torch.dtype) -> tuple[Block, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 64, HIDDEN, device="cuda", dtype=dtype)
     return Block(experts).to("cuda", dtype), x
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The relative error by norm."""
-    actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

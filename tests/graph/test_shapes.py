@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 
 from kernelgraph import last_report, replace_kernel_forward_from_hub, use_kernel_mapping
 from kernelgraph.graph.call import UnsupportedValue
-from kernelgraph.graph.shapes import NoFake, tell
+from kernelgraph.graph.shapes import tell
+from kernelgraph.graph.told import NoFake
 from kernelgraph.report import Reason
 from tests.graph.lowering import call_of, kernel_of, layer_of, lowered
 from tests.graph.toy_models import on_cpu

@@ -85,6 +85,12 @@ class Chain(nn.Module):
         return x
 
 
+def error(actual: Tensor, expected: Tensor) -> float:
+    """The relative error by norm."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
 def on_cpu(**layers: type[nn.Module]) -> dict[str, Any]:
     """A mapping from layer names to hub layers."""
     return {name: {"cpu": Repository(layer)} for name, layer in layers.items()}
