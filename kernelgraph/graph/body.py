@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
-from kernelgraph.graph.memory import contiguous_copy, extent, owned
+from kernelgraph.graph.memory import check_unwritten, contiguous_copy, extent, owned, versions
 from kernelgraph.graph.places import Places
+from kernelgraph.graph.recompute import Recompute
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, describe_output
 from kernelgraph.graph.steady import Known, steady_state
@@ -64,7 +65,6 @@ class Body:
         self._layer = layer
         self._call = call
         self._shapes = ShapeFunction(shapes)
-        self._run_reference = Runner(layer.reference, call)
         self._run_kernel = Runner(kernel.forward, call)
         self._output = told.output
         self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in told.results]
@@ -72,6 +72,8 @@ class Body:
         # Of the copies the kernel may return what it likes.
         self._lent = [i for i in call.tensors if i not in self._copied]
         self._known: dict[Any, Known] = {}
+        recompute = Recompute(layer, call, self.returned, self.places.describe)
+        self.backward = recompute.gradients
         self.forward = self._copying if self._copied else self._steady_state()
 
     # --- the forward op -----------------------------------------------------------------
@@ -91,13 +93,13 @@ class Body:
 
     def _checked(self, form: Any, operands: tuple[Any, ...]) -> Any:
         """The first call with operands of some sizes: all is checked that a kernel can do wrong."""
-        before = self._versions(operands)
+        before = versions(operands)
         try:
             result = self._run_kernel(operands)
         except Exception as error:
             self._fail(error, operands)
         who = f"kernel {self._kernel}, called for {self._where(operands)},"
-        self._check_unwritten(before, operands, who)
+        check_unwritten(before, operands, self._call.names, who, self._copied)
         extents = [extent(operands[i]) for i in self._lent]
         known = Known(self._told_sizes(operands), tuple(end - start for start, end in extents))
         made = self._fitted(result, known, operands)
@@ -166,57 +168,7 @@ class Body:
         made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
         return made[0] if len(made) == 1 else tuple(made)
 
-    # --- its gradient: the reference's, recomputed --------------------------------------
-
-    def backward(
-        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        """The gradients of the operands that ``needs`` marks, by running the reference."""
-        with torch.enable_grad(), _torch.recording_gradients():
-            # Weights that are tied stay so, for a reference that goes over its parameters().
-            own: dict[int, Tensor] = {}
-            leaves = [
-                own.setdefault(id(v), v.detach().requires_grad_(needed))
-                if isinstance(v, Tensor)
-                else v
-                for v, needed in zip(operands, needs, strict=True)
-            ]
-            # Not the leaves themselves: a reference may write into what it is given.
-            views: dict[int, Tensor] = {}
-            inputs = [
-                v.clone()
-                if i in self.returned
-                else views.setdefault(id(v), v.view_as(v))
-                if isinstance(v, Tensor)
-                else v
-                for i, v in enumerate(leaves)
-            ]
-            before = self._versions(operands)
-            results: list[Any] = []
-            take_tensors(self._run_reference(inputs), results)
-            results += [inputs[i] for i in self.returned]
-            who = f"the reference of {self._layer.layer_name}{self.places.describe(operands)}"
-            self._check_unwritten(before, operands, who)
-            pairs = [
-                (r, g.to(r.dtype))
-                for r, g in zip(results, grads, strict=True)
-                if g is not None and r.requires_grad
-            ]
-            wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
-            made: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                made = torch.autograd.grad(
-                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-                )
-        # Of a tensor that is passed twice, the whole gradient goes to the first.
-        first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
-        whole = [
-            torch.zeros_like(v, memory_format=torch.contiguous_format)
-            if g is None or first[id(v)] != k
-            else g
-            for k, (v, g) in enumerate(zip(wanted, made, strict=True))
-        ]
-        return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
+    # --- its gradient ---------------------------------------------------------------------
 
     def backward_fake(
         self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
@@ -225,20 +177,6 @@ class Body:
         return [_like(v) for v, needed in zip(operands, needs, strict=True) if needed]
 
     # --- what goes wrong ----------------------------------------------------------------
-
-    def _versions(self, operands: Sequence[Any]) -> list[int]:
-        """How often torch has written into each operand, where that is counted."""
-        tensors = [operands[i] for i in self._call.tensors]
-        return [0 if t.is_inference() else t._version for t in tensors]
-
-    def _check_unwritten(self, before: list[int], operands: Sequence[Any], who: str) -> None:
-        after = self._versions(operands)
-        for i, old, new in zip(self._call.tensors, before, after, strict=True):
-            if old != new and i not in self._copied:
-                raise RuntimeError(
-                    f"{who} wrote into its operand {self._call.names[i]}, which does not show on "
-                    "fake tensors"
-                )
 
     def _where(self, operands: Sequence[Any]) -> str:
         return f"layer {self._layer.layer_name}{self.places.describe(operands)}"

@@ -1,8 +1,10 @@
-"""What an op may return: tensors that are contiguous and share no memory with anything else."""
+"""What an op may return: tensors that are contiguous and share no memory with anything else; and
+what it may write into: nothing that it does not say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +49,34 @@ def extent(tensor: Tensor) -> tuple[int, int]:
         return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
+
+
+def versions(operands: Sequence[Any]) -> list[int]:
+    """How often torch has written into each operand, where that is counted."""
+    return [v._version if isinstance(v, Tensor) and not v.is_inference() else 0 for v in operands]
+
+
+def check_unwritten(
+    before: Sequence[int],
+    operands: Sequence[Any],
+    names: Sequence[str],
+    who: str,
+    may: Container[int] = (),
+) -> None:
+    """See that nothing was written into operands but into those that ``may`` be.
+
+    Args:
+        before: Their `versions` before the run.
+        operands: The operands.
+        names: What each is called.
+        who: What ran.
+        may: Those that it may write into.
+
+    Raises:
+        RuntimeError: If it wrote into another.
+    """
+    for i, (old, new) in enumerate(zip(before, versions(operands), strict=True)):
+        if old != new and i not in may:
+            raise RuntimeError(
+                f"{who} wrote into its operand {names[i]}, which does not show on fake tensors"
+            )

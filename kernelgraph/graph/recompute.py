@@ -1,0 +1,100 @@
+"""The gradient of a call by its layer's reference, which is run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.call import Call, take_tensors
+from kernelgraph.graph.memory import check_unwritten, owned, versions
+from kernelgraph.graph.runner import Runner
+from kernelgraph.layers import Extensible
+
+
+class Recompute:
+    """The backward of calls of one form, by the layer's reference.
+
+    Args:
+        layer: The layer that is called.
+        call: The form of the call.
+        returned: The operands whose contents after the call are results too, behind the others.
+        place: Words for where in the model the operands of a call are from, for errors.
+    """
+
+    def __init__(
+        self,
+        layer: Extensible,
+        call: Call,
+        returned: Sequence[int] = (),
+        place: Callable[[Sequence[Any]], str] = lambda operands: "",
+    ) -> None:
+        self._layer = layer
+        self._call = call
+        self._returned = returned
+        self._place = place
+        self._run = Runner(layer.reference, call)
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """The gradients of the operands that ``needs`` marks, contiguous and in memory of their
+        own; zeros where there is none.
+
+        Args:
+            grads: Those of the results; None where there is none.
+            operands: The operands of the call, as they were before it.
+            needs: Of which operands gradients are wanted.
+        """
+        with torch.enable_grad(), _torch.recording_gradients():
+            # Weights that are tied stay so, for a reference that goes over its parameters().
+            own: dict[int, Tensor] = {}
+            leaves = [
+                own.setdefault(id(v), v.detach().requires_grad_(needed))
+                if isinstance(v, Tensor)
+                else v
+                for v, needed in zip(operands, needs, strict=True)
+            ]
+            results = self._results(leaves, operands)
+            pairs = [
+                (r, g.to(r.dtype))
+                for r, g in zip(results, grads, strict=True)
+                if g is not None and r.requires_grad
+            ]
+            wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
+            made: Sequence[Tensor | None] = [None] * len(wanted)
+            if pairs and wanted:
+                made = torch.autograd.grad(
+                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+        # Of a tensor that is passed twice, the whole gradient goes to the first.
+        first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
+        whole = [
+            torch.zeros_like(v, memory_format=torch.contiguous_format)
+            if g is None or first[id(v)] != k
+            else g
+            for k, (v, g) in enumerate(zip(wanted, made, strict=True))
+        ]
+        return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
+
+    def _results(self, leaves: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+        # Not of the leaves themselves: a reference may write into what it is given.
+        views: dict[int, Tensor] = {}
+        inputs = [
+            v.clone()
+            if i in self._returned
+            else views.setdefault(id(v), v.view_as(v))
+            if isinstance(v, Tensor)
+            else v
+            for i, v in enumerate(leaves)
+        ]
+        before = versions(operands)
+        results: list[Any] = []
+        take_tensors(self._run(inputs), results)
+        results += [inputs[i] for i in self._returned]
+        who = f"the reference of {self._layer.layer_name}{self._place(operands)}"
+        check_unwritten(before, operands, self._call.names, who)
+        return results

@@ -1,0 +1,283 @@
+"""A run of a kernel's forward, with what the kernel's own backward needs, kept until that runs.
+
+The forward runs on leaves, so that autograd, or the kernel's ``torch.autograd.Function``, builds
+a small graph of its own. The memory of operands and results is not the kernel's to keep: a
+compiler that has seen their last use puts other values there. So hooks for saved tensors note
+which of them the kernel saves, and the backward is given them anew
+(https://docs.pytorch.org/docs/stable/autograd.html#saved-tensors-hooks-doc). The rest is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.memory import contiguous_copy, extent
+
+Source = tuple[str, int]
+"""``("operand", i)`` or ``("result", i)``."""
+
+
+class NoGradient(Exception):
+    """A result that a gradient is to flow through has none."""
+
+
+class _Record:
+    """What a run of a forward saves, and what its backward is given of that.
+
+    An object of its own: what autograd keeps refers to it, and the tape to what autograd keeps. A
+    cycle through autograd's nodes would never be freed.
+    """
+
+    __slots__ = ("copied", "given", "saved")
+
+    def __init__(self) -> None:
+        self.saved: list[_Saved] = []
+        self.given: Mapping[Source, Tensor] = {}
+        self.copied = False
+        """Whether the kernel's backward gets copies of what is its own."""
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(self, tensor.detach())
+        self.saved.append(saved)
+        return saved
+
+
+class _Saved:
+    """A tensor that the kernel saved: one of its own, or where it is in an operand or a result."""
+
+    __slots__ = ("base", "offset", "record", "shape", "source", "stride", "tensor")
+
+    def __init__(self, record: _Record, tensor: Tensor) -> None:
+        self.record = record
+        self.tensor: Tensor | None = tensor
+
+    def place(self, source: Source, whole: Tensor) -> None:
+        """Let go of the tensor, which is in the memory of ``whole``."""
+        tensor = self.tensor
+        assert tensor is not None
+        self.source, self.base = source, whole.stride()
+        self.shape, self.stride = tensor.shape, tensor.stride()
+        self.offset = (tensor.data_ptr() - whole.data_ptr()) // tensor.itemsize
+        self.tensor = None
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    if saved.tensor is not None:
+        return saved.tensor.clone() if saved.record.copied else saved.tensor
+    whole = saved.record.given[saved.source]
+    if whole.stride() != saved.base:  # the compiler has laid it out anew
+        whole = torch.empty_like(whole).as_strided(whole.shape, saved.base).copy_(whole)
+    if saved.offset == 0 and saved.shape == whole.shape and saved.stride == saved.base:
+        return whole
+    offset = whole.storage_offset() + saved.offset
+    return whole.as_strided(saved.shape, saved.stride, offset)
+
+
+class Tape:
+    """One run of a forward.
+
+    Args:
+        operands: What the forward is to be called with.
+        wanted: Of which operands gradients are wanted.
+        sources: The operands and results that the backward will be given; what else the kernel
+            saves of them is copied. None: all.
+        holds: Whether the kernel keeps operands or results where no hook sees it: it gets copies.
+    """
+
+    def __init__(
+        self,
+        operands: Sequence[Any],
+        wanted: Sequence[bool],
+        sources: frozenset[Source] | None,
+        *,
+        holds: bool = False,
+    ) -> None:
+        self.seen: set[Source] = set()
+        """The operands and results that the kernel has saved."""
+        self._record = _Record()
+        self._sources = sources
+        self._holds = holds
+        self._lent: list[tuple[Source, Tensor]] = []
+        self.inputs: list[Any] = []
+        """What to call the forward with."""
+        self._leaves: dict[int, Tensor] = {}
+        self._forms: dict[int, tuple[Any, ...]] = {}
+        for i, (value, needed) in enumerate(zip(operands, wanted, strict=True)):
+            if isinstance(value, Tensor):
+                if holds:
+                    value = contiguous_copy(value)
+                else:
+                    self._lent.append((("operand", i), value))
+                    value = value.detach()
+                if needed:
+                    self._leaves[i] = value.requires_grad_()
+                    self._forms[i] = value.shape, value.dtype
+            self.inputs.append(value)
+
+    def run(self, forward: Callable[[Sequence[Any]], Any]) -> Any:
+        """What ``forward`` returns of `inputs`; autograd sees it."""
+        with (
+            torch.enable_grad(),
+            _torch.recording_gradients(),
+            saved_tensors_hooks(self._record.pack, _unpack),
+        ):
+            return forward(self.inputs)
+
+    def close(
+        self, results: Sequence[Tensor], made: Sequence[Tensor], flows: Sequence[bool]
+    ) -> None:
+        """End the recording.
+
+        Args:
+            results: What the forward returned.
+            made: What is given out in their place, the same memory or copies.
+            flows: Through which of them a gradient flows.
+
+        Raises:
+            NoGradient: If it cannot.
+        """
+        if not self._holds:
+            self._lent += [(("result", k), tensor) for k, tensor in enumerate(made)]
+        for saved in self._record.saved:
+            self._settle(saved)
+        self._record.saved, self._lent, self.inputs = [], [], []
+        self._roots: list[tuple[int, GradientEdge]] = []
+        for k, (result, flow) in enumerate(zip(results, flows, strict=True)):
+            if flow:
+                self._roots.append((k, self._root(k, result)))
+        if not self._holds:
+            for leaf in self._leaves.values():
+                _hollow(leaf)
+
+    def _root(self, number: int, result: Tensor) -> GradientEdge:
+        if not result.requires_grad:
+            raise NoGradient(f"result {number} has no gradient")
+        if result.grad_fn is None or self._holds or result._is_view():
+            return get_gradient_edge(result)
+        # As get_gradient_edge, which makes a view to keep the graph alive by; this is quicker.
+        _hollow(result)
+        return GradientEdge(result.grad_fn, result.output_nr, result)  # type: ignore[arg-type]
+
+    def _settle(self, saved: _Saved) -> None:
+        """Tell what of the saved is in memory that is not the kernel's."""
+        tensor = saved.tensor
+        assert tensor is not None
+        if tensor.numel() == 0:
+            return
+        start, end = extent(tensor)
+        for source, whole in self._lent:
+            first, last = extent(whole)
+            if start < last and first < end:
+                self.seen.add(source)
+                known = self._sources is None or source in self._sources
+                inside = first <= start and end <= last and tensor.dtype == whole.dtype
+                if known and inside:
+                    saved.place(source, whole)
+                else:
+                    saved.tensor = tensor.clone()
+                return
+
+    def gradients(
+        self,
+        grads: Sequence[Tensor | None],
+        given: Mapping[Source, Tensor],
+        needs: Sequence[bool],
+        *,
+        copied: bool = False,
+    ) -> list[Tensor | None]:
+        """The gradients of the operands that ``needs`` marks; None where there is none.
+
+        Args:
+            grads: Those of the results.
+            given: The operands and results that the kernel has saved.
+            needs: Of which operands gradients are wanted now, at most those of the forward.
+            copied: Whether the backward writes into what else the kernel saved, and gets copies.
+        """
+        flowing = [(edge, g) for k, edge in self._roots if (g := grads[k]) is not None]
+        leaves = {i: leaf for i, leaf in self._leaves.items() if needs[i]}
+        if not flowing or not leaves:
+            return [None for needed in needs if needed]
+        self._record.given, self._record.copied = given, copied
+        try:
+            with _torch.recording_gradients(), torch.no_grad():
+                found = self._by_node(flowing) or self._by_engine(flowing, leaves)
+        finally:
+            self._record.given = {}
+        return [found.get(i) for i, needed in enumerate(needs) if needed]
+
+    def _by_engine(
+        self, flowing: Sequence[tuple[GradientEdge, Tensor]], leaves: Mapping[int, Tensor]
+    ) -> dict[int, Tensor | None]:
+        edges, grads = zip(*flowing, strict=True)
+        made = torch.autograd.grad(
+            edges, list(leaves.values()), grads, retain_graph=True, allow_unused=True
+        )
+        return dict(zip(leaves, made, strict=True))
+
+    def _by_node(
+        self, flowing: Sequence[tuple[GradientEdge, Tensor]]
+    ) -> dict[int, Tensor | None] | None:
+        """The gradients where the whole graph is one ``torch.autograd.Function``, whose backward
+        is called past the engine, which takes longer than many kernels; else None."""
+        node: Any = flowing[0][0].node
+        python = isinstance(node, BackwardCFunction)
+        if not python or len(node._input_metadata) != len(flowing):
+            return None
+        if any(e.node is not node or e.output_nr != k for k, (e, _) in enumerate(flowing)):
+            return None
+        indices = {id(leaf): i for i, leaf in self._leaves.items()}
+        ends = [end for end, _ in node.next_functions if end is not None]
+        at = [indices.get(id(getattr(end, "variable", None))) for end in ends]
+        asked = [k for k, needed in enumerate(node.needs_input_grad) if needed]
+        if None in at or not len(set(at)) == len(at) == len(asked):
+            return None
+        made = node.apply(*(gradient for _, gradient in flowing))
+        made = made if isinstance(made, tuple) else (made,)
+        found = {i: made[k] for i, k in zip(at, asked, strict=True) if i is not None}
+        fits = all(g is None or (g.shape, g.dtype) == self._forms[i] for i, g in found.items())
+        return found if fits else None  # the engine makes them fit, or says what is wrong
+
+
+def _hollow(tensor: Tensor) -> None:
+    """Take a tensor's memory from it; the graph that it is in stays."""
+    key = tensor.dtype, tensor.device
+    if key not in _hollows:
+        _hollows[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = _hollows[key]
+
+
+_hollows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+class Tapes:
+    """Tapes under handles: int64 scalars on the CPU, which a graph keeps as long as it can run
+    the backward. A tape goes with its handle."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tape, weakref.ref[Tensor]]] = {}
+        self._count = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, tape: Tape) -> Tensor:
+        """A handle for ``tape``."""
+        number = next(self._count)
+        handle = torch.scalar_tensor(number, dtype=torch.int64)
+        gone: Callable[[object], object] = lambda _: self._kept.pop(number, None)  # noqa: E731
+        self._kept[number] = tape, weakref.ref(handle, gone)
+        return handle
+
+    def get(self, handle: Tensor) -> Tape | None:
+        """The tape under ``handle``; None if that is a copy of a handle that is gone."""
+        found = self._kept.get(int(handle))
+        return None if found is None else found[0]
