@@ -206,6 +206,10 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).double()
 
 
+_MOST = 0.25
+"""That rounding may come to, of the size of what is rounded."""
+
+
 def is_close(
     made: list[Tensor],
     wanted: list[Tensor],
@@ -230,6 +234,8 @@ def is_close(
         theirs = Deviation.of(zip(made, true, strict=True))
         own = Deviation.of(zip(wanted, true, strict=True))
         few = 4 / math.sqrt(max(own.values, 1))  # values tell little of how large errors are
-        if theirs.error <= (2 + few) * own.error and theirs.worst <= (4 + few) * own.worst:
+        sane = own.error <= _MOST * own.size  # or else it is no truth: random numbers, say
+        near_too = theirs.error <= (2 + few) * own.error and theirs.worst <= (4 + few) * own.worst
+        if sane and near_too:
             return None
     return found

@@ -21,9 +21,12 @@ The verdict is kept, in the process and on disk (`kernelgraph.cache`).
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -91,12 +94,14 @@ def judge(
     known = (key, kernel.layer, layer)
     if known in _verdicts:
         return _verdicts[known]
-    verdict = _from_json(cache.read(_KIND, key))
+    source = _source(layer, kernel)
+    verdict = _from_json(cache.read(_KIND, f"{key} {source}")) if source else None
     if verdict is None:
-        trial = Trial(layer, kernel, call, maker, tuple(wanted))
         try:
-            verdict = _judged(trial, compare)
-            cache.write(_KIND, key, _to_json(verdict))
+            with maker.apart():
+                verdict = _judged(Trial(layer, kernel, call, maker, tuple(wanted)), compare)
+            if source:
+                cache.write(_KIND, f"{key} {source}", _to_json(verdict))
         except torch.OutOfMemoryError as error:  # next time there may be more
             verdict = _untold(error_text(error))
     remember(_verdicts, known, verdict)
@@ -302,6 +307,23 @@ def _key(
             compare,
         )
     )
+
+
+def _source(layer: Extensible, kernel: Kernel) -> str:
+    """A hash of all the code that a verdict is of; empty where there is none that tells.
+
+    A kernel's revision is one, but for a class that is in no kernel: what its ``forward`` calls
+    may change. Of a layer it is that of the file that it is in.
+    """
+    return _file_hash(layer.owner.__module__) if kernel.origin.variant else ""
+
+
+@functools.cache
+def _file_hash(module: str) -> str:
+    try:
+        return hashlib.sha256(Path(sys.modules[module].__file__ or "").read_bytes()).hexdigest()
+    except (KeyError, AttributeError, OSError):
+        return ""
 
 
 @functools.cache
