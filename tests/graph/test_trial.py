@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -501,6 +502,23 @@ def test_tf32_is_right():
             return cut(g) @ cut(w).t(), cut(x).t() @ cut(g)
 
     assert verdict(Linear(), lambda self, x: Cut.apply(x, self.weight), torch.randn(9, 64)).own
+
+
+@pytest.mark.parametrize("which", ["kernel", "layer", "both"])
+def test_float32_in_a_float64_call_is_right(which):
+    """Many layers compute in it whatever they get."""
+
+    def single(self, x):
+        weight = self.weight.float()
+        return composite(SimpleNamespace(weight=weight), x.float()).to(x.dtype)
+
+    class Single(Norm):
+        def forward(self, x):
+            return single(self, x)
+
+    module = (Norm if which == "kernel" else Single)(dtype=torch.float64)
+    forward = composite if which == "layer" else single
+    assert verdict(module, forward, X.double()).own is not None
 
 
 # --- what cannot be told ----------------------------------------------------------------------
