@@ -148,22 +148,27 @@ class OnTape:
         self, trial: Trial, seed: int, *, holds: bool, sources: frozenset[Source] | None = None
     ) -> None:
         self._trial, self._seed = trial, seed
-        self._operands = trial.maker.make(seed)
+        self._before = trial.maker.make(seed)
+        self._operands = [_copy(v) if isinstance(v, Tensor) else v for v in self._before]
         self.tape = Tape(self._operands, trial.wanted, sources, holds=holds)
         results: list[Any] = []
-        self.template = take_tensors(self.tape.run(trial.kernel_runner.observe), results)
+        take_tensors(self.tape.run(trial.kernel_runner.observe), results)
         self.flows = tuple(result.requires_grad for result in results)
         tensors = [v for v in self._operands if isinstance(v, Tensor)]
         self._lent = list(map(contiguous_copy, results)) if holds else owned(results, tensors)
         self.tape.close(results, self._lent, self.flows)
-        self.written = [
+        self.results = list(map(contiguous_copy, self._lent))
+        """What it returned."""
+
+    @property
+    def written(self) -> list[str]:
+        """The operands that the forward wrote into."""
+        values = zip(self._trial.call.names, self._operands, self._before, strict=True)
+        return [
             name
-            for name, now, before in zip(
-                trial.call.names, self._operands, trial.maker.make(seed), strict=True
-            )
+            for name, now, before in values
             if isinstance(now, Tensor) and not same_bits(now, before)
         ]
-        self.kept = list(map(contiguous_copy, self._lent))
 
     def overwrite(self) -> None:
         """Do to the memory of operands and results what other uses of it would."""
@@ -172,12 +177,9 @@ class OnTape:
                 _overwrite(tensor)
 
     def sources(self) -> dict[Source, Tensor]:
-        """Copies of what the kernel has saved."""
-        made = self._trial.maker.make(self._seed)
-        return {
-            (kind, i): made[i] if kind == "operand" else self.kept[i].clone()
-            for kind, i in self.tape.seen
-        }
+        """Copies of what the kernel has saved, as it was then."""
+        kept = {"operand": self._before, "result": self.results}
+        return {(kind, i): _copy(kept[kind][i]) for kind, i in self.tape.seen}
 
     def gradients(
         self,
@@ -197,7 +199,7 @@ class OnTape:
 
     def incoming(self) -> list[Tensor | None]:
         """See `incoming`."""
-        return incoming(self.kept, self.flows, self._seed)
+        return incoming(self.results, self.flows, self._seed)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -206,17 +208,22 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*flat)
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    """One with the same strides."""
+    return _memory(tensor).clone().as_strided(tensor.shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The memory from the first element to the last. As data: autograd knows nothing of it."""
+    form = Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return tensor.data.as_strided((form.reach,), (1,))
+
+
 def _overwrite(tensor: Tensor) -> None:
-    # As data: what a compiler writes there autograd knows nothing of.
-    memory = torch.as_strided(tensor.data, (_reach(tensor),), (1,))
+    memory = _memory(tensor)
     if memory.is_floating_point() or memory.is_complex():
         memory.fill_(float("nan"))
     elif memory.dtype == torch.bool:
         memory.logical_not_()
     else:  # maybe indices, which have to stay in range
         memory.copy_(memory.flip(0))
-
-
-def _reach(tensor: Tensor) -> int:
-    form = Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-    return form.reach

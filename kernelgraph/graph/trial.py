@@ -224,7 +224,7 @@ class _Comparison:
         for seed, run in zip(self.trial.seeds, self.runs, strict=True):
             with self.trial.maker.apart(0):
                 on_tape = OnTape(self.trial, seed, holds=holds)
-                if not alike(on_tape.kept, run.results, self.near):
+                if not alike(on_tape.results, run.results, self.near):
                     return "it returns something else where gradients are wanted"
                 made.append(on_tape.gradients())
         found, told = [], False

@@ -444,6 +444,87 @@ def test_a_gradient_that_is_none_is_zero():
     assert verdict(Unused(), lambda self, x, y: x * 2, X, X).own is not None
 
 
+def test_a_layer_that_returns_what_it_is_given():
+    class Identity(nn.Module):
+        def forward(self, x):
+            return x
+
+    assert verdict(Identity(), lambda self, x: x, X).own is not None
+    assert verdict(Identity(), lambda self, x: x.detach(), X).own is None
+
+
+class Linear(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, dtype=dtype) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.weight.dtype) @ self.weight
+
+
+class Matmul(Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w.mH, x.mH @ g
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers(dtype):
+    module, x = Linear(dtype), torch.randn(6, 16, dtype=dtype)
+    assert verdict(module, lambda self, x: Matmul.apply(x, self.weight), x).own is not None
+    assert verdict(module, lambda self, x: torch.view_as_complex(parts(x @ self.weight)), x).output
+
+
+def parts(y: Tensor) -> Tensor:
+    """Real and imaginary parts, the latter with the wrong sign."""
+    return torch.view_as_real(y) * torch.tensor([1.0, -1.0], dtype=y.real.dtype)
+
+
+def test_eight_bits():
+    x = torch.randn(6, 16).to(torch.float8_e4m3fn)
+
+    def forward(self, x):
+        return Matmul.apply(x.float(), self.weight)
+
+    assert verdict(Linear(), forward, x, wanted=(False, True)).own is not None
+    found = verdict(Linear(), lambda self, x: forward(self, x).detach(), x, wanted=(False, True))
+    assert found.own is None
+
+
+def test_scalars():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x, factor):
+            return x * self.weight * factor
+
+    def forward(self, x, factor):
+        return factor * self.weight * x
+
+    assert verdict(Scale(), forward, torch.tensor(3.0), 2).own is not None
+    assert verdict(Scale(), forward, torch.randn(40, 1), 0.5).own is not None
+    found = verdict(Scale(), lambda self, x, f: forward(self, x, f).sin(), torch.tensor(3.0), 2)
+    assert found.output
+
+
+def test_under_autocast():
+    def forward(self, x):
+        return Matmul.apply(x.bfloat16(), self.weight.bfloat16())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert verdict(Linear(), forward, torch.randn(40, 16)).own is not None
+        found = verdict(Linear(), lambda self, x: forward(self, times(x, 2.0)), torch.randn(40, 16))
+        assert found.wrong == "the gradient of x is 2 times the layer's"
+
+
 # --- precision --------------------------------------------------------------------------------
 
 
@@ -479,14 +560,6 @@ def test_a_kernel_that_is_worse_than_its_layer_by_far_is_wrong():
 
 
 def test_tf32_is_right():
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
-
-        def forward(self, x):
-            return x @ self.weight
-
     def cut(t):
         return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
@@ -501,7 +574,7 @@ def test_tf32_is_right():
             x, w = ctx.saved_tensors
             return cut(g) @ cut(w).t(), cut(x).t() @ cut(g)
 
-    assert verdict(Linear(), lambda self, x: Cut.apply(x, self.weight), torch.randn(9, 64)).own
+    assert verdict(Linear(), lambda self, x: Cut.apply(x, self.weight), torch.randn(9, 16)).own
 
 
 @pytest.mark.parametrize("which", ["kernel", "layer", "both"])
@@ -838,6 +911,44 @@ print(here.verdict(here.Norm(), here.kernel(here.composite, "1" * 40), here.X))
     found = verdict(Norm(), kernel(composite, "1" * 40), X)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == f"{found}\n", done.stderr
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("what", HONEST)
+def test_an_honest_one_on_a_gpu(what):
+    forward, own = HONEST[what]
+    assert verdict(Norm().cuda(), forward, X.cuda()) == Verdict(own)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lie", sorted(LIES.keys() - {"numpy"}))
+def test_a_lie_on_a_gpu(lie):
+    forward, message = LIES[lie]
+    found = verdict(Norm().cuda(), forward, X.cuda())
+    assert (found.own, found.output) == (None, "")
+    assert found.wrong.startswith(message)
+
+
+@pytest.mark.cuda
+def test_random_numbers_on_a_gpu_go_on():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x * torch.rand_like(x)
+
+    state = torch.cuda.get_rng_state()
+    assert verdict(Noise(), lambda self, x: torch.rand_like(x) * x, X.cuda()).own is not None
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", ["one_hot", "mask"])
+def test_no_index_is_out_of_range_on_a_gpu(how):
+    args = torch.randn(40, 16), torch.zeros(40, 2, dtype=torch.int64), torch.rand(40, 2)
+    args = tuple(a.cuda() for a in args)
+    assert verdict(Experts(how).cuda(), every_expert, *args).own is not None
 
 
 # --- laws -------------------------------------------------------------------------------------
