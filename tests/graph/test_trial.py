@@ -546,7 +546,7 @@ def test_a_kernel_that_is_better_than_its_layer_is_right(dtype):
         return x.float().sum(1).square().to(x.dtype)
 
     assert verdict(Summing(), better, x).own is not None
-    found = verdict(Summing(), lambda self, x: better(self, x) * 1.2, x)
+    found = verdict(Summing(), lambda self, x: better(self, x) * 2, x)
     assert found.output
 
 
