@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import put_leaves, take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
+from kernelgraph.graph.lowering import decision_of
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import Path, path_text, read
@@ -62,9 +63,9 @@ def rewrite(
     Args:
         graph_module: What to change.
         mode: ``Mode.INFERENCE`` or ``Mode.TRAINING``, with or without ``| Mode.TORCH_COMPILE``:
-            what to choose kernels for. Only an op for training has a gradient, which is that of
-            the layer's own forward. A layer that was kernelized for torch.compile keeps its
-            kernel.
+            what to choose kernels for. Only an op for training has a gradient: the kernel's own
+            where that is verified to be the layer's, else the layer's. A layer that was kernelized
+            for torch.compile keeps its kernel.
         example_inputs: The graph's positional arguments, real or fake. Other sizes will do at run
             time; other ranks, dtypes and devices, or a tensor for a None, will not.
 
@@ -120,9 +121,8 @@ def replace_layers(plans: Sequence[Plan], choices: Choices) -> list[tuple[Plan, 
             choices.decisions.append(kept.decision)
             continue
         assert isinstance(item.outcome, Chosen)
-        kernel, op = str(item.outcome.kernel), item.outcome.lowered.qualname
-        decision = item.site.decision(Reason.KERNEL, kernel, "", op)
-        choices.decisions.append(decision)
+        kernel, _, _, lowered, gradient = item.outcome
+        choices.decisions.append(decision_of(item.site, kernel, lowered, gradient))
     for graph_module in dict.fromkeys(item.graph_module for item, _ in done):
         graph_module.graph.lint()
         graph_module.recompile()
@@ -286,7 +286,7 @@ def _save(item: Plan) -> None:
         site.mode,
         chosen.call,
         chosen.operands,
-        training=site.grad,
+        gradient=chosen.gradient,
     )
 
 
