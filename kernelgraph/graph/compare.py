@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -163,8 +163,7 @@ class Deviation(NamedTuple):
     def of(cls, pairs: Pairs, relative: float = 0.0) -> Deviation:
         """Of all pairs together, where a value may be off by ``relative`` times itself."""
         count, wanted2, made2, product, error2, worst, beyond = 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for made, wanted in pairs:
-            m, w = _flat(made), _flat(wanted)
+        for m, w in _chunks(pairs):
             known = w.isfinite()
             m, w = m[known], w[known]
             if w.numel() == 0:
@@ -206,11 +205,23 @@ class Deviation(NamedTuple):
         return f"is off by up to {self.worst / self.size:.2g} of its size"
 
 
+_CHUNK = 2**20
+
+
+def _chunks(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """The values in float64, never so many at a time that memory counts."""
+    for pair in pairs:
+        made, wanted = map(_flat, pair)
+        count = 1 + wanted.numel() // _CHUNK
+        for some, others in zip(made.chunk(count), wanted.chunk(count), strict=True):
+            yield some.double(), others.double()
+
+
 def _flat(tensor: Tensor) -> Tensor:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if tensor.device.type not in ("cpu", "cuda"):  # where there may be no float64
         tensor = tensor.cpu()
-    return tensor.reshape(-1).double()
+    return tensor.reshape(-1)
 
 
 _MOST = 0.25
@@ -246,3 +257,9 @@ def is_close(
         if sane and near_too:
             return None
     return found
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one form have the same in them."""
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(*flat)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, Template, UnsupportedValue, take_tensors
+from kernelgraph.graph.compare import same_bits
 from kernelgraph.graph.memory import contiguous_copy, owned, versions
 from kernelgraph.graph.operands import Operands
 from kernelgraph.graph.runner import Runner
@@ -200,12 +201,6 @@ class OnTape:
     def incoming(self) -> list[Tensor | None]:
         """See `incoming`."""
         return incoming(self.results, self.flows, self._seed)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one form have the same in them."""
-    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(*flat)
 
 
 def _copy(tensor: Tensor) -> Tensor:

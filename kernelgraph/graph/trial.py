@@ -201,8 +201,9 @@ class _Comparison:
         Raises:
             Untold: If that cannot be told.
         """
-        if wrong := _misfit(self.runs[0], self.references[0]):
-            return wrong
+        for run, reference in zip(self.runs, self.references, strict=True):
+            if wrong := _misfit(run, reference):
+                return wrong
         found, finite = [], []
         for k, result in enumerate(self.references[0].results):
             made, wanted = (
