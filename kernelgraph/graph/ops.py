@@ -58,6 +58,8 @@ class Lowered:
     next results."""
     packed: tuple[int, ...] = ()
     """The operands that the op takes as one list, where it would have too many arguments."""
+    returns: int = 1
+    """How many tensors the op returns; with one, not in a tuple."""
 
     @property
     def qualname(self) -> str:
@@ -154,7 +156,8 @@ def _lower(
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
-        lowered = Lowered(name, told.output, told.results, body.returned, _packed(call))
+        packed = _packed(call)
+        lowered = Lowered(name, told.output, told.results, body.returned, packed, body.returns)
         if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered

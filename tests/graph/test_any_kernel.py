@@ -41,7 +41,8 @@ INNER = ["eager", "aot_eager"]
 
 
 def compiled(model: Any, inner: Any = "eager", **options: Any) -> Any:
-    options = {"inner": inner, **options}
+    # The toys add 10, which a kernel that is verified before it trains anything may not.
+    options = {"inner": inner, "verify_gradients": False, **options}
     return torch.compile(model, backend="hubkernels", fullgraph=True, options=options)
 
 
