@@ -266,8 +266,10 @@ class _Formula:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
-        # Behind them torch has an argument of its own.
-        needs = ctx.needs_input_grad[: len(inputs)]
+        # Here torch has lists flat, and an argument of its own behind the others.
+        needs = ctx.needs_input_grad[: len(operands)]
+        if listed := len(self._packed):
+            needs = (needs[:listed], *needs[listed:])
         self._body.check_wanted(unpack(needs, self._packed))
         results = (output,) if isinstance(output, Tensor) else output
         ctx.mark_non_differentiable(*self._body.still(results))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -93,7 +94,7 @@ def rewrite(
         )
     training = Mode.TRAINING in mode
     given = {"verify_gradients": verify_gradients, "wrong_gradient": wrong_gradient}
-    options = Options.parse(None, {"kernel_mode": mode, **given})
+    options = replace(Options.parse(None, given), kernel_mode=mode)
     choices = Choices(options, current_mapping(), training=training)
     if example_inputs is None:
         plans = plan(graph_module, choices, need_values=True)
