@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from kernelgraph import LocalLayerRepository, Mode, kernelize, last_report, use_kernel_mapping
+from kernelgraph.devices import Target
 from tests.examples.sources import import_example
 from tests.graph.toy_models import error
 
@@ -56,7 +57,7 @@ def ran(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[s
         return run
 
     for name, kernel in kernels.items():
-        module = sys.modules[kernel.load().__module__]
+        module = sys.modules[kernel.load(Target("cpu")).__module__]
         function = getattr(module, KERNELS[name])
         monkeypatch.setattr(module, KERNELS[name], counting(name, function))
     with use_kernel_mapping({n: {"cpu": k} for n, k in kernels.items()}, inherit_mapping=False):
