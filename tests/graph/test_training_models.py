@@ -361,15 +361,19 @@ def test_frozen_parameters(way: str, freeze: Callable[[Any], None], ran: Counter
 
 
 @both
-def test_parameters_frozen_and_thawed_while_training(way: str, ran: Counter[str]) -> None:
+def test_parameters_frozen_and_thawed_while_training(way: str) -> None:
+    """As without kernels: of torch 2.11 a compiled model does not see that they are."""
+
     def backward(call: Call, step: int) -> float:
         trained.blocks[0].requires_grad_(step % 2 == 1)
         return one_batch(call, step)
 
+    plain = {"eager": lambda model: model, "aot_eager": torch.compile(backend="aot_eager")}
     runs = []
-    for make in (lambda model: model, WAYS[way]):
+    for make in (plain[way], WAYS[way]):
         trained = decoder()
         runs.append(train(trained, make(trained), 4, backward))
+    assert all_kernels()
     assert_same(*runs)
 
 
