@@ -234,20 +234,51 @@ def test_gradient_accumulation(way: str, accumulate: Backward, ran: Counter[str]
 
 
 @both
-def test_forwards_without_a_backward(way: str, ran: Counter[str]) -> None:
+@pytest.mark.parametrize("looking", [torch.no_grad, torch.inference_mode])
+def test_forwards_without_a_backward(
+    way: str, looking: Callable[[], Any], ran: Counter[str]
+) -> None:
     """A training loop that also looks at losses: with and without gradients, and of no use."""
 
     def backward(call: Call, step: int) -> float:
         dropped = loss_of(call, batch(step + 1))
-        with torch.no_grad():
+        with looking():
             seen = loss_of(call, batch(step + 1))
-        torch.testing.assert_close(seen, dropped)
+        torch.testing.assert_close(seen, dropped.detach())
         return one_batch(call, step)
 
     model = decoder(4)
     run = train(model, WAYS[way](model), 3, backward, after_first=ran.clear)
     assert_same(run, reference_of(4, 3))
     assert ran == times(2 * 3, calls(model))
+
+
+class Interrupted(Exception):
+    """Raised in a backward."""
+
+
+@both
+@pytest.mark.parametrize("where", ["logits", "embed.weight"])
+def test_a_backward_that_raises(way: str, where: str, ran: Counter[str]) -> None:
+    """Before any kernel's backward, or after all of them: the step can be made again."""
+
+    def interrupt(gradient: Tensor) -> None:
+        raise Interrupted
+
+    def backward(call: Call, step: int) -> float:
+        logits = call(batch(step))
+        tensor = logits if where == "logits" else model.get_parameter(where)
+        hook = tensor.register_hook(interrupt)
+        with pytest.raises(Interrupted):
+            logits.square().mean().backward()
+        hook.remove()
+        model.zero_grad()
+        return one_batch(call, step)
+
+    model = decoder(4)
+    run = train(model, WAYS[way](model), 3, backward, after_first=ran.clear)
+    assert_same(run, reference_of(4, 3))
+    assert ran == times(2 * 2, calls(model))
 
 
 @both
@@ -371,7 +402,7 @@ def test_parameters_frozen_and_thawed_while_training(way: str) -> None:
     plain = {"eager": lambda model: model, "aot_eager": torch.compile(backend="aot_eager")}
     runs = []
     for make in (plain[way], WAYS[way]):
-        trained = decoder()
+        trained = decoder(layers=1)
         runs.append(train(trained, make(trained), 4, backward))
     assert all_kernels()
     assert_same(*runs)
@@ -403,7 +434,7 @@ def test_dynamic_shapes(kind: str, ran: Counter[str]) -> None:
         loss.backward()
         return loss.item()
 
-    model, other = decoder(EXPERTS[kind]), decoder(EXPERTS[kind])
+    model, other = decoder(EXPERTS[kind], 1), decoder(EXPERTS[kind], 1)
     expected = train(model, model, 6, backward)
     call = compiled(other, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
