@@ -208,6 +208,8 @@ class Deviation(NamedTuple):
 
 def _flat(tensor: Tensor) -> Tensor:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if tensor.device.type not in ("cpu", "cuda"):  # where there may be no float64
+        tensor = tensor.cpu()
     return tensor.reshape(-1).double()
 
 

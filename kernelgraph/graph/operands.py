@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +36,8 @@ class Operands:
         self.bounds: Mapping[int, int] = {}
         """Of the operands that are indices, the numbers that they are below (see
         `index_bounds`)."""
+        self.tables: Sequence[int] = ()
+        """The operands whose last dimension has the same in both halves (see `rotary_tables`)."""
         self._given = operands
         self._trial = trial
         self._weights: dict[int, Tensor] = {}
@@ -88,6 +89,9 @@ class Operands:
     def make(self, seed: int) -> list[Any]:
         """The operands."""
         made = samples.make(self._made_up, seed, bools=True)
+        for i in self.tables:
+            first, second = _base(made[i]).chunk(2, -1)
+            second.copy_(first)
         for i, bound in self.bounds.items():
             made[i] = _indices(self._made_up[i], bound, seed)
         for i, form in enumerate(self._made_up[self._first :], self._first):
@@ -98,6 +102,13 @@ class Operands:
             varied = self._trial and isinstance(weight, nn.Parameter) and _is_float(weight.dtype)
             made[i] = disturbed(own, seed + i) if varied else own
         return made
+
+    def rotary_tables(self, wanted: Sequence[bool]) -> list[int]:
+        """The arguments that may be the cosines and sines of a rotary embedding, whose halves
+        many kernels take to be equal: floats that no gradient is wanted of."""
+        arguments = list(enumerate(self._made_up[: self._first]))
+        forms = [(i, v) for i, v in arguments if isinstance(v, Form) and not wanted[i]]
+        return [i for i, v in forms if _is_float(v.dtype) and v.sizes and v.sizes[-1] % 2 == 0]
 
     def index_bounds(self, run: Callable[[Sequence[Any]], Any]) -> dict[int, int]:
         """The sizes that indices among the arguments are below, as far as ``run`` tells.
@@ -187,10 +198,11 @@ def disturbed(weight: Tensor, seed: int) -> Tensor:
 
 def _indices(form: Form, bound: int, seed: int) -> Tensor:
     """Indices below ``bound``, the last among them; in one row all differ where they can."""
+    made: Tensor = samples.make([form], seed)[0]
+    base = _base(made)
     generator = torch.Generator().manual_seed(seed)
-    sizes = [1 if s == 0 else n for n, s in zip(form.sizes, form.strides, strict=True)]
-    count, width = math.prod(sizes), sizes[-1] if sizes else 1
-    rows = count // width
+    width = base.shape[-1] if base.dim() else 1
+    rows = base.numel() // width
     if width <= bound and rows * bound <= 2**24:
         drawn = torch.rand(rows, bound, generator=generator).argsort(-1)[:, :width]
     else:
@@ -198,9 +210,14 @@ def _indices(form: Form, bound: int, seed: int) -> Tensor:
     drawn = drawn.flatten()
     if not (drawn == bound - 1).any():
         drawn[0] = bound - 1
-    memory = torch.zeros(form.reach, dtype=form.dtype, device=form.device)
-    memory.as_strided(sizes, form.strides).copy_(drawn.view(sizes))
-    return memory.as_strided(form.sizes, form.strides)
+    base.copy_(drawn.view(base.shape))
+    return made
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """``tensor`` without its expanded dimensions, which nothing can be written into."""
+    sizes = [1 if s == 0 else n for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(sizes, tensor.stride())
 
 
 def _on_cpu(value: Any) -> Any:

@@ -99,8 +99,9 @@ def judge(
     if verdict is None:
         try:
             with maker.apart():
-                verdict = _judged(Trial(layer, kernel, call, maker, tuple(wanted)), compare)
-            if source:
+                trial = Trial(layer, kernel, call, maker, tuple(wanted))
+                verdict, ran = _judged(trial, compare)
+            if source and ran:  # what raised may have wanted something that is not installed
                 cache.write(_KIND, f"{key} {source}", _to_json(verdict))
         except torch.OutOfMemoryError as error:  # next time there may be more
             verdict = _untold(error_text(error))
@@ -108,12 +109,24 @@ def judge(
     return verdict
 
 
-def _judged(trial: Trial, compare: bool) -> Verdict:
-    """The verdict at small sizes; at the call's own where the layer or the kernel raises there."""
+def _judged(trial: Trial, compare: bool) -> tuple[Verdict, bool]:
+    """The verdict, and whether all ran.
+
+    It is that at small sizes, or at the call's own where the layer or the kernel raises there. An
+    output may be wrong because a table that is made up is not as tables are.
+    """
     while True:
         verdict, ran = _judged_here(trial, compare)
+        if verdict.output and (tables := trial.maker.rotary_tables(trial.wanted)):
+            trial.maker.tables = tables
+            verdict, ran = min((verdict, ran), _judged_here(trial, compare), key=_has_wrong_output)
+            trial.maker.tables = ()
         if ran or not trial.maker.at_own_sizes():
-            return verdict
+            return verdict, ran
+
+
+def _has_wrong_output(judged: tuple[Verdict, bool]) -> bool:
+    return bool(judged[0].output)
 
 
 def _judged_here(trial: Trial, compare: bool) -> tuple[Verdict, bool]:
@@ -177,6 +190,8 @@ class _Comparison:
         """The reference's runs in float64; None where it does not run so."""
         try:
             return [self.trial.reference(seed, wide=True) for seed in self.trial.seeds]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             return None
 

@@ -876,6 +876,22 @@ def test_one_of_a_class_in_no_kernel_is_not():
     assert cache.entries() == {}
 
 
+def test_one_that_only_says_what_was_raised_is_not_kept_on_disk():
+    """What raised may have wanted a compiler, say, that is there the next time."""
+    missing = [True]
+
+    def forward(self, x):
+        if missing:
+            raise OSError("no compiler")
+        return composite(self, x)
+
+    toy = kernel(forward, "1" * 40)
+    assert verdict(Norm(), toy, X).wrong == "it raised OSError: no compiler"
+    trial._verdicts.clear()
+    missing.clear()
+    assert verdict(Norm(), toy, X).own is not None
+
+
 def test_calls_that_are_alike_at_small_sizes_are_judged_once():
     ran: list[int] = []
     toy = counted(ran)
@@ -911,6 +927,52 @@ print(here.verdict(here.Norm(), here.kernel(here.composite, "1" * 40), here.X))
     found = verdict(Norm(), kernel(composite, "1" * 40), X)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == f"{found}\n", done.stderr
+
+
+class Rotary(nn.Module):
+    def forward(self, x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: float = 1.0) -> Tensor:
+    """It takes the halves of the tables for equal, as they are."""
+    half = x.shape[-1] // 2
+    cos, sin, (first, second) = cos[..., :half], sin[..., :half] * back, x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Rotate(Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, back):
+        ctx.save_for_backward(cos, sin)
+        ctx.back = back
+        return rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, g):
+        return rotated(g, *ctx.saved_tensors, back=ctx.back), None, None, None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tables_with_equal_halves(batch):
+    angles = torch.randn(1, 7, 8)
+    cos, sin = (torch.cat([t, t], -1).expand(batch, 7, 16) for t in (angles.cos(), angles.sin()))
+    args = torch.randn(batch, 7, 16), cos, sin
+    x_only = (True, False, False)
+
+    def forward(self, x, cos, sin):
+        return Rotate.apply(x, cos, sin, -1.0)
+
+    def identity(self, x, cos, sin):
+        return Rotate.apply(x, cos, sin, 1.0)
+
+    assert verdict(Rotary(), forward, *args, wanted=x_only) == Verdict(Own((1, 2), (), (True,)))
+    found = verdict(Rotary(), identity, *args, wanted=x_only)
+    assert found.wrong.startswith("the gradient of x is off by")
+    assert verdict(Rotary(), forward, *args).output, "whoever wants all gradients has any tables"
+    worse = verdict(Rotary(), lambda self, *a: forward(self, *a) * 2, *args, wanted=x_only)
+    assert worse.output
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
