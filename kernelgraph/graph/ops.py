@@ -58,6 +58,8 @@ class Lowered:
     next results."""
     packed: tuple[int, ...] = ()
     """The operands that the op takes as one list, where it would have too many arguments."""
+    returns: int = 1
+    """How many tensors the op returns; with one, not in a tuple."""
 
     @property
     def qualname(self) -> str:
@@ -154,7 +156,8 @@ def _lower(
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
-        lowered = Lowered(name, told.output, told.results, body.returned, _packed(call))
+        packed = _packed(call)
+        lowered = Lowered(name, told.output, told.results, body.returned, packed, body.returns)
         if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
@@ -263,8 +266,10 @@ class _Formula:
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
-        # Behind them torch has an argument of its own.
-        needs = ctx.needs_input_grad[: len(inputs)]
+        # Here torch has lists flat, and an argument of its own behind the others.
+        needs = ctx.needs_input_grad[: len(operands)]
+        if listed := len(self._packed):
+            needs = (needs[:listed], *needs[listed:])
         self._body.check_wanted(unpack(needs, self._packed))
         results = (output,) if isinstance(output, Tensor) else output
         ctx.mark_non_differentiable(*self._body.still(results))

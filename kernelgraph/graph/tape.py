@@ -260,6 +260,11 @@ def _hollow(tensor: Tensor) -> None:
 _hollows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
+def handle() -> Tensor:
+    """A handle that no tape is under."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 class Tapes:
     """Tapes under handles: scalars on the CPU, which a graph keeps as long as it can run the
     backward. A tape goes with the memory of its handle, by whose address it is known."""
@@ -272,8 +277,8 @@ class Tapes:
 
     def keep(self, tape: Tape) -> Tensor:
         """A handle for ``tape``."""
-        handle = torch.zeros((), dtype=torch.int64)
-        address = handle.data_ptr()
+        made = handle()
+        address = made.data_ptr()
 
         def gone(reference: weakref.ref[Any]) -> None:
             # Another handle may have the memory by now.
@@ -281,8 +286,8 @@ class Tapes:
                 del self._kept[address]
 
         # Of the storage: autograd may keep another tensor over it.
-        self._kept[address] = tape, weakref.ref(handle.untyped_storage(), gone)
-        return handle
+        self._kept[address] = tape, weakref.ref(made.untyped_storage(), gone)
+        return made
 
     def get(self, handle: Tensor) -> Tape | None:
         """The tape under ``handle``; None if that is a copy of one."""

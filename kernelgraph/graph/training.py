@@ -18,7 +18,7 @@ from kernelgraph.graph.gradient import Own
 from kernelgraph.graph.memory import check_unwritten, contiguous_copy, owned, versions
 from kernelgraph.graph.recompute import Recompute
 from kernelgraph.graph.steady import Known
-from kernelgraph.graph.tape import NoGradient, Tape, Tapes
+from kernelgraph.graph.tape import NoGradient, Tape, Tapes, handle
 from kernelgraph.graph.told import remember
 
 
@@ -173,7 +173,7 @@ class ByKernel(Differentiable):
             operands[i].is_inference() for i in self._forms
         ):
             made = self._checked(None, operands)  # whose gradient nobody can ask for
-            return (*(made if self.count > 1 else (made,)), torch.zeros((), dtype=torch.int64))
+            return (*(made if self.count > 1 else (made,)), handle())
         tape = Tape(operands, self.wanted, frozenset(self._sources), holds=self._own.holds)
         before = versions(operands)
         try:
@@ -206,8 +206,7 @@ class ByKernel(Differentiable):
 
     def fake(self, *operands: Any) -> Any:
         made = super().fake(*operands)
-        handle = torch.empty((), dtype=torch.int64, device="cpu")
-        return (*(made if self.count > 1 else (made,)), handle)
+        return (*(made if self.count > 1 else (made,)), handle())
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
         sizes = [n for i in self._forms for n in operands[i].shape]
@@ -217,8 +216,8 @@ class ByKernel(Differentiable):
     def backward(
         self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
     ) -> list[Tensor]:
-        handle, *saved = kept.tensors
-        tape = self.tapes.get(handle)
+        under, *saved = kept.tensors
+        tape = self.tapes.get(under)
         if tape is None:
             raise RuntimeError(
                 f"what kernel {self._kernel} has kept for its backward is gone with the tensor "
