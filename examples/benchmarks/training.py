@@ -267,9 +267,10 @@ def show(model: nn.Module, sets: dict[str, Kernels], input_ids: Tensor) -> bool:
 
 
 def machine() -> str:
-    """What this runs on."""
-    threads = f"{torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else threads
+    """What this runs on. On a CPU it is one thread, since others may be busy."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "one thread"
     return f"torch {torch.__version__} on {DEVICE} ({name}), {str(DTYPE).removeprefix('torch.')}"
 
 
