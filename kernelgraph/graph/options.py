@@ -31,7 +31,7 @@ class Options:
     """``mode=`` of torch.compile, which is Inductor's."""
     verify: bool = False
     """Whether each kernel is compared with its reference while compiling, at the call's shapes:
-    one that is not within `kernelgraph.graph.verify.TOLERANCES` is not used."""
+    one that is not within `kernelgraph.graph.compare.TOLERANCES` is not used."""
     verify_gradients: bool = True
     """Whether a kernel has to show that its gradients are the layer's before it trains anything."""
     wrong_gradient: str = "recompute"
