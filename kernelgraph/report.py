@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 logger = logging.getLogger("kernelgraph")
@@ -51,6 +52,9 @@ class Decision(NamedTuple):
     """What there was instead, where the reference is kept."""
     op: str = ""
     """The custom op in the compiled graph; empty in eager mode."""
+    gradient: str = ""
+    """Of a kernel that trains, where its gradient comes from: ``kernel``, or ``reference: ...``
+    with what is wrong with the kernel's own; empty where that is not known, or none is wanted."""
 
     @property
     def uses_kernel(self) -> bool:
@@ -137,6 +141,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]
 
 
 _last: Report | None = None
+_amending = threading.Lock()
 
 
 def last_report() -> Report | None:
@@ -160,3 +165,18 @@ def publish(report: Report) -> None:
             d.mode,
             _outcome(d),
         )
+
+
+def amend(report: Report, number: int, decision: Decision) -> Report:
+    """Put ``decision`` in the place of one of ``report``, in the last report if it is that still.
+
+    Returns:
+        The report with it, to amend next.
+    """
+    global _last
+    with _amending:
+        decisions = report.decisions
+        amended = replace(report, decisions=(*decisions[:number], decision, *decisions[number + 1 :]))
+        if _last is report:
+            _last = amended
+    return amended

@@ -1,0 +1,180 @@
+"""Which way an eager call of a layer goes through which a gradient is to flow.
+
+Each kind of call is decided once: by the forms of the tensors that it is given and that its layer
+holds, and by the Python values among them. There are three ways:
+
+1. The kernel's own backward is right: its forward is called as it is.
+2. It is missing, wrong, or cannot be told: the kernel's forward is run below autograd, and the
+   gradient is that of the layer's reference (`ByReference`).
+3. The kernel's output is wrong, or the call is of a kind that cannot be made again for a
+   comparison: the reference is called, and no kernel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.by_reference import ByReference
+from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves, take_tensors
+from kernelgraph.graph.gradient import wanted_of
+from kernelgraph.graph.kinds import Kinds
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.state import State, UnsupportedState
+from kernelgraph.graph.trial import judge
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible
+from kernelgraph.training import Gradients, Notes, warn_once
+
+_UNTOLD = "its gradient cannot be told"
+
+Way = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""Makes a call, where the kernel's forward is not called as it is."""
+
+
+@dataclass
+class Route:
+    """What was decided for a kind of call."""
+
+    way: Way | None
+    """None: the kernel's forward as it is."""
+    gradient: str = ""
+    """As in `Decision.gradient`."""
+    kept: str = ""
+    """Why the layer keeps its reference; empty where it does not."""
+    wrong: str = ""
+    """What there is to warn of."""
+    instead: str = ""
+    told: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    """The layers of which it was noted."""
+
+
+class Routes:
+    """The routes of the calls of one class of layers.
+
+    Args:
+        kernel: The kernel that stands in for them.
+        layer: How the class is extensible.
+        gradients: What was asked for.
+        notes: Where to tell what was decided.
+    """
+
+    def __init__(
+        self, kernel: Kernel, layer: Extensible, gradients: Gradients, notes: Notes
+    ) -> None:
+        self._kernel = kernel
+        self._layer = layer
+        self._gradients = gradients
+        self._notes = notes
+        self._routes: Kinds[Route] = Kinds()
+        self._unknown: weakref.WeakKeyDictionary[nn.Module, Route] = weakref.WeakKeyDictionary()
+        """The layers whose state cannot be told."""
+
+    def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Way | None:
+        """How to make a call; None: with the kernel's forward as it is."""
+        if _torch.transforming():
+            return self._reference
+        if (route := self._routes.get(module, args, kwargs)) is None:
+            if (route := self._decide(module, args, kwargs)) is None:
+                return None
+        if module not in route.told:
+            self._tell(route, module)
+        return route.way
+
+    def _decide(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Route | None:
+        if (route := self._unknown.get(module)) is None:
+            try:
+                state = State.of(module, [self._layer.reference, self._kernel.forward])
+            except UnsupportedState as error:
+                route = self._unknown[module] = self._kept(f"{_UNTOLD}: {error}")
+            else:
+                route = self._route(module, state, args, kwargs)
+                self._routes.put(module, state, args, kwargs, route)
+                return route
+        return route if _may_need_gradient(module, args, kwargs) else None
+
+    def _tell(self, route: Route, module: nn.Module) -> None:
+        route.told.add(module)
+        if route.wrong:
+            path = self._notes.path(module)
+            warn_once(self._kernel, self._layer, path, route.wrong, route.instead)
+        if route.kept:
+            self._notes.reference(module, f"{self._kernel}: {route.kept}")
+        elif route.gradient:
+            self._notes.gradient(module, route.gradient)
+
+    def _reference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._layer.reference(module, *args, **kwargs)
+
+    def _kept(self, why: str) -> Route:
+        instead = "where a gradient is wanted, the layer's reference is used"
+        return Route(self._reference, kept=why, wrong=why, instead=instead)
+
+    def _route(
+        self, module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Route:
+        values = [read(module, path) for path in state.tensors]
+        try:
+            call, operands = Call.of(state, values, self._layer, args, kwargs)
+        except UnsupportedValue as error:
+            return self._kept(f"{_UNTOLD}: {error}")
+        wanted = wanted_of(operands)
+        if not any(wanted):
+            return Route(None)
+        # Hooks that are set around the call, of activation checkpointing say, count what is saved.
+        with saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+            verdict = judge(
+                self._layer,
+                module,
+                self._kernel,
+                call,
+                operands,
+                wanted,
+                compare=self._gradients.verify,
+            )
+            if verdict.output:
+                return self._kept(verdict.output)
+            if not verdict.wrong:
+                return Route(_contiguously(self._kernel) if verdict.contiguous else None, "kernel")
+            if self._gradients.wrong == "reference":
+                return self._kept(verdict.wrong)
+            try:
+                way = ByReference(self._kernel, self._layer, module, call, operands)
+            except UnsupportedValue as error:
+                return self._kept(f"{verdict.wrong}; {error}")
+        instead = "its forward is used, and the gradient of the layer's reference"
+        return Route(way, f"reference: {verdict.wrong}", wrong=verdict.wrong, instead=instead)
+
+
+def _contiguously(kernel: Kernel) -> Way:
+    """The kernel's own backward, for incoming gradients that are contiguous."""
+
+    def way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = kernel.forward(module, *args, **kwargs)
+        results: list[Any] = []
+        take_tensors(output, results)
+        for result in results:
+            if result.grad_fn is not None:
+                result.register_hook(Tensor.contiguous)
+        return output
+
+    return way
+
+
+def _may_need_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return True
+    leaves: list[Any] = []
+    try:
+        take_leaves((args, kwargs), leaves)
+    except UnsupportedValue:
+        return True
+    return any(wanted_of(leaves))
