@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernelgraph.graph import samples
-from kernelgraph.graph.call import Call, Template, UnsupportedValue, put_leaves, take_leaves
-from kernelgraph.graph.call import take_tensors
+from kernelgraph.graph.call import (
+    Call,
+    Template,
+    UnsupportedValue,
+    put_leaves,
+    take_leaves,
+    take_tensors,
+)
 from kernelgraph.graph.memory import owned, versions
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.recompute import Recompute
@@ -134,8 +140,16 @@ def _flows(
             for v in operands
         ]
         told, results = observe(Runner(forward, call), copies)
-        drawn = any(map(torch.ne, before, _random_states(devices)))
+        drawn = not all(map(torch.equal, before, _random_states(devices)))
     if told.written:
         names = ", ".join(call.names[i] for i in told.written)
         raise UnsupportedValue(f"{who} writes into {names}")
+    if drawn:  # it would draw others when it is run again
+        raise UnsupportedValue(f"{who} draws random numbers")
     return tuple(result.requires_grad for result in results)
+
+
+def _random_states(devices: Iterable[torch.device]) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"]
+    xpu = [torch.xpu.get_rng_state(d) for d in devices if d.type == "xpu"]
+    return [torch.get_rng_state(), *cuda, *xpu]

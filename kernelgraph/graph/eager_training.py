@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from kernelgraph.graph.gradient import wanted_of
 from kernelgraph.graph.kinds import Kinds
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, UnsupportedState
-from kernelgraph.graph.trial import judge
+from kernelgraph.graph.trial import Verdict, judge
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 from kernelgraph.training import Gradients, Notes, warn_once
@@ -143,30 +144,51 @@ class Routes:
             if verdict.output:
                 return self._kept(verdict.output)
             if not verdict.wrong:
-                return Route(_contiguously(self._kernel) if verdict.contiguous else None, "kernel")
+                return Route(_by_own(self._kernel, verdict), "kernel")
             if self._gradients.wrong == "reference":
                 return self._kept(verdict.wrong)
             try:
-                way = ByReference(self._kernel, self._layer, module, call, operands)
+                way = ByReference(self._kernel, self._layer, call, operands)
             except UnsupportedValue as error:
                 return self._kept(f"{verdict.wrong}; {error}")
         instead = "its forward is used, and the gradient of the layer's reference"
         return Route(way, f"reference: {verdict.wrong}", wrong=verdict.wrong, instead=instead)
 
 
-def _contiguously(kernel: Kernel) -> Way:
-    """The kernel's own backward, for incoming gradients that are contiguous."""
+def _by_own(kernel: Kernel, verdict: Verdict) -> Way | None:
+    """The kernel's forward and its own backward, which gets of its own what it writes into."""
+    assert verdict.own is not None
+    writes = {what.partition(" ")[0] for what in verdict.own.spoils}
+    prepare = Tensor.clone if "grad" in writes else Tensor.contiguous if verdict.contiguous else None
+    copied = bool(writes - {"grad"})
+    if prepare is None and not copied:
+        return None
 
     def way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = kernel.forward(module, *args, **kwargs)
+        with saved_tensors_hooks(_pack, _unpack_copy) if copied else nullcontext():
+            output = kernel.forward(module, *args, **kwargs)
         results: list[Any] = []
         take_tensors(output, results)
         for result in results:
-            if result.grad_fn is not None:
-                result.register_hook(Tensor.contiguous)
+            if prepare is not None and result.grad_fn is not None:
+                result.register_hook(prepare)
         return output
 
     return way
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version
+
+
+def _unpack_copy(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:  # which autograd does not look at, where there are hooks
+        raise RuntimeError(
+            "one of the tensors that a kernel saved for its backward has been written into by an "
+            "in-place operation since"
+        )
+    return tensor.clone()
 
 
 def _may_need_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
