@@ -13,6 +13,9 @@ import pytest
 _cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
 # Before any test module is imported: torch settles on a directory once and for all.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache.name)
+# Nor does a test read or write what the user's own programs have found out.
+_found_out = tempfile.TemporaryDirectory(prefix="kernelgraph-cache-")
+os.environ["KERNELGRAPH_CACHE_DIR"] = _found_out.name
 
 
 @pytest.fixture(autouse=True)

@@ -186,8 +186,8 @@ class Probe:
 
     def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> Told:
         with samples.apart(operands):
-            made = samples.make(operands, lambda n: _torch.evaluate(n, values), seed)
-            return observe(self._runner, made)[0]
+            forms = samples.forms(operands, lambda n: _torch.evaluate(n, values))
+            return observe(self._runner, samples.make(forms, seed))[0]
 
 
 def _form_of(value: Any) -> Any:

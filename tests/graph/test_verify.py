@@ -17,10 +17,10 @@ from kernelgraph import Mode, last_report, replace_kernel_forward_from_hub, use_
 from kernelgraph.graph import verify
 from kernelgraph.graph.call import take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
+from kernelgraph.graph.compare import TOLERANCES, Output, difference
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.plan import plan
 from kernelgraph.graph.rewrite import replace_layers
-from kernelgraph.graph.verify import TOLERANCES, Output, difference
 from kernelgraph.layers import extensible
 from kernelgraph.mapping import current_mapping
 from kernelgraph.report import Decision, Reason
