@@ -12,12 +12,14 @@ holds, and by the Python values among them. There are three ways:
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -159,7 +161,11 @@ def _by_own(kernel: Kernel, verdict: Verdict) -> Way | None:
     """The kernel's forward and its own backward, which gets of its own what it writes into."""
     assert verdict.own is not None
     writes = {what.partition(" ")[0] for what in verdict.own.spoils}
-    prepare = Tensor.clone if "grad" in writes else Tensor.contiguous if verdict.contiguous else None
+    prepare: Callable[[Tensor], Tensor] | None = None
+    if "grad" in writes:  # autograd may have given another the same
+        prepare = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    elif verdict.contiguous:
+        prepare = Tensor.contiguous
     copied = bool(writes - {"grad"})
     if prepare is None and not copied:
         return None
