@@ -508,13 +508,12 @@ _AUTOCAST_KINDS = tuple(
 )
 
 
-def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
-    """The device types and dtypes of the autocast regions around the code that runs.
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether there is an autocast region around the code that runs. Tried on 2.11, 2.13, 2.14."""
 
-    Tried on 2.11, 2.13, 2.14.
-    """
-    if not torch._C._is_any_autocast_enabled():
-        return ()
+
+def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    """The device types and dtypes of these regions."""
     return tuple(
         (kind, torch.get_autocast_dtype(kind))
         for kind in _AUTOCAST_KINDS

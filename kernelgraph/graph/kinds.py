@@ -57,20 +57,13 @@ class Kinds(Generic[V]):
             value: The value.
         """
         for form in self._forms:
-            if (key := form.key(module, args, kwargs)) is not None:
+            if (key := form.key(module, args, kwargs)) is not None and form.tells(module):
                 remember(form.values, key, value)
                 return
         form = _Form(module, state)
         if (key := form.key(module, args, kwargs)) is not None:
             form.values[key] = value
             self._forms = (form, *self._forms[: _MOST_FORMS - 1])
-
-
-class _Odd(Exception):
-    """A value that no key can be made of."""
-
-
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
 class _Form(Generic[V]):
@@ -94,13 +87,18 @@ class _Form(Generic[V]):
             for path, check in self._checks:
                 if not check(read(module, path)):
                     return None
-            state = [_key(value) for value in held]
-        except (AttributeError, KeyError, IndexError, TypeError, _Odd):
+        except (AttributeError, KeyError, IndexError, TypeError):
             return None
-        given = [_argument_key(value) for value in args]
+        key: tuple[Any, ...] = tuple(map(_key, args + held))
         if kwargs:
-            given += [(name, _argument_key(value)) for name, value in kwargs.items()]
-        return (len(args), *given, *state, _torch.autocast_regions())
+            key += tuple([(name, _key(value)) for name, value in kwargs.items()])
+        if _torch.any_autocast():
+            key += (_torch.autocast_regions(),)
+        return key
+
+    def tells(self, module: nn.Module) -> bool:
+        """Whether keys tell all that there is to tell of a layer's state."""
+        return not any(map(_is_odd, map(_key, self._read(module))))
 
 
 def _quick_access(module: nn.Module, path: Path) -> str:
@@ -114,18 +112,23 @@ def _quick_access(module: nn.Module, path: Path) -> str:
     return start
 
 
-def _argument_key(value: Any) -> Any:
-    try:
-        return _key(value)
-    except _Odd:  # whatever it is, its type keeps the reference
-        return type(value), "odd"
+_ODD = object()
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
 def _key(value: Any) -> Any:
+    """The type and form of a tensor, the type and value of anything else that is data.
+
+    Of what a call cannot be made again with it is the type and `_ODD`: it keeps the reference,
+    whatever it is.
+    """
     cls = type(value)
-    if isinstance(value, Tensor):
-        strided = value.layout is torch.strided
-        layout = value.stride() if strided else value.layout
+    if cls in _TENSORS or isinstance(value, Tensor):
+        try:
+            layout: Any = value.stride()
+        except RuntimeError:  # a sparse one
+            layout = value.layout
         return cls, value.shape, layout, value.dtype, value.device, value.requires_grad
     if cls in _PLAIN:
         return cls, value
@@ -137,4 +140,8 @@ def _key(value: Any) -> Any:
         return cls, *(_key(getattr(value, name)) for name in names)
     if is_constant(value) or is_data(value):
         return cls, stable_text(value)
-    raise _Odd
+    return cls, _ODD
+
+
+def _is_odd(key: Any) -> bool:
+    return key is _ODD or (type(key) is tuple and any(map(_is_odd, key)))
