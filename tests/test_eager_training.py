@@ -97,8 +97,8 @@ class ContiguousInput(Honest):
         x, weight = ctx.saved_tensors
         strides = torch.empty(x.shape, device="meta").stride()
         th = torch.tanh(x.as_strided(x.shape, strides))
-        _, _, ys = Honest.backward(ctx, grad)
-        return grad * weight * (1 - th * th), (grad * th).reshape(-1, WIDTH).sum(0), ys
+        weights = (grad * th).reshape(-1, WIDTH).sum(0)
+        return grad * weight * (1 - th * th), weights, grad.sum_to_size(ctx.shape)
 
 
 class NoBroadcast(Honest):
@@ -131,9 +131,11 @@ class SpoilsInput(Honest):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = Honest.backward(ctx, grad)
-        ctx.saved_tensors[0].data.zero_()
-        return made
+        x, weight = ctx.saved_tensors
+        th = torch.tanh(x)
+        weights = (grad * th).reshape(-1, WIDTH).sum(0)
+        x.data.zero_()
+        return grad * weight * (1 - th * th), weights, grad.sum_to_size(ctx.shape)
 
 
 class SpoilsOwn(Honest):
@@ -152,6 +154,21 @@ class SpoilsOwn(Honest):
         weights = (grad * th).reshape(-1, WIDTH).sum(0)
         slope = th.square_().neg_().add_(1)
         return grad * weight * slope, weights, grad.sum_to_size(ctx.shape)
+
+
+class Holds(Honest):
+    """Keeps its input, its result and its weight where autograd does not look after them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        ctx.x, ctx.weight, ctx.shape = x.detach(), weight.detach(), y.shape
+        return torch.tanh(x) * weight + y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        th = torch.tanh(ctx.x)
+        weights = (grad * th).reshape(-1, WIDTH).sum(0)
+        return grad * ctx.weight * (1 - th * th), weights, grad.sum_to_size(ctx.shape)
 
 
 class Once(Honest):
@@ -203,7 +220,7 @@ class Plain(nn.Module):
 
 RIGHT = [kernel_of(Honest), Plain]
 PREPARED = list(
-    map(kernel_of, [ContiguousGradient, SpoilsGradient, SpoilsInput, SpoilsOwn])
+    map(kernel_of, [ContiguousGradient, SpoilsGradient, SpoilsInput, SpoilsOwn, Holds])
 )
 """Right where they get contiguous gradients, or copies."""
 ALWAYS_WRONG = [*map(kernel_of, [Zero, Identity, Factor, NoWeight, Once]), Detached, Numpy]
@@ -354,6 +371,24 @@ class TestGradients:
 
     def test_where_the_reference_is_to_be_used(self, kernel: Any) -> None:
         assert_trains_like_the_reference(kernel, *inputs(), wrong_gradient="reference")
+
+
+    def test_where_an_input_or_the_output_is_written_into_afterwards(self, kernel: Any) -> None:
+        layer, reference = kernelized(kernel), Gate()
+        for number in range(2):
+            for _ in range(2):
+                x, y = inputs()
+                made, wanted = [], []
+                for one, found in ((layer, made), (reference, wanted)):
+                    used = x * 1
+                    output = one(used, y)
+                    (used if number else output).mul_(2)
+                    try:
+                        found += torch.autograd.grad(square(output), [x, y, one.weight])
+                    except RuntimeError as error:
+                        assert "modified by an inplace" in str(error) or "in-place" in str(error)
+                if made and wanted:
+                    torch.testing.assert_close(made, wanted)
 
 
 @st.composite

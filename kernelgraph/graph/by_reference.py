@@ -56,9 +56,7 @@ class ByReference:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the kernel on ``module``."""
-        operands: list[Any] = []
-        take_leaves((args, kwargs), operands)
-        operands += [read(module, path) for path in self.call.state.operands]
+        operands = operands_of(self.call, module, args, kwargs)
         template: list[Template] = []
 
         def run() -> Any:
@@ -67,6 +65,15 @@ class ByReference:
         tensors = (operands[i] for i in self.call.tensors)
         results = _ByReference.apply(self, run, operands, template, *tensors)
         return put_leaves(template[0], results)
+
+
+def operands_of(
+    call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    """The operands of a call that is of the form of ``call``."""
+    operands: list[Any] = []
+    take_leaves((args, kwargs), operands)
+    return operands + [read(module, path) for path in call.state.operands]
 
 
 class _ByReference(torch.autograd.Function):

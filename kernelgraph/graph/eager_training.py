@@ -12,9 +12,8 @@ holds, and by the Python values among them. There are three ways:
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +23,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.by_reference import ByReference
-from kernelgraph.graph.call import Call, UnsupportedValue, take_leaves, take_tensors
+from kernelgraph.graph.by_reference import ByReference, operands_of
+from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
 from kernelgraph.graph.gradient import wanted_of
 from kernelgraph.graph.kinds import Kinds
 from kernelgraph.graph.paths import read
+from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.state import State, UnsupportedState
 from kernelgraph.graph.trial import Verdict, judge
 from kernelgraph.kernel import Kernel
@@ -146,7 +146,7 @@ class Routes:
             if verdict.output:
                 return self._kept(verdict.output)
             if not verdict.wrong:
-                return Route(_by_own(self._kernel, verdict), "kernel")
+                return Route(_by_own(self._kernel, call, verdict), "kernel")
             if self._gradients.wrong == "reference":
                 return self._kept(verdict.wrong)
             try:
@@ -157,30 +157,44 @@ class Routes:
         return Route(way, f"reference: {verdict.wrong}", wrong=verdict.wrong, instead=instead)
 
 
-def _by_own(kernel: Kernel, verdict: Verdict) -> Way | None:
-    """The kernel's forward and its own backward, which gets of its own what it writes into."""
-    assert verdict.own is not None
-    writes = {what.partition(" ")[0] for what in verdict.own.spoils}
+def _by_own(kernel: Kernel, call: Call, verdict: Verdict) -> Way | None:
+    """The kernel with its own backward, which gets copies of what it must not have itself."""
+    own = verdict.own
+    assert own is not None
+    spoilt = {what.partition(" ")[0] for what in own.spoils}
     prepare: Callable[[Tensor], Tensor] | None = None
-    if "grad" in writes:  # autograd may have given another the same
-        prepare = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    if "grad" in spoilt:  # autograd may give the same one to another
+        prepare = _copy
     elif verdict.contiguous:
         prepare = Tensor.contiguous
-    copied = bool(writes - {"grad"})
-    if prepare is None and not copied:
+    saving = bool(spoilt - {"grad"})
+    if prepare is None and not saving and not own.holds:
         return None
+    runner = Runner(kernel.forward, call) if own.holds else None
 
     def way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with saved_tensors_hooks(_pack, _unpack_copy) if copied else nullcontext():
-            output = kernel.forward(module, *args, **kwargs)
+        with saved_tensors_hooks(_pack, _unpack_copy) if saving else nullcontext():
+            if runner is None:
+                output = kernel.forward(module, *args, **kwargs)
+            else:
+                output = runner(_copies(operands_of(call, module, args, kwargs)))
         results: list[Any] = []
-        take_tensors(output, results)
+        template = take_tensors(output, results)
         for result in results:
             if prepare is not None and result.grad_fn is not None:
                 result.register_hook(prepare)
-        return output
+        return output if runner is None else put_leaves(template, _copies(results))
 
     return way
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    made: dict[int, Tensor] = {}
+    return [made.setdefault(id(v), _copy(v)) if isinstance(v, Tensor) else v for v in values]
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
