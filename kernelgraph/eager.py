@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.training import Gradients, Notes, training_forward
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
@@ -25,6 +24,7 @@ from kernelgraph.layers import (
 from kernelgraph.mapping import KernelMapping, Selection, current_mapping
 from kernelgraph.modes import KernelizeFallback, Mode, tried
 from kernelgraph.report import Decision, Reason, Report, because, publish
+from kernelgraph.training import Gradients, Notes, training_forward
 
 if TYPE_CHECKING:
     import torch
@@ -156,9 +156,9 @@ def kernelize(
     running on the layer that it is a copy of, until it is kernelized itself; and a model that is
     moved to another device is to be kernelized again.
 
-    No kernel trains on its word alone. Where a gradient is wanted of a layer that was kernelized for
-    training, the first call of each kind compares the kernel's output and gradients with those of
-    the layer's reference. What is found wrong is told by one WARNING, and by the report.
+    No kernel trains on its word alone. Where a gradient is wanted of a layer that was kernelized
+    for training, the first call of each kind compares the kernel's output and gradients with those
+    of the layer's reference. What is found wrong is told by one WARNING, and by the report.
 
     Args:
         model: Any module; its extensible layers, and the extensible functions attached to its

@@ -176,7 +176,9 @@ def amend(report: Report, number: int, decision: Decision) -> Report:
     global _last
     with _amending:
         decisions = report.decisions
-        amended = replace(report, decisions=(*decisions[:number], decision, *decisions[number + 1 :]))
+        amended = replace(
+            report, decisions=(*decisions[:number], decision, *decisions[number + 1 :])
+        )
         if _last is report:
             _last = amended
     return amended

@@ -104,9 +104,11 @@ class Notes:
         """Note that a layer keeps its reference, and why."""
         self._amend(
             module,
-            lambda d: d._replace(reason=Reason.WRONG, kernel="", detail=detail, gradient="")
-            if d.uses_kernel
-            else d,
+            lambda d: (
+                d._replace(reason=Reason.WRONG, kernel="", detail=detail, gradient="")
+                if d.uses_kernel
+                else d
+            ),
         )
 
     def _amend(self, module: nn.Module, change: Callable[[Decision], Decision]) -> None:
@@ -131,7 +133,9 @@ _warned: set[Any] = set()
 _warning = threading.Lock()
 
 
-def warn_once(kernel: Kernel, layer: Extensible, path: str | None, wrong: str, instead: str) -> None:
+def warn_once(
+    kernel: Kernel, layer: Extensible, path: str | None, wrong: str, instead: str
+) -> None:
     """Log one WARNING in the process for what is wrong with a kernel for a layer.
 
     Args:
@@ -147,4 +151,6 @@ def warn_once(kernel: Kernel, layer: Extensible, path: str | None, wrong: str, i
             return
         _warned.add(key)
     where = "" if path is None else f" at {path or '(model)'}"
-    logger.warning("kernel %s for layer %s%s: %s; %s", kernel, layer.layer_name, where, wrong, instead)
+    logger.warning(
+        "kernel %s for layer %s%s: %s; %s", kernel, layer.layer_name, where, wrong, instead
+    )

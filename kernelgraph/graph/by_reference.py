@@ -63,7 +63,7 @@ class ByReference:
             return self.kernel.forward(module, *args, **kwargs)
 
         tensors = (operands[i] for i in self.call.tensors)
-        results = _ByReference.apply(self, run, operands, template, *tensors)
+        results = _apply(self, run, operands, template, *tensors)
         return put_leaves(template[0], results)
 
 
@@ -80,7 +80,7 @@ class _ByReference(torch.autograd.Function):
     """The arguments before the tensors are of Python's: autograd sees the tensors alone."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         by: ByReference,
         run: Callable[[], Any],
@@ -92,7 +92,9 @@ class _ByReference(torch.autograd.Function):
         made: list[Tensor] = []
         template.append(take_tensors(run(), made))
         if before != versions(tensors):
-            raise RuntimeError(f"kernel {by.kernel} wrote into its operands, as it never did before")
+            raise RuntimeError(
+                f"kernel {by.kernel} wrote into its operands, as it never did before"
+            )
         if len(made) != len(by.flows):
             raise RuntimeError(
                 f"kernel {by.kernel} returned {len(made)} tensors, and the layer {len(by.flows)}"
@@ -120,6 +122,9 @@ class _ByReference(torch.autograd.Function):
         else:
             made = iter(by.recompute.gradients(grads, operands, needs))
         return (None, None, None, None, *(next(made) if needed else None for needed in asked))
+
+
+_apply: Callable[..., tuple[Tensor, ...]] = _ByReference.apply
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -83,9 +83,9 @@ class Routes:
         """How to make a call; None: with the kernel's forward as it is."""
         if _torch.transforming():
             return self._reference
-        if (route := self._routes.get(module, args, kwargs)) is None:
-            if (route := self._decide(module, args, kwargs)) is None:
-                return None
+        route = self._routes.get(module, args, kwargs) or self._decide(module, args, kwargs)
+        if route is None:
+            return None
         if module not in route.told:
             self._tell(route, module)
         return route.way

@@ -123,7 +123,7 @@ def _key(value: Any) -> Any:
     Of what a call cannot be made again with it is the type and `_ODD`: it keeps the reference,
     whatever it is.
     """
-    cls = type(value)
+    cls: type = type(value)
     if cls in _TENSORS or isinstance(value, Tensor):
         try:
             layout: Any = value.stride()
