@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="REPO|PATH|PROJECT", type=_target)
     _add_revision(command)
 
+    command = add("cache", "what is kept on this machine of what was found out about kernels")
+    command.add_argument("action", nargs="?", choices=["show", "clear"], default="show")
+
     add("demo", "compile a small decoder with the example kernels, and time it", as_json=False)
     return parser
 
@@ -306,6 +309,17 @@ def _verify(parsed: argparse.Namespace) -> int:
     return NO if any(one.problem for one in found) else DONE
 
 
+def _cache(parsed: argparse.Namespace) -> int:
+    from kernelgraph import cache
+
+    rows = [{"kind": kind, "entries": count} for kind, count in cache.entries().items()]
+    if parsed.action == "clear":
+        cache.clear()
+    done = "cleared: " if parsed.action == "clear" else ""
+    _show(parsed, rows, f"{done}{cache.directory()}")
+    return DONE
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     program = Path(__file__).parents[1] / "examples" / "demo.py"
     if not program.is_file():
@@ -323,5 +337,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "download": _download,
     "lock": _lock,
     "verify": _verify,
+    "cache": _cache,
     "demo": _demo,
 }

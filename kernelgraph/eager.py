@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
+from kernelgraph.eager_training import Gradients, Notes, training_forward
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
@@ -24,7 +25,6 @@ from kernelgraph.layers import (
 from kernelgraph.mapping import KernelMapping, Selection, current_mapping
 from kernelgraph.modes import KernelizeFallback, Mode, tried
 from kernelgraph.report import Decision, Reason, Report, because, publish
-from kernelgraph.training import Gradients, Notes, training_forward
 
 if TYPE_CHECKING:
     import torch

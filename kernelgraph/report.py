@@ -53,8 +53,8 @@ class Decision(NamedTuple):
     op: str = ""
     """The custom op in the compiled graph; empty in eager mode."""
     gradient: str = ""
-    """Of a kernel that trains, where its gradient comes from: ``kernel``, or ``reference: ...``
-    with what is wrong with the kernel's own; empty where that is not known, or none is wanted."""
+    """Where a gradient comes from, if one can flow through the call: ``kernel``, its own backward,
+    or ``reference`` and why, the layer's own, for which the backward runs the layer again."""
 
     @property
     def uses_kernel(self) -> bool:
@@ -84,11 +84,11 @@ class Report:
         alike: dict[Decision, list[str]] = {}
         for decision in self.decisions:
             alike.setdefault(decision._replace(path=""), []).append(decision.path)
-        header = ("path", "layer", "device", "mode", "kernel or reason", "op")
+        header = ("path", "layer", "device", "mode", "kernel or reason", "gradient", "op")
         rows: list[tuple[str, ...]] = []
         for d, paths in alike.items():
             place = ("", "") if one_place else (d.device, d.mode)
-            rest = (d.layer, *place, _outcome(d), d.op)
+            rest = (d.layer, *place, _outcome(d), d.gradient, d.op)
             rows.extend((path or "(model)", *rest) for path in _merged(paths))
         return "\n".join([head, *table(header, rows)])
 
@@ -157,13 +157,14 @@ def publish(report: Report) -> None:
         return
     for d in report.decisions:
         logger.info(
-            "%s: layer %s at %s for %s, %s: %s",
+            "%s: layer %s at %s for %s, %s: %s%s",
             report.source,
             d.layer,
             d.path or "(model)",
             d.device,
             d.mode,
             _outcome(d),
+            d.gradient and f"; gradient: {d.gradient}",
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from kernelgraph import cache
 from kernelgraph.cli import main
 from tests.hub.conftest import hub, offline  # noqa: F401
 from tests.hub.toy_repository import METADATA, layer_files, variant_files, write_repository
@@ -253,6 +254,48 @@ class TestVerify:
         status, out, _ = run("verify", project)
         assert status == 1
         assert "not the content that is locked" in out
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path))
+        return tmp_path
+
+    def test_nothing(self, run, directory):
+        assert run("cache") == (0, f"{directory}\n", "")
+
+    def test_for_people(self, run, directory):
+        for kind, key in (("b", "1"), ("b", "2"), ("a", "1")):
+            cache.write(kind, key, 0)
+        status, out, _ = run("cache")
+        assert status == 0
+        first, *rows = out.splitlines()
+        assert first == str(directory)
+        assert [row.split() for row in rows] == [["kind", "entries"], ["a", "1"], ["b", "2"]]
+
+    def test_for_programs(self, run):
+        cache.write("a", "1", 0)
+        assert json.loads(run("cache", "--json")[1]) == [{"kind": "a", "entries": 1}]
+
+    def test_clear(self, run, directory):
+        cache.write("a", "1", 0)
+        status, out, _ = run("cache", "clear")
+        assert (status, out.splitlines()[0]) == (0, f"cleared: {directory}")
+        assert cache.read("a", "1") is None
+        assert run("cache", "clear") == (0, f"cleared: {directory}\n", "")
+
+    def test_no_home(self, run, monkeypatch):
+        monkeypatch.delenv("KERNELGRAPH_CACHE_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+        status, _, error = run("cache")
+        assert status == 1
+        assert error.endswith("no home directory to keep a cache in: set KERNELGRAPH_CACHE_DIR\n")
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 class TestStatus:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernelgraph import Mode, kernelize, last_report, training, use_kernel_forward_from_hub
+from kernelgraph import Mode, eager_training, kernelize, last_report, use_kernel_forward_from_hub
 from kernelgraph.report import Reason
 from tests.toys import BrokenRepository, Plus10, Scale, forwards, only
 
@@ -264,7 +264,7 @@ def assert_trains_like_the_reference(
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.WARNING, logger="kernelgraph")
-    training._warned.clear()
+    eager_training._warned.clear()
     return lambda: caplog.messages
 
 

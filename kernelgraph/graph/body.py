@@ -1,4 +1,4 @@
-"""What the ops of one form of call do: run the kernel, and for the gradient the reference."""
+"""What the op of one form of call does: run the kernel, with results as a graph needs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
 from kernelgraph.graph.memory import check_unwritten, contiguous_copy, extent, owned, versions
 from kernelgraph.graph.places import Places
-from kernelgraph.graph.recompute import Recompute
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, describe_output
 from kernelgraph.graph.steady import Known, steady_state
@@ -22,21 +21,23 @@ from kernelgraph.layers import Extensible
 
 
 class Body:
-    """The functions behind the ops of one form of call.
+    """The functions behind the op of one form of call.
 
     Args:
         kernel: Runs in `forward`.
-        layer: Its reference runs in `backward`.
+        layer: The layer that is called.
         call: The form of the call.
         shapes: Tells the shapes of a call.
         told: Of one such call: all have results of these dtypes, devices and ranks.
         effects: The operands that kernel and layer write into.
-        differentiable: Whether the results go through autograd.
     """
 
+    differentiable = False
+    """Whether the results go through autograd, which wants no views."""
+
     forward: Callable[..., Any]
-    """The forward op: the kernel, below autograd. Its results own their memory, and are contiguous
-    and of the shapes that `fake` says."""
+    """The op: the kernel, below autograd. Its results own their memory, and are contiguous and of
+    the shapes that `fake` says."""
 
     def __init__(
         self,
@@ -46,21 +47,12 @@ class Body:
         shapes: Source,
         told: Told,
         effects: Effects,
-        *,
-        differentiable: bool,
     ) -> None:
         self.places = Places()
-        self.differentiable = differentiable
         self.returned = effects.layer
         """The operands whose contents after the call are results too, behind the others."""
         self.count = len(told.results) + len(self.returned)
         """How many results there are that a gradient may come for."""
-        self.kept = effects.layer if differentiable else ()
-        """The operands whose contents before the call are the last results, for the backward:
-        by then they have been written over."""
-        self.flows: dict[tuple[bool, ...], tuple[bool, ...]] = {}
-        """Which results a gradient flows through, by which operands gradients are wanted of; all
-        do where it is not told."""
         self._kernel = kernel
         self._layer = layer
         self._call = call
@@ -72,9 +64,12 @@ class Body:
         # Of the copies the kernel may return what it likes.
         self._lent = [i for i in call.tensors if i not in self._copied]
         self._known: dict[Any, Known] = {}
-        recompute = Recompute(layer, call, self.returned, self.places.describe)
-        self.backward = recompute.gradients
         self.forward = self._copying if self._copied else self._steady_state()
+
+    @property
+    def returns(self) -> int:
+        """How many results the op has in all."""
+        return self.count
 
     # --- the forward op -----------------------------------------------------------------
 
@@ -109,9 +104,7 @@ class Body:
 
     def _fitted(self, result: Any, known: Known, operands: Sequence[Any]) -> Any:
         """The results of a call, made to fit where they do not."""
-        tensors = self._taken(result, operands)
-        for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
-            self._check(tensor, expected, size, operands)
+        tensors = self._tensors(result, known, operands)
         tensors += [operands[i] for i in self.returned]
         made = owned(tensors, [operands[i] for i in self._lent])
         return made[0] if self.count == 1 else tuple(made)
@@ -122,13 +115,10 @@ class Body:
             contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
         )
         with torch.no_grad():
-            made = self._checked(None, copies)
-            if self.kept:
-                made = (*made, *(contiguous_copy(operands[i]) for i in self.kept))
-            return made
+            return self._checked(None, copies)
 
-    def _taken(self, result: Any, operands: Sequence[Any]) -> list[Tensor]:
-        """The tensors of what the kernel returned, if that has the layer's structure."""
+    def _tensors(self, result: Any, known: Known, operands: Sequence[Any]) -> list[Tensor]:
+        """The tensors of what the kernel returned, if that is what the layer does."""
         tensors: list[Any] = []
         try:
             output = take_tensors(result, tensors)
@@ -137,6 +127,8 @@ class Body:
         if output != self._output:
             found = describe_output(output) if output else f"a {type(result).__name__}"
             raise self._mismatch(found, describe_output(self._output), operands)
+        for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
+            self._check(tensor, expected, size, operands)
         return tensors
 
     def _check(self, tensor: Tensor, expected: Any, size: Any, operands: Sequence[Any]) -> None:
@@ -165,16 +157,8 @@ class Body:
         """What `forward` returns, with the shapes alone."""
         made = fakes_of(self._shapes(operands))
         _torch.bind_unbacked_symbols(made, operands)
-        made += [_like(operands[i]) for i in (*self.returned, *self.kept)]
+        made += [like(operands[i]) for i in self.returned]
         return made[0] if len(made) == 1 else tuple(made)
-
-    # --- its gradient ---------------------------------------------------------------------
-
-    def backward_fake(
-        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        """What `backward` returns, with the shapes alone."""
-        return [_like(v) for v, needed in zip(operands, needs, strict=True) if needed]
 
     # --- what goes wrong ----------------------------------------------------------------
 
@@ -196,5 +180,6 @@ class Body:
         )
 
 
-def _like(tensor: Tensor) -> Tensor:
+def like(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of the shape, dtype and device of ``tensor``."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -35,11 +35,17 @@ class Site:
     """Whether a gradient can flow through the call."""
 
     def decision(
-        self, reason: Reason, kernel: str = "", detail: str = "", op: str = ""
+        self,
+        reason: Reason,
+        kernel: str = "",
+        detail: str = "",
+        op: str = "",
+        gradient: str = "",
     ) -> Decision:
         device = self.target.type if self.target else ""
         mode = str(self.mode) if self.mode else ""
-        return Decision(self.path, self.layer.layer_name, device, mode, reason, kernel, detail, op)
+        place = (self.path, self.layer.layer_name, device, mode)
+        return Decision(*place, reason, kernel, detail, op, gradient)
 
 
 class KeepReference(Exception):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -37,18 +38,16 @@ class Gradient:
     """Of which operands there are gradients."""
     own: Own | None = None
     """The kernel's own backward; None: that of the layer's reference, which is run again."""
+    why: str = field(default="", compare=False)
+    """Why not the kernel's own."""
 
-    @property
-    def kind(self) -> str:
-        """In a word, for reports."""
-        return "reference" if self.own is None else "kernel"
+    def __str__(self) -> str:
+        return "kernel" if self.own else f"reference: {self.why}" if self.why else "reference"
 
 
-def wanted_of(
-    operands: tuple[object, ...] | list[object], *, every: bool = False
-) -> tuple[bool, ...]:
-    """Of which operands gradients are wanted: those that require them now, or ``every`` one that
-    could."""
+def wanted_of(operands: Sequence[Any], *, every: bool = False) -> tuple[bool, ...]:
+    """Of which operands gradients are wanted: of those that require them, or of ``every`` one
+    that could."""
     return tuple(
         isinstance(v, Tensor)
         and (v.requires_grad or (every and (v.is_floating_point() or v.is_complex())))

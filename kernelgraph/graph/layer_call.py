@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelgraph.graph import _torch, options, verify
+from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
-from kernelgraph.graph.ops import lower, overload
+from kernelgraph.graph.lowering import decision_of, op_for
+from kernelgraph.graph.ops import overload
 from kernelgraph.graph.paths import Path
 from kernelgraph.graph.state import State
 from kernelgraph.graph.traced import op_call, reader
@@ -195,10 +196,7 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
             call, operands = Call.of(state, values, site.layer, args, kwargs)
-            if trace.choices.options.verify:
-                verify.check(site, kernel, call, operands)
-            place = (site.module, site.path)
-            lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+            lowered, gradient = op_for(site, kernel, call, operands, trace.choices.options)
     except KeepReference as kept:
         trace.choices.decisions.append(kept.decision)
         return None
@@ -207,8 +205,7 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         return None
     except Exception as error:
         raise frame.backend_error(error) from error
-    decision = site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname)
-    trace.choices.decisions.append(decision)
+    trace.choices.decisions.append(decision_of(site, kernel, lowered, gradient))
     arguments: list[Path | float] = [*call.argument_paths]
     for i, operand in enumerate(operands[: len(arguments)]):
         if isinstance(operand, float):  # it may be a symbol there, which no op takes

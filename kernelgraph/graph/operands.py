@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph.graph import _torch, samples
-from kernelgraph.graph.call import Call
+from kernelgraph.graph.call import Call, take_tensors
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.samples import Form
 
@@ -36,6 +36,8 @@ class Operands:
         self.bounds: Mapping[int, int] = {}
         """Of the operands that are indices, the numbers that they are below (see
         `index_bounds`)."""
+        self.tables: Sequence[int] = ()
+        """The operands whose last dimension has the same in both halves (see `rotary_tables`)."""
         self._given = operands
         self._trial = trial
         self._weights: dict[int, Tensor] = {}
@@ -87,6 +89,9 @@ class Operands:
     def make(self, seed: int) -> list[Any]:
         """The operands."""
         made = samples.make(self._made_up, seed, bools=True)
+        for i in self.tables:
+            first, second = _base(made[i]).chunk(2, -1)
+            second.copy_(first)
         for i, bound in self.bounds.items():
             made[i] = _indices(self._made_up[i], bound, seed)
         for i, form in enumerate(self._made_up[self._first :], self._first):
@@ -98,40 +103,68 @@ class Operands:
             made[i] = disturbed(own, seed + i) if varied else own
         return made
 
+    def rotary_tables(self, wanted: Sequence[bool]) -> list[int]:
+        """The arguments that may be the cosines and sines of a rotary embedding, whose halves
+        many kernels take to be equal: floats that no gradient is wanted of."""
+        arguments = list(enumerate(self._made_up[: self._first]))
+        forms = [(i, v) for i, v in arguments if isinstance(v, Form) and not wanted[i]]
+        return [i for i, v in forms if _is_float(v.dtype) and v.sizes and v.sizes[-1] % 2 == 0]
+
     def index_bounds(self, run: Callable[[Sequence[Any]], Any]) -> dict[int, int]:
         """The sizes that indices among the arguments are below, as far as ``run`` tells.
 
         An index out of range kills a process with a GPU, and zeros alone say little of a layer
-        that chooses experts. A ``run`` that checks its indices tells the range: it raises
-        somewhere above, and the largest size whose last index it takes is in it. This is tried on
-        the CPU, with operands of no particular values. One that raises nowhere tells nothing.
+        that chooses experts. So ``run`` is asked on the CPU, where there is no harm in it. One
+        that checks its indices raises somewhere above, and the largest size whose last index it
+        takes is in range. One that compares them with the numbers in range, as loops over experts
+        do, returns for all others the same: the range is up to the size from which on it does so.
+        (Of more than one dimension: the offsets of segments must be in order as well.)
         """
         forms = [
             Form(tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v
             for v in (self._weights.get(i, v) for i, v in enumerate(self._made_up))
         ]
-        sizes = sorted({n for f in forms for n in _sizes(f)}, reverse=True)
+        sizes = sorted({n for f in forms for n in _sizes(f) if n > 0}, reverse=True)
         bounds: dict[int, int] = {}
 
-        def takes(operand: int, index: int) -> bool:
-            made = [_on_cpu(f, weight=i >= self._first) for i, f in enumerate(forms)]
+        def returned(operand: int, index: int) -> list[Any] | None:
+            made = [_on_cpu(form) for form in forms]
             for i, bound in bounds.items():
                 made[i].fill_(bound - 1)
             made[operand].fill_(index)
+            results: list[Any] = []
             try:
-                run(made)
+                take_tensors(run(made), results)
             except (IndexError, RuntimeError):
-                return False
-            return True
+                return None
+            return results
 
         for i, form in enumerate(self._made_up[: self._first]):
-            if isinstance(form, Form) and form.dtype in (torch.int32, torch.int64) and form.reach:
-                try:
-                    if takes(i, 0) and not takes(i, 2 * sizes[0] + 1000):
-                        bounds[i] = next(n for n in sizes if n > 0 and takes(i, n - 1))
-                except Exception:  # it cannot be run on the CPU
-                    return {}
+            if not (isinstance(form, Form) and form.dtype in _INDICES and form.reach):
+                continue
+            at = functools.partial(returned, i)
+            try:
+                if at(0) is None:
+                    continue
+                above = at(2 * sizes[0] + 1000)
+                if above is None:
+                    bounds[i] = next(n for n in sizes if at(n - 1) is not None)
+                elif len(form.sizes) > 1:
+                    last = next((n for n in sizes if not _equal(at(n - 1), above)), None)
+                    if last is not None and _equal(at(last), above):
+                        bounds[i] = last
+            except Exception:  # it cannot be run on the CPU
+                return {}
         return bounds
+
+
+_INDICES = (torch.int32, torch.int64)
+
+
+def _equal(some: list[Tensor] | None, others: list[Tensor] | None) -> bool:
+    if some is None or others is None:
+        return some is others
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _device_name(device: torch.device) -> str:
@@ -165,10 +198,11 @@ def disturbed(weight: Tensor, seed: int) -> Tensor:
 
 def _indices(form: Form, bound: int, seed: int) -> Tensor:
     """Indices below ``bound``, the last among them; in one row all differ where they can."""
+    made: Tensor = samples.make([form], seed)[0]
+    base = _base(made)
     generator = torch.Generator().manual_seed(seed)
-    sizes = [1 if s == 0 else n for n, s in zip(form.sizes, form.strides, strict=True)]
-    count, width = math.prod(sizes), sizes[-1] if sizes else 1
-    rows = count // width
+    width = base.shape[-1] if base.dim() else 1
+    rows = base.numel() // width
     if width <= bound and rows * bound <= 2**24:
         drawn = torch.rand(rows, bound, generator=generator).argsort(-1)[:, :width]
     else:
@@ -176,16 +210,23 @@ def _indices(form: Form, bound: int, seed: int) -> Tensor:
     drawn = drawn.flatten()
     if not (drawn == bound - 1).any():
         drawn[0] = bound - 1
-    memory = torch.zeros(form.reach, dtype=form.dtype, device=form.device)
-    memory.as_strided(sizes, form.strides).copy_(drawn.view(sizes))
-    return memory.as_strided(form.sizes, form.strides)
+    base.copy_(drawn.view(base.shape))
+    return made
 
 
-def _on_cpu(value: Any, *, weight: bool) -> Any:
+def _base(tensor: Tensor) -> Tensor:
+    """``tensor`` without its expanded dimensions, which nothing can be written into."""
+    sizes = [1 if s == 0 else n for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(sizes, tensor.stride())
+
+
+def _on_cpu(value: Any) -> Any:
+    """Of no particular values, but such that what depends on them is not zero."""
     if not isinstance(value, Form):
         return value
-    make = torch.empty if weight and _is_float(value.dtype) else torch.zeros  # quick where large
-    return make(value.sizes, dtype=value.dtype)
+    if not _is_float(value.dtype):
+        return torch.zeros(value.sizes, dtype=value.dtype)
+    return torch.full(value.sizes, max(value.sizes[-1:], default=1) ** -0.5, dtype=value.dtype)
 
 
 # --- smaller sizes ----------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Hub layers as custom ops: ``torch.ops.hubkernels.<repository>_<layer>_<commit8>_<form8>``.
 
 A name says which kernel runs, at which commit, and in which form of call (see `Call`): layers
-that call a kernel alike share its op. With ``_training`` it is the op for calls through which a
-gradient may flow, the only one with an autograd formula; with ``_backward`` what that formula
+that call a kernel alike share its op. With ``_training`` it is an op for calls through which a
+gradient may flow, the only ones with an autograd formula; with ``_backward`` what that formula
 calls.
 
 The compile caches of torch hold an op's name and not its body. Therefore the names hold
 everything that a body depends on: the kernel's commit, the code of the reference and of the
-layer's ``fake``, the form of the call, and `LOWERING_VERSION`.
+layer's ``fake``, the form of the call, for training where the gradient comes from, and
+`LOWERING_VERSION`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,16 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 from kernelgraph.graph.body import Body
 from kernelgraph.graph.call import Call, Template, digest, template_text
+from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.shapes import differentiable, effects, static_key, tell
 from kernelgraph.graph.told import Result, remember
+from kernelgraph.graph.training import ByKernel, ByReference, Differentiable, Kept
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 NAMESPACE = "hubkernels"
-LOWERING_VERSION = "2"
+LOWERING_VERSION = "3"
 """Counted up whenever this package gives the same op name another body."""
 
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -55,6 +58,8 @@ class Lowered:
     next results."""
     packed: tuple[int, ...] = ()
     """The operands that the op takes as one list, where it would have too many arguments."""
+    returns: int = 1
+    """How many tensors the op returns; with one, not in a tuple."""
 
     @property
     def qualname(self) -> str:
@@ -91,17 +96,17 @@ def lower(
     call: Call,
     operands: Sequence[Any],
     *,
-    training: bool,
+    gradient: Gradient | None = None,
     place: tuple[nn.Module, str] | None = None,
 ) -> Lowered:
     """The op that makes ``call`` with ``kernel``, registered if it is not yet.
 
     Args:
         kernel: The kernel to run.
-        layer: The layer that it stands in for: its reference gives the op's gradient.
+        layer: The layer that it stands in for.
         call: The form of the call.
         operands: The call's operands. Of tensors only the form counts: fakes will do.
-        training: Whether a gradient may flow through the call.
+        gradient: Where the gradient comes from; None: none flows through the call.
         place: The instance that is called and its path in the model, for errors.
 
     Raises:
@@ -111,20 +116,23 @@ def lower(
         AttributeError: If the kernel reads an attribute that the layer does not have.
         RuntimeError: If the kernel does not return the structure that the layer does.
     """
-    lowered = _lower(kernel, layer, call, operands, training)
+    lowered = _lower(kernel, layer, call, operands, gradient)
     if place is not None:
         _bodies[lowered.name].places.add(*place)
     return lowered
 
 
 def _lower(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], training: bool
+    kernel: Kernel,
+    layer: Extensible,
+    call: Call,
+    operands: Sequence[Any],
+    gradient: Gradient | None,
 ) -> Lowered:
     form, sizes = call.describe(), static_key(operands)
     # A model calls most of its layers alike; running them on fakes is what takes the time here.
-    wanted = _wanted(operands) if training else ()
     what = (kernel.layer, kernel.origin, layer, form, sizes)
-    key = (*what, training, wanted, torch.get_default_dtype())
+    key = (*what, gradient, torch.get_default_dtype())
     if sizes is not None and key in _answers:
         return _answers[key]
     shapes, told = tell(kernel, layer, call, operands)
@@ -137,36 +145,49 @@ def _lower(
         form,
         repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
         template_text(told.output),
+        repr((gradient.wanted, gradient.own, [*map(_kind, operands)])) if gradient else "",
     )
-    name = f"{base}_training" if training else base
+    name = base if gradient is None else f"{base}_training"
     with _lock:
         if name not in _bodies:
             written = effects(kernel, layer, call, operands, told)
-            body = Body(kernel, layer, call, shapes, told, written, differentiable=training)
+            parts = (kernel, layer, call, shapes, told, written)
+            body = _differentiable(gradient, operands, parts) if gradient else Body(*parts)
             _register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
-        if training and wanted not in body.flows:
-            flows = differentiable(layer, call, operands, body.returned)
-            remember(body.flows, wanted, flows or (True,) * body.count)
-        lowered = Lowered(name, told.output, told.results, body.returned, _packed(call, body))
+        packed = _packed(call)
+        lowered = Lowered(name, told.output, told.results, body.returned, packed, body.returns)
         if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
     return lowered
 
 
-def _wanted(operands: Sequence[Any]) -> tuple[bool, ...]:
-    """Of which operands gradients are wanted."""
-    return tuple(isinstance(v, Tensor) and v.requires_grad for v in operands)
+def _kind(value: Any) -> Any:
+    """What of an operand the body of an op for training depends on."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return str(value.dtype), value.device.type, value.dim()
+
+
+def _differentiable(
+    gradient: Gradient, operands: Sequence[Any], parts: tuple[Any, ...]
+) -> Differentiable:
+    _, layer, call, _, told, written = parts
+    own = gradient.own
+    if own is not None and not (written.kernel or written.layer):
+        return ByKernel(own, operands, gradient.wanted, own.flows, *parts)
+    flows = differentiable(layer, call, operands, gradient.wanted, written.layer)
+    count = len(told.results) + len(written.layer)
+    return ByReference(gradient.wanted, flows or (True,) * count, *parts)
 
 
 _MOST_ARGUMENTS = 64
 """Of an op, in torch's dispatcher."""
 
 
-def _packed(call: Call, body: Body) -> tuple[int, ...]:
-    most = len(call.types) + body.count + 1  # those of the backward op
-    return call.tensors if most > _MOST_ARGUMENTS else ()
+def _packed(call: Call) -> tuple[int, ...]:
+    return call.tensors if len(call.types) > _MOST_ARGUMENTS else ()
 
 
 def kernel_name(kernel: Kernel) -> str:
@@ -183,37 +204,44 @@ def _register(base: str, call: Call, body: Body) -> None:
     Each has a name of its own and none an overload: torch 2.11 to 2.14 abort at exit where two
     overloads of one op take the same arguments.
     """
-    packed, count = _packed(call, body), body.count
+    packed = _packed(call)
     taken = pack([f"{t} {n}" for t, n in zip(call.types, call.names, strict=True)], packed)
     if packed:
         taken[0] = "Tensor[] tensors"
-    made = ["Tensor"] * (count + len(body.kept))
-    returns = "Tensor" if len(made) == 1 else f"({', '.join(made)})"
+    returns = "Tensor" if body.returns == 1 else f"({', '.join(['Tensor'] * body.returns)})"
     schema = f"({', '.join(taken)}) -> {returns}"
     forward, fake = body.forward, body.fake
     if packed:
         forward, fake = (_unpacking(function, packed) for function in (forward, fake))
-    if not body.differentiable:
+    if not isinstance(body, Differentiable):
         _define(base, schema, forward, fake)
         return
+    count = body.count
 
     def of_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given: function(given[:count], unpack(given[count:-1], packed), given[-1])
+        def run(*given: Any) -> Any:
+            kept = Kept(given[count], list(given[count + 1 : -1]))
+            return function(given[:count], kept, given[-1])
+
+        return run
 
     grads = [f"Tensor? grad_{i}" for i in range(count)]
+    arguments = [*grads, "Tensor[] saved", *body.numbers, "bool[] needs_grad"]
     _define(
         f"{base}_backward",
-        f"({', '.join([*grads, *taken, 'bool[] needs_grad'])}) -> Tensor[]",
+        f"({', '.join(arguments)}) -> Tensor[]",
         of_backward(body.backward),
         of_backward(body.backward_fake),
     )
+    _differentiate(f"{base}_backward", _no_second_gradient)
     _define(f"{base}_training", schema, forward, fake)
-    formula = _Formula(overload(f"{base}_backward"), call, body)
+    formula = _Formula(overload(f"{base}_backward"), body, packed)
+    _differentiate(f"{base}_training", formula.differentiate, formula.save)
+
+
+def _differentiate(name: str, backward: Any, save: Any = None) -> None:
     torch.library.register_autograd(
-        f"{NAMESPACE}::{base}_training",
-        formula.differentiate,
-        setup_context=formula.save,
-        lib=_library,
+        f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_library
     )
 
 
@@ -221,39 +249,37 @@ def _unpacking(function: Callable[..., Any], packed: Sequence[int]) -> Callable[
     return lambda *arguments: function(*unpack(arguments, packed))
 
 
-class _Formula:
-    """The autograd formula of an op: it hands its operands to the backward op."""
+def _no_second_gradient(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError(
+        "the gradient of a gradient goes through a kernel, which has none: keep the layer on its "
+        "reference for this"
+    )
 
-    def __init__(self, backward_op: Any, call: Call, body: Body) -> None:
+
+class _Formula:
+    """The autograd formula of an op: it hands what it keeps of a call to the backward op."""
+
+    def __init__(self, backward_op: Any, body: Differentiable, packed: Sequence[int]) -> None:
         self._op = backward_op
-        self._tensors = call.tensors
-        self._count = body.count
-        self._kept = body.kept
-        self._flows = body.flows
-        self._packed = _packed(call, body)
+        self._body = body
+        self._packed = packed
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         operands = unpack(inputs, self._packed)
+        # Here torch has lists flat, and an argument of its own behind the others.
+        needs = ctx.needs_input_grad[: len(operands)]
+        if listed := len(self._packed):
+            needs = (needs[:listed], *needs[listed:])
+        self._body.check_wanted(unpack(needs, self._packed))
         results = (output,) if isinstance(output, Tensor) else output
-        flows = self._flows.get(_wanted(operands), ())
-        # A buffer that a layer counts in is to stay one.
-        still = [r for r, flow in zip(results, flows, strict=False) if not flow]
-        if self._kept:
-            kept = results[-len(self._kept) :]
-            still += kept
-            for i, before in zip(self._kept, kept, strict=True):
-                operands[i] = before
-        ctx.mark_non_differentiable(*still)
-        ctx.save_for_backward(*(operands[i] for i in self._tensors))
-        ctx.numbers = [None if i in self._tensors else v for i, v in enumerate(operands)]
+        ctx.mark_non_differentiable(*self._body.still(results))
+        tensors, ctx.numbers = self._body.keep(operands, results)
+        ctx.save_for_backward(*tensors)
 
     def differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        grads = grads[: self._count]
-        operands = list(ctx.numbers)
-        for i, tensor in zip(self._tensors, ctx.saved_tensors, strict=True):
-            operands[i] = tensor
         needs = unpack(ctx.needs_input_grad, self._packed)
-        made = iter(self._op(*grads, *pack(operands, self._packed), needs))
+        saved = list(ctx.saved_tensors)
+        made = iter(self._op(*grads[: self._body.count], saved, *ctx.numbers, needs))
         return tuple(pack([next(made) if needed else None for needed in needs], self._packed))
 
 

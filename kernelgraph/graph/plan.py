@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from kernelgraph.graph import verify
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
-from kernelgraph.graph.ops import Lowered, lower
+from kernelgraph.graph.gradient import Gradient
+from kernelgraph.graph.lowering import op_for
+from kernelgraph.graph.ops import Lowered
 from kernelgraph.graph.paths import path_text, read
 from kernelgraph.graph.told import fakes_of
 from kernelgraph.graph.values import NoValue, plain, propagate, value_of
@@ -30,6 +31,7 @@ class Chosen(NamedTuple):
     call: Call
     operands: list[Any]
     lowered: Lowered
+    gradient: Gradient | None
 
 
 @dataclass
@@ -167,14 +169,13 @@ def _decide(
         # The state as it is: making fakes of it would take most of the pass's time.
         values = [read(site.module, path) for path in state.tensors]
         call, operands = Call.of(state, values, site.layer, args, kwargs)
-        if choices.options.verify:
-            verify.check(site, kernel, call, operands)
-        place = (site.module, site.path)
-        lowered = lower(kernel, site.layer, call, operands, training=site.grad, place=place)
+        # The graph may be run with tensors that require gradients where those of now do not.
+        every = choices.training is not None
+        lowered, gradient = op_for(site, kernel, call, operands, choices.options, every=every)
         if lowered.written:
             names = ", ".join(call.names[i] for i in lowered.written)
             raise UnsupportedValue(f"{site.layer.reference.__qualname__} writes into {names}")
-        return Chosen(kernel, call, operands, lowered)
+        return Chosen(kernel, call, operands, lowered, gradient)
     except KeepReference as kept:
         return kept
     except NoValue:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -24,11 +25,13 @@ from torch import Tensor, fx
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import put_leaves, take_leaves
 from kernelgraph.graph.choice import Choices, KeepReference, Site
+from kernelgraph.graph.lowering import decision_of
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import Path, path_text, read
 from kernelgraph.graph.plan import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.saved import save_op
+from kernelgraph.graph.tape import handle
 from kernelgraph.graph.told import Result, fakes_of
 from kernelgraph.graph.values import VALUES, plain
 from kernelgraph.mapping import current_mapping
@@ -43,6 +46,8 @@ def rewrite(
     *,
     mode: Mode,
     example_inputs: Sequence[Any] | None = None,
+    verify_gradients: bool = True,
+    wrong_gradient: str = "recompute",
 ) -> fx.GraphModule:
     """Make each call of an extensible layer in a graph a call of a hub kernel, as a custom op.
 
@@ -62,19 +67,20 @@ def rewrite(
     Args:
         graph_module: What to change.
         mode: ``Mode.INFERENCE`` or ``Mode.TRAINING``, with or without ``| Mode.TORCH_COMPILE``:
-            what to choose kernels for. Only an op for training has a gradient, which is that of
-            the layer's own forward. A layer that was kernelized for torch.compile keeps its
-            kernel.
+            what to choose kernels for. Only an op for training has a gradient: the kernel's own
+            where that is verified to be the layer's, else the layer's. A layer that was kernelized
+            for torch.compile keeps its kernel.
         example_inputs: The graph's positional arguments, real or fake. Other sizes will do at run
             time; other ranks, dtypes and devices, or a tensor for a None, will not.
+        verify_gradients, wrong_gradient: As the backend's options, see `Options`.
 
     Returns:
         ``graph_module`` itself.
 
     Raises:
         TypeError: If an argument is of the wrong type, or a hub layer is impure or does not fit.
-        ValueError: If ``mode`` is not one to choose kernels for, the nodes carry no fake values
-            and there are no ``example_inputs``, or these do not fit the graph.
+        ValueError: If ``mode`` or ``wrong_gradient`` is not one that there is, the nodes carry no
+            fake values and there are no ``example_inputs``, or these do not fit the graph.
         RuntimeError: If a node does not run on fakes.
         Exception: Whatever a repository raises where it cannot be loaded.
     """
@@ -87,7 +93,9 @@ def rewrite(
             f"example_inputs is a tuple of the graph's arguments, not {_kind(example_inputs)}"
         )
     training = Mode.TRAINING in mode
-    choices = Choices(Options(kernel_mode=mode), current_mapping(), training=training)
+    given = {"verify_gradients": verify_gradients, "wrong_gradient": wrong_gradient}
+    options = replace(Options.parse(None, given), kernel_mode=mode)
+    choices = Choices(options, current_mapping(), training=training)
     if example_inputs is None:
         plans = plan(graph_module, choices, need_values=True)
     else:
@@ -120,9 +128,8 @@ def replace_layers(plans: Sequence[Plan], choices: Choices) -> list[tuple[Plan, 
             choices.decisions.append(kept.decision)
             continue
         assert isinstance(item.outcome, Chosen)
-        kernel, op = str(item.outcome.kernel), item.outcome.lowered.qualname
-        decision = item.site.decision(Reason.KERNEL, kernel, "", op)
-        choices.decisions.append(decision)
+        kernel, _, _, lowered, gradient = item.outcome
+        choices.decisions.append(decision_of(item.site, kernel, lowered, gradient))
     for graph_module in dict.fromkeys(item.graph_module for item, _ in done):
         graph_module.graph.lint()
         graph_module.recompile()
@@ -152,9 +159,10 @@ def _replace(item: Plan) -> fx.Node:
         op = graph.call_function(overload(lowered.name), tuple(pack(given, lowered.packed)))
         op.meta = dict(origin)
         results = [op]
-        if (count := len(lowered.results)) > 1:
+        if lowered.returns > 1:
+            count = len(lowered.results)
             results = [graph.call_function(operator.getitem, (op, i)) for i in range(count)]
-    if count > 1:
+    if lowered.returns > 1:
         for key in VALUES:
             if key in node.meta:
                 leaves: list[Any] = []
@@ -246,14 +254,15 @@ def _complete(item: Plan, op: fx.Node) -> None:
             for name in str(node.target).split("."):
                 state = getattr(state, name)
             node.meta[key] = _torch.to_fake(mode, state)
-    results = item.outcome.lowered.results
+    results, returns = item.outcome.lowered.results, item.outcome.lowered.returns
     whole = op.meta.get(key)
-    values: Sequence[Any] = [whole] if len(results) == 1 else list(whole or ())
-    if not (len(values) == len(results) and all(map(_is_told, values, results))):
-        with _torch.running_on(mode):
+    values: Sequence[Any] = [whole] if returns == 1 else list(whole or ())
+    with _torch.running_on(mode):
+        if not (len(values) == len(results) and all(map(_is_told, values, results))):
             values = fakes_of(results)
+        values = [*values, *(handle() for _ in range(returns - len(values)))]
     made: list[tuple[fx.Node, Any]] = [(op, values[0])]
-    if len(values) > 1:
+    if returns > 1:
         pieces: list[Any] = [(user, user.args[1]) for user in op.users]
         made = [(op, tuple(values)), *((user, values[i]) for user, i in pieces)]
     for node, value in made:
@@ -286,7 +295,7 @@ def _save(item: Plan) -> None:
         site.mode,
         chosen.call,
         chosen.operands,
-        training=site.grad,
+        gradient=chosen.gradient,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from kernelgraph.devices import Target
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call
+from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.ops import NAMESPACE, lower
 from kernelgraph.kernel import Kernel, decide_again
 from kernelgraph.layers import extensible
@@ -43,7 +44,7 @@ class SavedOp:
     call: Call
     forms: tuple[Any, ...]
     """Of the operands it was made for: a number, or the arguments of ``torch.empty_strided``."""
-    training: bool
+    gradient: Gradient | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavedOp:
         return self
@@ -62,14 +63,14 @@ def save_op(
     call: Call,
     operands: Sequence[Any],
     *,
-    training: bool,
+    gradient: Gradient | None,
 ) -> None:
     """Have ``graph_module`` carry what one of its ops was made from."""
     ops = graph_module.meta.setdefault(_OPS, {})
     if name not in ops:
         forms = tuple(map(_form, operands))
         selection = kernel.selection
-        ops[name] = SavedOp(name, str(kernel), cls, selection, target, mode, call, forms, training)
+        ops[name] = SavedOp(name, str(kernel), cls, selection, target, mode, call, forms, gradient)
 
 
 def _form(operand: Any) -> Any:
@@ -110,4 +111,4 @@ def _make(saved: SavedOp) -> str:
             else form
             for form in saved.forms
         ]
-    return lower(outcome, layer, saved.call, operands, training=saved.training).name
+    return lower(outcome, layer, saved.call, operands, gradient=saved.gradient).name

@@ -259,7 +259,11 @@ def effects(
 
 
 def differentiable(
-    layer: Extensible, call: Call, operands: Sequence[Any], written: Sequence[int]
+    layer: Extensible,
+    call: Call,
+    operands: Sequence[Any],
+    wanted: Sequence[bool],
+    written: Sequence[int],
 ) -> tuple[bool, ...] | None:
     """Which results a gradient flows through, by a run of the reference on fakes; None where that
     does not run.
@@ -267,7 +271,8 @@ def differentiable(
     Args:
         layer: The layer that is called.
         call: The form of the call.
-        operands: Its operands, which say by ``requires_grad`` where gradients are wanted.
+        operands: Its operands.
+        wanted: Of which of them gradients are wanted.
         written: The operands that the reference writes into: results too, behind the others.
     """
     given = [v for v in operands if isinstance(v, Tensor)]
@@ -280,8 +285,8 @@ def differentiable(
             _torch.forgetting_unbacked_symbols(),
         ):
             leaves = [
-                _like(v).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
-                for v in operands
+                _like(v).requires_grad_(needed) if isinstance(v, Tensor) else v
+                for v, needed in zip(operands, wanted, strict=True)
             ]
             # A layer may write into what it is given, which it could not if these were leaves.
             fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]

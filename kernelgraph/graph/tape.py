@@ -9,7 +9,6 @@ which of them the kernel saves, and the backward is given them anew
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,6 +108,8 @@ class Tape:
         self._lent: list[tuple[Source, Tensor]] = []
         self.inputs: list[Any] = []
         """What to call the forward with."""
+        self.kept: list[Tensor] = []
+        """What the kernel saved that is its own."""
         self._leaves: dict[int, Tensor] = {}
         self._forms: dict[int, tuple[Any, ...]] = {}
         for i, (value, needed) in enumerate(zip(operands, wanted, strict=True)):
@@ -149,6 +150,7 @@ class Tape:
             self._lent += [(("result", k), tensor) for k, tensor in enumerate(made)]
         for saved in self._record.saved:
             self._settle(saved)
+        self.kept = [saved.tensor for saved in self._record.saved if saved.tensor is not None]
         self._record.saved, self._lent, self.inputs = [], [], []
         self._roots: list[tuple[int, GradientEdge]] = []
         for k, (result, flow) in enumerate(zip(results, flows, strict=True)):
@@ -258,26 +260,36 @@ def _hollow(tensor: Tensor) -> None:
 _hollows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
+def handle() -> Tensor:
+    """A handle that no tape is under."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 class Tapes:
-    """Tapes under handles: int64 scalars on the CPU, which a graph keeps as long as it can run
-    the backward. A tape goes with its handle."""
+    """Tapes under handles: scalars on the CPU, which a graph keeps as long as it can run the
+    backward. A tape goes with the memory of its handle, by whose address it is known."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tape, weakref.ref[Tensor]]] = {}
-        self._count = itertools.count()
+        self._kept: dict[int, tuple[Tape, weakref.ref[Any]]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def keep(self, tape: Tape) -> Tensor:
         """A handle for ``tape``."""
-        number = next(self._count)
-        handle = torch.scalar_tensor(number, dtype=torch.int64)
-        gone: Callable[[object], object] = lambda _: self._kept.pop(number, None)  # noqa: E731
-        self._kept[number] = tape, weakref.ref(handle, gone)
-        return handle
+        made = handle()
+        address = made.data_ptr()
+
+        def gone(reference: weakref.ref[Any]) -> None:
+            # Another handle may have the memory by now.
+            if (found := self._kept.get(address)) is not None and found[1] is reference:
+                del self._kept[address]
+
+        # Of the storage: autograd may keep another tensor over it.
+        self._kept[address] = tape, weakref.ref(made.untyped_storage(), gone)
+        return made
 
     def get(self, handle: Tensor) -> Tape | None:
-        """The tape under ``handle``; None if that is a copy of a handle that is gone."""
-        found = self._kept.get(int(handle))
+        """The tape under ``handle``; None if that is a copy of one."""
+        found = self._kept.get(handle.data_ptr())
         return None if found is None else found[0]

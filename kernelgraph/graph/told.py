@@ -69,3 +69,8 @@ def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> N
     if len(known) >= most:
         known.clear()
     known[key] = value
+
+
+def error_text(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -54,7 +54,7 @@ def op_call(
     if lowered.packed:
         given[0] = f"[{', '.join(given[0])}]"
     count = len(lowered.results)
-    one = count == 1 and not lowered.written
+    one = lowered.returns == 1
     results = ["results"] if one else [f"results[{i}]" for i in range(count)]
     lines = [f"results = op({', '.join(given)})"]
     for number, i in enumerate(lowered.written, count):

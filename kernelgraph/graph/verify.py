@@ -21,7 +21,7 @@ from kernelgraph.graph.choice import KeepReference, Site
 from kernelgraph.graph.compare import Output, difference
 from kernelgraph.graph.operands import Operands
 from kernelgraph.graph.runner import Runner
-from kernelgraph.graph.told import remember
+from kernelgraph.graph.told import error_text, remember
 from kernelgraph.kernel import Kernel
 from kernelgraph.report import Reason
 
@@ -62,21 +62,17 @@ def _compare(site: Site, kernel: Kernel, call: Call, maker: Operands) -> str:
     try:
         reference = _run(Runner(site.layer.reference, call), maker)
     except Exception as error:
-        logger.warning("%s is not verified: the reference raised %s", who, _text(error))
+        logger.warning("%s is not verified: the reference raised %s", who, error_text(error))
         return ""
     try:
         made = _run(Runner(kernel.forward, call), maker)
     except torch.OutOfMemoryError as error:
-        logger.warning("%s is not verified: %s", who, _text(error))
+        logger.warning("%s is not verified: %s", who, error_text(error))
         return ""
     except Exception as error:
-        return f"raised {_text(error)}"
+        return f"raised {error_text(error)}"
     with _torch.for_real():
         return difference(made, reference)
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _run(runner: Runner, maker: Operands) -> Output:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelgraph.devices import Device
 from kernelgraph.graph.call import Call, put_leaves
+from kernelgraph.graph.gradient import Gradient, Own, wanted_of
 from kernelgraph.graph.ops import NAMESPACE, Lowered, lower, pack
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State
@@ -74,12 +75,15 @@ def lowered(
     kernel: type[nn.Module] | Kernel,
     *args: Any,
     training: bool = False,
+    own: Own | None = None,
+    every: bool = True,
     fake: Callable[..., Any] | None = None,
     mode: FakeTensorMode | None = None,
     path: str | None = None,
     **kwargs: Any,
 ) -> Op:
-    """The op for ``module(*args, **kwargs)`` with ``kernel``."""
+    """The op for ``module(*args, **kwargs)`` with ``kernel``, for training with the gradient of
+    the reference, or with its ``own``; of every operand, or of those that require one now."""
     if isinstance(kernel, type):
         kernel = kernel_of(kernel)
     layer = layer_of(module, fake)
@@ -88,5 +92,6 @@ def lowered(
     fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in operands]
     with mode, enable_python_dispatcher():
         place = None if path is None else (module, path)
-        made = lower(kernel, layer, call, fakes, training=training, place=place)
+        gradient = Gradient(wanted_of(fakes, every=every), own) if training or own else None
+        made = lower(kernel, layer, call, fakes, gradient=gradient, place=place)
         return Op(made, call, operands)

@@ -41,7 +41,8 @@ INNER = ["eager", "aot_eager"]
 
 
 def compiled(model: Any, inner: Any = "eager", **options: Any) -> Any:
-    options = {"inner": inner, **options}
+    # The toys add 10, which a kernel that is verified before it trains anything may not.
+    options = {"inner": inner, "verify_gradients": False, **options}
     return torch.compile(model, backend="hubkernels", fullgraph=True, options=options)
 
 
@@ -228,7 +229,9 @@ def test_kernels_of_any_kind_in_training(kernel: type[nn.Module]) -> None:
     layer, x = Affine(), torch.randn(3, 4, requires_grad=True)
     replace_kernel_forward_from_hub(Affine, "Layer")
     with use_kernel_mapping(on_cpu(Layer=kernel), inherit_mapping=False):
-        compiled(layer, "aot_eager")(x).sum().backward()
+        # One returns what only looks like a function of its input.
+        own = kernel is not WithItem
+        compiled(layer, "aot_eager", own_backward=own)(x).sum().backward()
     assert reasons() == [""]
     assert x.grad is not None
     assert layer.weight.grad is not None

@@ -16,6 +16,9 @@ TRAINING = Mode.TRAINING | Mode.TORCH_COMPILE
 INFERENCE = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 
+OURS = "policy, inner, kernel_mode, wrong_gradient, verify, verify_gradients, own_backward"
+
+
 def compiler(graph_module: Any, example_inputs: Any) -> Any:
     return graph_module
 
@@ -106,23 +109,23 @@ def test_what_was_given_stays_as_it_was():
             None,
             {"polcy": "never", "max_autotune": True, "another": 1},
             ValueError,
-            "unknown option another, polcy: neither one of hubkernels (policy, inner, "
-            "kernel_mode and verify) nor one of Inductor's (torch._inductor.list_options())",
+            f"unknown option another, polcy: neither one of hubkernels ({OURS}) nor one of "
+            "Inductor's (torch._inductor.list_options())",
         ),
         (None, {1: 2}, TypeError, "the name of an option is a string, not 1"),
         (
             None,
             {"inner": "eager", "max_autotune": True},
             ValueError,
-            "max_autotune: not an option of hubkernels (policy, inner, kernel_mode and verify), "
+            f"max_autotune: not an option of hubkernels ({OURS}), "
             "and Inductor's do not go with inner='eager'",
         ),
         (
             "max-autotune",
             {"inner": "aot_eager"},
             ValueError,
-            "mode='max-autotune': not an option of hubkernels (policy, inner, kernel_mode and "
-            "verify), and Inductor's do not go with inner='aot_eager'",
+            f"mode='max-autotune': not an option of hubkernels ({OURS}), "
+            "and Inductor's do not go with inner='aot_eager'",
         ),
         (
             "reduce-overhead",

@@ -110,7 +110,7 @@ def traced(model: nn.Module, *args: Tensor, key: str = "val") -> fx.GraphModule:
 
 def choices(mapping: Any = None, **options: Any) -> Choices:
     parsed = KernelMapping.parse(MAPPING if mapping is None else mapping)
-    return Choices(Options(**options), parsed)
+    return Choices(Options(**{"verify_gradients": False, **options}), parsed)
 
 
 def replaced(graph_module: fx.GraphModule, chosen: Choices) -> int:

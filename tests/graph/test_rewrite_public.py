@@ -38,7 +38,8 @@ def ops_of(graph_module: fx.GraphModule) -> list[fx.Node]:
 def rewritten(model: nn.Module, *inputs: Any, mode: Mode = INFERENCE, **layers: Any) -> Any:
     graph_module = traced(model)
     with only(**(layers or {"Scale": OpaqueScale})):
-        return rewrite(graph_module, mode=mode, example_inputs=inputs)
+        # The toys add 10, which a kernel that is verified before it trains anything may not.
+        return rewrite(graph_module, mode=mode, example_inputs=inputs, verify_gradients=False)
 
 
 def kernelized(model: nn.Module, kernel: type[nn.Module] = OpaqueScale) -> nn.Module:
@@ -135,7 +136,7 @@ def test_kernels_are_chosen_as_kernelize_chooses_them(mode: Mode, added: int):
     }
     graph_module = traced(nn.Sequential(Scale()))
     with only({"Scale": {"cpu": registered}}):
-        rewrite(graph_module, mode=mode, example_inputs=(X,))
+        rewrite(graph_module, mode=mode, example_inputs=(X,), verify_gradients=False)
     assert torch.equal(graph_module(X), X + added)
 
 

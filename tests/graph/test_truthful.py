@@ -19,7 +19,9 @@ INNER = ["eager", "aot_eager"]
 
 
 def compiled(model: Any, inner: str) -> Any:
-    return torch.compile(model, backend="hubkernels", fullgraph=True, options={"inner": inner})
+    # The toys add 10, which a kernel that is verified before it trains anything may not.
+    options = {"inner": inner, "verify_gradients": False}
+    return torch.compile(model, backend="hubkernels", fullgraph=True, options=options)
 
 
 def by_hand(model: Chain, x: Tensor) -> Tensor:

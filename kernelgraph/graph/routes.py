@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kernelgraph.eager_training import Gradients, Notes, warn_once
 from kernelgraph.graph import _torch
 from kernelgraph.graph.by_reference import ByReference, operands_of
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
@@ -33,7 +34,6 @@ from kernelgraph.graph.state import State, UnsupportedState
 from kernelgraph.graph.trial import Verdict, judge
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
-from kernelgraph.training import Gradients, Notes, warn_once
 
 _UNTOLD = "its gradient cannot be told"
 

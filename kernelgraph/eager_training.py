@@ -18,7 +18,7 @@ from kernelgraph.layers import Extensible
 from kernelgraph.report import Decision, Reason, Report, amend
 
 if TYPE_CHECKING:
-    from kernelgraph.graph.eager_training import Routes
+    from kernelgraph.graph.routes import Routes
 
 logger = logging.getLogger("kernelgraph")
 
@@ -69,7 +69,7 @@ def training_forward(
             return run(self, *args, **kwargs)
         if routes is None:
             # At the first call and not before: it imports what torch's compiler is made of.
-            from kernelgraph.graph.eager_training import Routes
+            from kernelgraph.graph.routes import Routes
 
             routes = Routes(kernel, layer, gradients, notes)
         route = routes.find(self, args, kwargs)

@@ -1,0 +1,300 @@
+"""A training step of a decoder, dense and with a mixture of experts, with kernels and without.
+
+    python examples/benchmarks/training.py [dense] [experts]
+
+Compared are the model run eagerly, eagerly with kernels (``kernelize``), compiled by Inductor, and
+by Inductor with kernels (hubkernels). The kernels are those of the example repository and, on a
+machine with a GPU where the package is installed, liger-kernel's. A step is the forward, the loss
+and the backward; the optimizer, which would do the same for all, is left out, and the vocabulary is
+small. The loss is computed eagerly.
+
+On a GPU the models are large and in bfloat16, elsewhere tiny and in float32. All times are medians
+of one run in which the programs take turns. The memory is the peak of a step over what there was
+before it. At the end it is counted how often the forward of each kernel ran in a step, which has to
+be once for each layer: a backward that ran it again would be paid for twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "kernels")]
+from build import build
+from decoder import Decoder, DecoderConfig
+
+from kernelgraph import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+MODELS = {
+    "cuda": {
+        "dense": DecoderConfig(hidden=2048, heads=16, kv_heads=8, intermediate=5632, layers=8),
+        "experts": DecoderConfig(
+            hidden=2048, heads=16, kv_heads=8, intermediate=768, layers=4, experts=64, top_k=8
+        ),
+    },
+    "cpu": {
+        "dense": DecoderConfig(layers=1),
+        "experts": DecoderConfig(layers=1, experts=8),
+    },
+}[DEVICE]
+TOKENS = {
+    "cuda": {"dense": (4, 1024), "experts": (2, 1024)},
+    "cpu": {"dense": (2, 64), "experts": (2, 64)},
+}[DEVICE]
+WARM_UP = 3
+ROUNDS = 20
+SECONDS = 3.0 if DEVICE == "cuda" else 1.0
+"""A program gets no more turns than fit in here, though at least three."""
+FUNCTIONS = {"RMSNorm": "rms_norm", "SiluAndMul": "silu_and_mul", "MoEExperts": "moe_experts"}
+"""The functions that the hub layers call."""
+
+
+class Loaded:
+    """A repository whose hub layer is there already."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        self.layer = layer
+
+    def load(self) -> type[nn.Module]:
+        return self.layer
+
+
+Kernels = dict[str, Any]
+"""Repositories, by the names of the layers that they are for."""
+
+
+def kernel_sets() -> dict[str, Kernels]:
+    """The sets of kernels that run here, by name."""
+    root = build(backends=(DEVICE,))
+    sets: dict[str, Kernels] = {
+        "examples": {name: LocalLayerRepository(root, layer_name=name) for name in FUNCTIONS}
+    }
+    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        import liger_layers
+
+        sets["liger"] = {name: Loaded(getattr(liger_layers, name)) for name in FUNCTIONS}
+    return sets
+
+
+def mapped(kernels: Kernels) -> Any:
+    """The scope in which ``kernels`` are chosen, and no others."""
+    return use_kernel_mapping({n: {DEVICE: k} for n, k in kernels.items()}, inherit_mapping=False)
+
+
+class Program:
+    """A way to run a model.
+
+    Args:
+        model: Whose parameters get the gradients.
+        call: Maps tokens to logits.
+        kernels: What is chosen from at the first call.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any], kernels: Kernels) -> None:
+        self.model = model
+        self.call = call
+        self.kernels = kernels
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """Forward, loss and backward; gives the loss."""
+        logits = self.call(input_ids)[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def gradient_norm(self) -> float:
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return math.hypot(*(g.float().norm().item() for g in gradients))
+
+
+def programs(model: nn.Module, sets: dict[str, Kernels]) -> dict[str, Program]:
+    """What is compared, by name. Nothing is compiled yet."""
+    made = {
+        "eager": Program(model, model, {}),
+        "Inductor": Program(model, torch.compile(calling(model)), {}),
+    }
+    for name, kernels in sets.items():
+        with mapped(kernels):
+            kernelized = kernelize(copy.deepcopy(model), mode=Mode.TRAINING)
+        made[f"eager, {name}"] = Program(kernelized, kernelized, kernels)
+        compiled = torch.compile(calling(model), backend="hubkernels", fullgraph=True)
+        made[f"hubkernels, {name}"] = Program(model, compiled, kernels)
+    return made
+
+
+def calling(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function of its own that calls ``model``."""
+
+    def run(input_ids: Tensor) -> Tensor:
+        out: Tensor = model(input_ids)
+        return out
+
+    # Dynamo keeps what it compiled by code object and backend. With one code object for two sets
+    # of kernels the second would get the graph of the first.
+    run.__code__ = run.__code__.replace(co_name="run")
+    return run
+
+
+def warm_up(programs: dict[str, Program], input_ids: Tensor) -> None:
+    """Compile and tune, and say what it takes and what each program computes."""
+    for name, program in programs.items():
+        started = time.perf_counter()
+        with mapped(program.kernels):
+            for _ in range(WARM_UP):
+                program.model.zero_grad()
+                loss = program.step(input_ids).item()
+        norm = program.gradient_norm()
+        program.model.zero_grad()
+        took = time.perf_counter() - started
+        print(f"  {name:<22} loss {loss:.4f}, gradient {norm:.4f} ({took:.1f} s)", flush=True)
+
+
+def median_ms(programs: dict[str, Program], input_ids: Tensor) -> dict[str, float]:
+    """The median time of each program's step in milliseconds. They take turns, the slow ones
+    fewer, so that a machine which is slower for a while is slower for all."""
+    times = {name: [seconds(program, input_ids)] for name, program in programs.items()}
+    turns = {name: max(3, min(ROUNDS, int(SECONDS / first))) for name, (first,) in times.items()}
+    for turn in range(ROUNDS):
+        for name, program in programs.items():
+            if turn % (ROUNDS // turns[name]) == 0:
+                times[name].append(seconds(program, input_ids))
+    return {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()}
+
+
+def seconds(program: Program, input_ids: Tensor) -> float:
+    program.model.zero_grad()
+    synchronize()
+    started = time.perf_counter()
+    program.step(input_ids)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mb(run: Callable[[], object]) -> float:
+    """The most memory that there is on the GPU during ``run``, over what there is before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@contextlib.contextmanager
+def counting(kernels: Kernels) -> Iterator[Counter[str]]:
+    """Counts how often the forward of each hub layer runs."""
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        for name, repository in kernels.items():
+            module = sys.modules[repository.load().__module__]
+            function = getattr(module, FUNCTIONS[name])
+            setattr(module, FUNCTIONS[name], counted(function, counts, name))
+            stack.callback(setattr, module, FUNCTIONS[name], function)
+        yield counts
+
+
+def counted(
+    function: Callable[..., Tensor], counts: Counter[str], name: str
+) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        counts[name] += 1
+        return function(*args)
+
+    return run
+
+
+def forwards(program: Program, input_ids: Tensor) -> Counter[str]:
+    """How often the forward of each kernel runs in a step."""
+    program.model.zero_grad()
+    with counting(program.kernels) as counts:
+        program.step(input_ids)
+        synchronize()
+    return counts
+
+
+def show(model: nn.Module, sets: dict[str, Kernels], input_ids: Tensor) -> bool:
+    """Measure a model; gives whether the forward of each kernel ran once for each layer."""
+    compared = programs(model, sets)
+    warm_up(compared, input_ids)
+    ms = median_ms(compared, input_ids)
+    for name in compared:
+        print(f"  {name:<22}{ms[name]:9.2f} ms a step {ms['eager'] / ms[name]:6.2f} x eager")
+    for name in sets:
+        ours, theirs = ms[f"hubkernels, {name}"], ms[f"eager, {name}"]
+        print(
+            f"  kernels of {name}: hubkernels / Inductor {ours / ms['Inductor']:.3f}, "
+            f"hubkernels / eager kernelized {ours / theirs:.3f}"
+        )
+    if DEVICE == "cuda":
+        for name, program in compared.items():
+            program.model.zero_grad()
+            peak = peak_mb(functools.partial(program.step, input_ids))
+            print(f"  {name:<22}{peak:9.0f} MB in a step")
+            program.model.zero_grad()
+    layers = Counter(getattr(module, "kernel_layer_name", None) for module in model.modules())
+    once = Counter({name: layers[name] for name in FUNCTIONS if layers[name]})
+    alright = True
+    for name, program in compared.items():
+        if program.kernels:
+            ran = forwards(program, input_ids)
+            alright &= ran == once
+            of = ", ".join(f"{n} {ran[n]} for {once[n]} layers" for n in once)
+            print(f"  forwards in a step, {name}: {of}")
+    return alright
+
+
+def machine() -> str:
+    """What this runs on."""
+    threads = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else threads
+    return f"torch {torch.__version__} on {DEVICE} ({name}), {str(DTYPE).removeprefix('torch.')}"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description="A training step with kernels and without.")
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; else all")
+    titles = parser.parse_args().models or list(MODELS)
+    if unknown := set(titles) - set(MODELS):
+        parser.error(f"there is no model {', '.join(sorted(unknown))}; there are {list(MODELS)}")
+    started = time.perf_counter()
+    print(machine())
+    sets = kernel_sets()
+    alright = True
+    for title in titles:
+        config = MODELS[title]
+        torch.compiler.reset()
+        model = Decoder(config).to(DEVICE, DTYPE)
+        input_ids = torch.randint(config.vocab, TOKENS[title], device=DEVICE)
+        print(f"\n{title}, tokens {list(input_ids.shape)}: {config}")
+        alright &= show(model, sets, input_ids)
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    if not alright:
+        sys.exit("a forward did not run exactly once")
+
+
+if __name__ == "__main__":
+    main()

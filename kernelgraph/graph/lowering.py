@@ -1,0 +1,109 @@
+"""From a call that a kernel is chosen for to its op: the last questions that are asked of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from kernelgraph.graph import _torch, verify
+from kernelgraph.graph.call import Call
+from kernelgraph.graph.choice import KeepReference, Site
+from kernelgraph.graph.gradient import Gradient, wanted_of
+from kernelgraph.graph.ops import Lowered, lower
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.trial import judge
+from kernelgraph.kernel import Kernel
+from kernelgraph.report import Decision, Reason
+
+logger = logging.getLogger("kernelgraph")
+
+_warned: set[tuple[str, str, str]] = set()
+
+
+def op_for(
+    site: Site,
+    kernel: Kernel,
+    call: Call,
+    operands: Sequence[Any],
+    options: Options,
+    *,
+    every: bool = False,
+) -> tuple[Lowered, Gradient | None]:
+    """The op for a call, and where its gradient comes from if one can flow through it.
+
+    Args:
+        site: Where the call is.
+        kernel: The kernel that is chosen for it.
+        call: Its form.
+        operands: Its operands; of tensors only the form counts.
+        options: The backend's.
+        every: Whether a gradient may be wanted of any operand, and not only of those that
+            require one now.
+
+    Raises:
+        KeepReference: If the kernel does not compute what the layer does.
+        NoFake, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
+    """
+    if options.verify:
+        verify.check(site, kernel, call, operands)
+    gradient = None
+    if site.grad:
+        gradient = _gradient(
+            site, kernel, call, operands, options, wanted_of(operands, every=every)
+        )
+    place = (site.module, site.path)
+    return lower(kernel, site.layer, call, operands, gradient=gradient, place=place), gradient
+
+
+def decision_of(
+    site: Site, kernel: Kernel, lowered: Lowered, gradient: Gradient | None
+) -> Decision:
+    """What the report says of an op."""
+    where = str(gradient) if gradient else ""
+    return site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname, where)
+
+
+def _gradient(
+    site: Site,
+    kernel: Kernel,
+    call: Call,
+    operands: Sequence[Any],
+    options: Options,
+    wanted: tuple[bool, ...],
+) -> Gradient:
+    if not options.own_backward:
+        return Gradient(wanted, None, "own_backward is False")
+    with _torch.for_real():
+        compare = options.verify_gradients
+        verdict = judge(site.layer, site.module, kernel, call, operands, wanted, compare=compare)
+    if verdict.output:
+        warn(site, kernel, verdict.output, "the layer runs on its own forward")
+        raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.output}")
+    if not verdict.wrong:
+        return Gradient(wanted, verdict.own)
+    if options.wrong_gradient == "reference":
+        warn(site, kernel, verdict.wrong, "the layer runs on its own forward")
+        raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.wrong}")
+    warn(
+        site,
+        kernel,
+        verdict.wrong,
+        "its backward runs the layer's own forward again, for its gradient",
+    )
+    return Gradient(wanted, None, verdict.wrong)
+
+
+def warn(site: Site, kernel: Kernel, what: str, instead: str) -> None:
+    """Say, once in a process, what a kernel does wrong in training, and what is done instead."""
+    key = (str(kernel), site.layer.layer_name, what)
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning(
+            "kernel %s for layer %s at %s: %s; %s",
+            kernel,
+            site.layer.layer_name,
+            site.path or "(model)",
+            what,
+            instead,
+        )
