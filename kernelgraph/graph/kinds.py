@@ -35,8 +35,9 @@ class Kinds(Generic[V]):
     def get(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V | None:
         """The value for a call, if there is one."""
         for form in self._forms:
-            if (key := form.key(module, args, kwargs)) is not None:
-                return form.values.get(key)
+            key = form.key(module, args, kwargs)
+            if key is not None and (value := form.values.get(key)) is not None:
+                return value
         return None
 
     def put(
