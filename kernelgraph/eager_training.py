@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import types
 import weakref
@@ -19,8 +18,6 @@ from kernelgraph.report import Decision, Reason, Report, amend
 
 if TYPE_CHECKING:
     from kernelgraph.graph.routes import Routes
-
-logger = logging.getLogger("kernelgraph")
 
 
 class Gradients(NamedTuple):
@@ -127,30 +124,3 @@ class Notes:
 
 def _is_worse(source: str, decision: Decision) -> bool:
     return decision.uses_kernel and (not decision.gradient or decision.gradient == "kernel")
-
-
-_warned: set[Any] = set()
-_warning = threading.Lock()
-
-
-def warn_once(
-    kernel: Kernel, layer: Extensible, path: str | None, wrong: str, instead: str
-) -> None:
-    """Log one WARNING in the process for what is wrong with a kernel for a layer.
-
-    Args:
-        kernel: The kernel.
-        layer: The layer that it stands in for.
-        path: Where in the model; None where that is not known.
-        wrong: What is wrong.
-        instead: What is done about it.
-    """
-    key = (str(kernel), layer.layer_name, wrong)
-    with _warning:
-        if key in _warned:
-            return
-        _warned.add(key)
-    where = "" if path is None else f" at {path or '(model)'}"
-    logger.warning(
-        "kernel %s for layer %s%s: %s; %s", kernel, layer.layer_name, where, wrong, instead
-    )

@@ -183,3 +183,25 @@ def amend(report: Report, number: int, decision: Decision) -> Report:
         if _last is report:
             _last = amended
     return amended
+
+
+_warned: set[tuple[str, str, str]] = set()
+_warning = threading.Lock()
+
+
+def warn_once(kernel: str, layer: str, path: str | None, wrong: str, instead: str) -> None:
+    """Say, once in the process, what a kernel does wrong in training.
+
+    Args:
+        kernel: The kernel.
+        layer: The name of the layer that it stands in for.
+        path: The layer's path in the model; None where it is not known.
+        wrong: What is wrong.
+        instead: What is done about it.
+    """
+    with _warning:
+        if (kernel, layer, wrong) in _warned:
+            return
+        _warned.add((kernel, layer, wrong))
+    where = "" if path is None else f" at {path or '(model)'}"
+    logger.warning("kernel %s for layer %s%s: %s; %s", kernel, layer, where, wrong, instead)

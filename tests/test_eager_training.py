@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernelgraph import Mode, eager_training, kernelize, last_report, use_kernel_forward_from_hub
+from kernelgraph import Mode, kernelize, last_report, report, use_kernel_forward_from_hub
 from kernelgraph.report import Reason
 from tests.toys import BrokenRepository, Plus10, Scale, forwards, only
 
@@ -264,7 +264,7 @@ def assert_trains_like_the_reference(
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.WARNING, logger="kernelgraph")
-    eager_training._warned.clear()
+    report._warned.clear()
     return lambda: caplog.messages
 
 
@@ -577,7 +577,7 @@ class TestWrongOutput:
         assert decision.detail.startswith("tests@")
         assert ": Plus10: it is off by" in decision.detail
         (message,) = messages()
-        assert message.endswith("; where a gradient is wanted, the layer's reference is used")
+        assert message.endswith("; where a gradient is wanted, the layer runs on its own forward")
 
     def test_is_believed_where_it_is_not_to_be_verified(self) -> None:
         with only(Scale=Plus10):
@@ -855,7 +855,7 @@ class TestUntold:
         assert decision.reason is Reason.WRONG
         (message,) = messages()
         assert "gradient" in message
-        assert message.endswith("; where a gradient is wanted, the layer's reference is used")
+        assert message.endswith("; where a gradient is wanted, the layer runs on its own forward")
 
     def test_without_gradients_runs_the_kernel(self) -> None:
         made = kernelize_on_cpu(CountsDetached, Counts())
@@ -986,8 +986,8 @@ class TestTold:
         kernel = str(last_report().decisions[0].kernel)
         assert message == (
             f"kernel {kernel} for layer Gate at 0.gate: it has no backward: no gradient flows "
-            "through what it returns; its forward is used, and the gradient of the layer's "
-            "reference"
+            "through what it returns; its backward runs the layer's own forward again, for its "
+            "gradient"
         )
 
     def test_the_report_says_where_the_gradient_comes_from(self) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernelgraph.eager_training import Gradients, Notes, warn_once
+from kernelgraph.eager_training import Gradients, Notes
 from kernelgraph.graph import _torch
 from kernelgraph.graph.by_reference import ByReference, operands_of
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
@@ -34,6 +34,7 @@ from kernelgraph.graph.state import State, UnsupportedState
 from kernelgraph.graph.trial import Verdict, judge
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
+from kernelgraph.report import warn_once
 
 _UNTOLD = "its gradient cannot be told"
 
@@ -107,8 +108,8 @@ class Routes:
     def _tell(self, route: Route, module: nn.Module) -> None:
         route.told.add(module)
         if route.wrong:
-            path = self._notes.path(module)
-            warn_once(self._kernel, self._layer, path, route.wrong, route.instead)
+            name, path = self._layer.layer_name, self._notes.path(module)
+            warn_once(str(self._kernel), name, path, route.wrong, route.instead)
         if route.kept:
             self._notes.reference(module, f"{self._kernel}: {route.kept}")
         elif route.gradient:
@@ -118,7 +119,7 @@ class Routes:
         return self._layer.reference(module, *args, **kwargs)
 
     def _kept(self, why: str) -> Route:
-        instead = "where a gradient is wanted, the layer's reference is used"
+        instead = "where a gradient is wanted, the layer runs on its own forward"
         return Route(self._reference, kept=why, wrong=why, instead=instead)
 
     def _route(
@@ -153,7 +154,7 @@ class Routes:
                 way = ByReference(self._kernel, self._layer, call, operands)
             except UnsupportedValue as error:
                 return self._kept(f"{verdict.wrong}; {error}")
-        instead = "its forward is used, and the gradient of the layer's reference"
+        instead = "its backward runs the layer's own forward again, for its gradient"
         return Route(way, f"reference: {verdict.wrong}", wrong=verdict.wrong, instead=instead)
 
 
