@@ -5,7 +5,7 @@ holds, and by the Python values among them. There are three ways:
 
 1. The kernel's own backward is right: its forward is called as it is.
 2. It is missing, wrong, or cannot be told: the kernel's forward is run below autograd, and the
-   gradient is that of the layer's reference (`ByReference`).
+   gradient is that of the layer's reference (`BorrowedGradient`).
 3. The kernel's output is wrong, or the call is of a kind that cannot be made again for a
    comparison: the reference is called, and no kernel.
 """
@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kernelgraph.eager_training import Gradients, Notes
 from kernelgraph.graph import _torch
-from kernelgraph.graph.by_reference import ByReference, operands_of
+from kernelgraph.graph.borrowed import BorrowedGradient, operands_of
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
 from kernelgraph.graph.gradient import wanted_of
 from kernelgraph.graph.kinds import Kinds
@@ -151,7 +151,7 @@ class Routes:
             if self._gradients.wrong == "reference":
                 return self._kept(verdict.wrong)
             try:
-                way = ByReference(self._kernel, self._layer, call, operands)
+                way = BorrowedGradient(self._kernel, self._layer, call, operands)
             except UnsupportedValue as error:
                 return self._kept(f"{verdict.wrong}; {error}")
         instead = "its backward runs the layer's own forward again, for its gradient"

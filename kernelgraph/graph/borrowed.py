@@ -1,4 +1,8 @@
-"""A kernel's forward with the gradient of the layer's reference, in eager use."""
+"""A kernel's forward with a gradient that it borrows from the layer's reference, in eager use.
+
+One ``torch.autograd.Function``, which is what is fastest there; in a compiled graph it would bypass
+the compile caches.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 
-class ByReference:
+class BorrowedGradient:
     """Makes calls of one form by a kernel, whose gradient is that of the layer's reference.
 
     Args:
@@ -76,13 +80,13 @@ def operands_of(
     return operands + [read(module, path) for path in call.state.operands]
 
 
-class _ByReference(torch.autograd.Function):
+class _BorrowedGradient(torch.autograd.Function):
     """The arguments before the tensors are of Python's: autograd sees the tensors alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        by: ByReference,
+        by: BorrowedGradient,
         run: Callable[[], Any],
         operands: Sequence[Any],
         template: list[Template],
@@ -111,7 +115,7 @@ class _ByReference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        by: ByReference = ctx.by
+        by: BorrowedGradient = ctx.by
         operands = list(ctx.rest)
         needs = [False] * len(operands)
         asked = ctx.needs_input_grad[-len(by.call.tensors) :]
@@ -124,7 +128,7 @@ class _ByReference(torch.autograd.Function):
         return (None, None, None, None, *(next(made) if needed else None for needed in asked))
 
 
-_apply: Callable[..., tuple[Tensor, ...]] = _ByReference.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _BorrowedGradient.apply
 
 
 def _is_plain(tensor: Tensor) -> bool:
