@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
+from kernelgraph.eager_training import Gradients, Notes, training_forward
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
@@ -52,25 +53,36 @@ class Recipe:
     mode: Mode
     function: Callable[..., Any]
     """What runs the kernel on an instance."""
+    verify_gradients: bool = True
+    """Whether its gradients are compared with the reference's before it trains."""
+    wrong_gradient: str = "recompute"
+    """What a kernel whose gradient is wrong may do: see `kernelize`."""
 
     def __reduce__(self) -> Any:
         # The layers of a class share their recipe, and so do their pickles: this is once a class.
-        return _remake, (self.cls, self.selection, self.target, self.mode)
+        made_from = (self.cls, self.selection, self.target, self.mode)
+        return _remake, (*made_from, self.verify_gradients, self.wrong_gradient)
 
 
-def _remake(cls: type[nn.Module], selection: Selection, target: Target, mode: Mode) -> Recipe:
+def _remake(
+    cls: type[nn.Module],
+    selection: Selection,
+    target: Target,
+    mode: Mode,
+    *gradients: Any,  # none in pickles of versions that did not verify them
+) -> Recipe:
     """Unpickle a `Recipe`: for its kernel, or where that is not to be had here, the reference."""
     try:
         if (layer := extensible(cls)) is None:
             raise TypeError("the class is not extensible in this process")
         outcome = decide_again(layer, selection, target, mode)
         if isinstance(outcome, Kernel):
-            return Recipe(cls, selection, target, mode, _forward_for(outcome, layer, mode))
+            return _recipe(cls, layer, outcome, target, mode, Gradients(*gradients), Notes())
         why = because(outcome.reason, outcome.detail)
     except Exception as error:  # a kernel is not worth the weights that come with it
         why = f"{type(error).__name__}: {error}"
     logger.warning("unpickled layers %s run their reference: %s", cls.__qualname__, why)
-    return Recipe(cls, selection, target, mode, reference_of(cls))
+    return Recipe(cls, selection, target, mode, reference_of(cls), *gradients)
 
 
 class KernelForward(BoundForward):
@@ -95,14 +107,24 @@ def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
     return forward
 
 
-def _forward_for(kernel: Kernel, layer: Extensible, mode: Mode) -> Callable[..., Any]:
-    """The function that runs ``kernel`` on an instance in ``mode``."""
-    if Mode.TORCH_COMPILE not in mode:
-        return kernel.forward
+def _recipe(
+    cls: type[nn.Module],
+    layer: Extensible,
+    kernel: Kernel,
+    target: Target,
+    mode: Mode,
+    gradients: Gradients,
+    notes: Notes,
+) -> Recipe:
+    """The recipe that runs ``kernel`` on the instances of ``cls`` in ``mode``."""
+    function = kernel.forward
+    if Mode.TORCH_COMPILE in mode:
+        from kernelgraph.graph.layer_call import kernelized_forward
 
-    from kernelgraph.graph.layer_call import kernelized_forward
-
-    return kernelized_forward(kernel, layer)
+        function = kernelized_forward(kernel, layer)
+    elif Mode.TRAINING in mode:
+        function = training_forward(kernel, layer, gradients, notes)
+    return Recipe(cls, kernel.selection, target, mode, function, *gradients)
 
 
 class _Plan(NamedTuple):
@@ -120,6 +142,8 @@ def kernelize(
     mode: Mode | enum.Flag,
     device: str | torch.device | Device | None = None,
     use_fallback: bool | KernelizeFallback | enum.Flag = True,
+    verify_gradients: bool = True,
+    wrong_gradient: str = "recompute",
 ) -> nn.Module:
     """Swap the forwards of ``model``'s extensible layers for kernels of the current mapping.
 
@@ -132,6 +156,10 @@ def kernelize(
     running on the layer that it is a copy of, until it is kernelized itself; and a model that is
     moved to another device is to be kernelized again.
 
+    No kernel trains on its word alone. Where a gradient is wanted of a layer that was kernelized
+    for training, the first call of each kind compares the kernel's output and gradients with those
+    of the layer's reference. What is found wrong is told by one WARNING, and by the report.
+
     Args:
         model: Any module; its extensible layers, and the extensible functions attached to its
             modules, are changed.
@@ -141,6 +169,12 @@ def kernelize(
             or buffer.
         use_fallback: Whether a layer may keep its reference where no kernel fits. False raises
             instead; a `KernelizeFallback` says in which cases it may.
+        verify_gradients: Whether the outputs and gradients of kernels are compared with the
+            reference's before they train. With False a missing gradient is still found, and a
+            wrong one is believed.
+        wrong_gradient: What is done where a kernel's gradient is missing or wrong: with
+            ``"recompute"`` its forward is used and the gradient is the reference's, which is run
+            again for it; with ``"reference"`` the reference is used for all of it.
 
     The ``kernels`` package's ``Mode``, ``Device`` and ``KernelizeFallback`` will do as well.
 
@@ -161,7 +195,9 @@ def kernelize(
     tried(mode)
     target = _target(model, device)
     allowed = KernelizeFallback.parse(use_fallback)
+    gradients = Gradients.parse(verify_gradients, wrong_gradient)
     mapping = current_mapping()
+    notes = Notes()
 
     layers: dict[type, Extensible | None] = {}
     plans: dict[type, _Plan] = {}
@@ -185,8 +221,10 @@ def kernelize(
             continue
         # Only now, so that what nobody wants is not loaded, and is no error.
         if cls not in plans:
-            plans[cls] = _plan(cls, layer, path, target, mode, mapping, allowed)
+            plans[cls] = _plan(cls, layer, path, target, mode, mapping, allowed, gradients, notes)
         plan = plans[cls]
+        if plan.recipe is not None and mode == Mode.TRAINING:
+            notes.places[module] = len(decisions)
         decisions.append(Decision(path, *plan.decided))
         changes.append((module, plan.recipe))
 
@@ -196,7 +234,8 @@ def kernelize(
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = _bind(module, recipe)
-    publish(Report("kernelize", tuple(decisions)))
+    notes.report = Report("kernelize", tuple(decisions))
+    publish(notes.report)
     return model
 
 
@@ -237,13 +276,15 @@ def _plan(
     mode: Mode,
     mapping: KernelMapping,
     allowed: KernelizeFallback,
+    gradients: Gradients,
+    notes: Notes,
 ) -> _Plan:
     """Decide for a class of layers, whose first instance to need it is at ``path``."""
     unloadable = KernelizeFallback.CANNOT_LOAD in allowed
     outcome = decide(layer, target, mode, mapping, keep_unloadable=unloadable)
     place = (layer.layer_name, target.type, str(mode))
     if isinstance(outcome, Kernel):
-        recipe = Recipe(cls, outcome.selection, target, mode, _forward_for(outcome, layer, mode))
+        recipe = _recipe(cls, layer, outcome, target, mode, gradients, notes)
         return _Plan((*place, Reason.KERNEL, str(outcome), ""), recipe)
     case = _FALLBACK_CASES.get(outcome.reason)
     if case is not None and case not in allowed:

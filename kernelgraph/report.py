@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 logger = logging.getLogger("kernelgraph")
@@ -140,6 +141,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]
 
 
 _last: Report | None = None
+_amending = threading.Lock()
 
 
 def last_report() -> Report | None:
@@ -164,3 +166,42 @@ def publish(report: Report) -> None:
             _outcome(d),
             d.gradient and f"; gradient: {d.gradient}",
         )
+
+
+def amend(report: Report, number: int, decision: Decision) -> Report:
+    """Put ``decision`` in the place of one of ``report``, in the last report if it is that still.
+
+    Returns:
+        The report with it, to amend next.
+    """
+    global _last
+    with _amending:
+        decisions = report.decisions
+        amended = replace(
+            report, decisions=(*decisions[:number], decision, *decisions[number + 1 :])
+        )
+        if _last is report:
+            _last = amended
+    return amended
+
+
+_warned: set[tuple[str, str, str]] = set()
+_warning = threading.Lock()
+
+
+def warn_once(kernel: str, layer: str, path: str | None, wrong: str, instead: str) -> None:
+    """Say, once in the process, what a kernel does wrong in training.
+
+    Args:
+        kernel: The kernel.
+        layer: The name of the layer that it stands in for.
+        path: The layer's path in the model; None where it is not known.
+        wrong: What is wrong.
+        instead: What is done about it.
+    """
+    with _warning:
+        if (kernel, layer, wrong) in _warned:
+            return
+        _warned.add((kernel, layer, wrong))
+    where = "" if path is None else f" at {path or '(model)'}"
+    logger.warning("kernel %s for layer %s%s: %s; %s", kernel, layer, where, wrong, instead)

@@ -36,6 +36,7 @@ from torch._inductor.codegen.custom_extern_kernel_codegen import (
 from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
@@ -493,3 +494,28 @@ def recording_gradients() -> Iterator[None]:
         for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         yield
+
+
+def transforming() -> bool:
+    """Whether the code that runs is differentiated or batched by ``torch.func``, or in forward
+    mode. Tried on 2.11, 2.13, 2.14."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+_AUTOCAST_KINDS = tuple(
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+)
+
+
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether there is an autocast region around the code that runs. Tried on 2.11, 2.13, 2.14."""
+
+
+def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    """The device types and dtypes of these regions."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in _AUTOCAST_KINDS
+        if torch.is_autocast_enabled(kind)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,7 @@ from kernelgraph.graph.ops import Lowered, lower
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.trial import judge
 from kernelgraph.kernel import Kernel
-from kernelgraph.report import Decision, Reason
-
-logger = logging.getLogger("kernelgraph")
-
-_warned: set[tuple[str, str, str]] = set()
+from kernelgraph.report import Decision, Reason, warn_once
 
 
 def op_for(
@@ -96,14 +91,4 @@ def _gradient(
 
 def warn(site: Site, kernel: Kernel, what: str, instead: str) -> None:
     """Say, once in a process, what a kernel does wrong in training, and what is done instead."""
-    key = (str(kernel), site.layer.layer_name, what)
-    if key not in _warned:
-        _warned.add(key)
-        logger.warning(
-            "kernel %s for layer %s at %s: %s; %s",
-            kernel,
-            site.layer.layer_name,
-            site.path or "(model)",
-            what,
-            instead,
-        )
+    warn_once(str(kernel), site.layer.layer_name, site.path, what, instead)

@@ -58,27 +58,54 @@ class Recompute:
                 else v
                 for v, needed in zip(operands, needs, strict=True)
             ]
-            results = self._results(leaves, operands)
-            pairs = [
-                (r, g.to(r.dtype))
-                for r, g in zip(results, grads, strict=True)
-                if g is not None and r.requires_grad
-            ]
             wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
-            made: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs and wanted:
-                made = torch.autograd.grad(
-                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-                )
-        # Of a tensor that is passed twice, the whole gradient goes to the first.
-        first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
+            made = self._differentiate(leaves, operands, grads, wanted)
         whole = [
-            torch.zeros_like(v, memory_format=torch.contiguous_format)
-            if g is None or first[id(v)] != k
-            else g
-            for k, (v, g) in enumerate(zip(wanted, made, strict=True))
+            torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else g
+            for v, g in zip(wanted, _once(made, wanted), strict=True)
         ]
         return owned(whole, [v for v in (*grads, *operands) if isinstance(v, Tensor)])
+
+    def differentiably(
+        self, grads: Sequence[Tensor | None], operands: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """`gradients` that can be differentiated again, for ``create_graph=True``; None where
+        there is none."""
+        with torch.enable_grad():
+            # Of views: of the operands themselves it would be more, where one is made of another.
+            own: dict[int, Tensor] = {}
+            views = [
+                own.setdefault(id(v), v.view_as(v)) if isinstance(v, Tensor) else v
+                for v in operands
+            ]
+            wanted = [v for v, needed in zip(views, needs, strict=True) if needed]
+            made = self._differentiate(views, operands, grads, wanted, create_graph=True)
+        return _once(made, wanted)
+
+    def _differentiate(
+        self,
+        leaves: Sequence[Any],
+        operands: Sequence[Any],
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[Tensor],
+        *,
+        create_graph: bool = False,
+    ) -> Sequence[Tensor | None]:
+        results = self._results(leaves, operands)
+        pairs = [
+            (r, g.to(r.dtype))
+            for r, g in zip(results, grads, strict=True)
+            if g is not None and r.requires_grad
+        ]
+        if not pairs or not wanted:
+            return [None] * len(wanted)
+        return torch.autograd.grad(
+            [r for r, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
 
     def _results(self, leaves: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
         # Not of the leaves themselves: a reference may write into what it is given.
@@ -98,3 +125,10 @@ class Recompute:
         who = f"the reference of {self._layer.layer_name}{self._place(operands)}"
         check_unwritten(before, operands, self._call.names, who)
         return results
+
+
+def _once(made: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients ``made``: of a tensor that is passed twice, the whole goes to the first."""
+    first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
+    pairs = zip(made, wanted, strict=True)
+    return [g if first[id(v)] == k else None for k, (g, v) in enumerate(pairs)]
