@@ -481,19 +481,53 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         return copy.deepcopy(module)
 
 
-@contextlib.contextmanager
-def recording_gradients() -> Iterator[None]:
-    """Have autograd record what happens here, even where the dispatcher is past it.
+_AUTOGRAD = (
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.ADInplaceOrView,
+)
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+
+
+def begin_recording(enabled: bool = True) -> tuple[bool, ...]:
+    """Have autograd record what follows, even where the dispatcher is past it; what was before.
 
     It is in a graph compiled for inference, which a gradient that is computed inside a compiled
     function ends up in; the results of the reference would not depend on anything, and the
-    gradients be zero. Tried on 2.11, 2.13, 2.14.
+    gradients be zero. Not a context manager: this is on the way of each call of a kernel. Tried on
+    2.11, 2.13, 2.14.
+
+    Args:
+        enabled: Whether gradients are enabled; without, this is for code that enables them.
     """
-    keys = torch._C.DispatchKey
-    with contextlib.ExitStack() as stack:
-        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        yield
+    before = torch.is_grad_enabled(), *map(_excluded, _AUTOGRAD)
+    torch._C._set_grad_enabled(enabled)
+    if True in before[1:]:
+        for key in _AUTOGRAD:
+            _exclude(key, False)
+    return before
+
+
+def end_recording(before: tuple[bool, ...]) -> None:
+    """As it was before `begin_recording`."""
+    torch._C._set_grad_enabled(before[0])
+    if True in before[1:]:
+        for key, was in zip(_AUTOGRAD, before[1:], strict=True):
+            _exclude(key, was)
+
+
+class recording_gradients:  # noqa: N801 (a context manager)
+    """`begin_recording`, and `end_recording`."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+
+    def __enter__(self) -> None:
+        self._before = begin_recording(self._enabled)
+
+    def __exit__(self, *_: object) -> None:
+        end_recording(self._before)
 
 
 def transforming() -> bool:

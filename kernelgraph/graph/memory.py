@@ -16,15 +16,18 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     taken = [extent(t) for t in inputs]
     made = []
     for tensor in tensors:
-        tensor = tensor.detach()
+        if tensor.requires_grad or tensor._is_view():
+            tensor = tensor.detach()
         if tensor.is_conj() or tensor.is_neg():  # a sign that is yet to be put into the memory
             tensor = tensor.resolve_conj().resolve_neg()
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         start, end = extent(tensor)
-        if any(start < e and s < end for s, e in taken):
-            tensor = tensor.clone()
-            start, end = extent(tensor)
+        for s, e in taken:
+            if start < e and s < end:
+                tensor = tensor.clone()
+                start, end = extent(tensor)
+                break
         taken.append((start, end))
         made.append(tensor)
     return made
@@ -43,10 +46,10 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     and it shall not be handed on as a result either.
     """
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + (tensor.nbytes or 1)
     if tensor.numel() == 0:
         return start, start + 1
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
 

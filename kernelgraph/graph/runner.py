@@ -39,7 +39,12 @@ class Runner:
         return self.run(*operands)
 
     def around(
-        self, before: Sequence[str], on_error: str, after: Sequence[str], names: dict[str, Any]
+        self,
+        before: Sequence[str],
+        on_error: str,
+        after: Sequence[str],
+        names: dict[str, Any],
+        always: Sequence[str] = (),
     ) -> Callable[..., Any]:
         """A function that makes the call between other lines.
 
@@ -48,14 +53,15 @@ class Runner:
             on_error: What to do with the ``error`` that it raises.
             after: Lines behind it, which find what it returns as ``result``.
             names: What the lines call by name.
+            always: Lines right behind it, also where it raises.
         """
-        return self._write([*before, *self._call_lines(on_error), *after], names)
+        return self._write([*before, *self._call_lines(on_error, always), *after], names)
 
     def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
         made: Callable[..., Any] = write(self.operands, lines, {**self._namespace, **names})
         return made
 
-    def _call_lines(self, on_error: str = "") -> list[str]:
+    def _call_lines(self, on_error: str = "", always: Sequence[str] = ()) -> list[str]:
         """The lines of the call. For a norm with a weight and an eps::
 
         try:
@@ -91,6 +97,7 @@ class Runner:
             f"    result = forward({', '.join(['module', *given])})",
             *(["except Exception as error:", f"    {on_error}"] if on_error else []),
             "finally:",
+            *(f"    {line}" for line in always),
             *(f"    {slot} = None" for slot in tensors),
             "    free.append(shell)",
         ]

@@ -74,11 +74,17 @@ def _unpack(saved: _Saved) -> Tensor:
         return saved.tensor.clone() if saved.record.copied else saved.tensor
     whole = saved.record.given[saved.source]
     if whole.stride() != saved.base:  # the compiler has laid it out anew
-        whole = torch.empty_like(whole).as_strided(whole.shape, saved.base).copy_(whole)
+        whole = laid_out(whole, saved.base)
     if saved.offset == 0 and saved.shape == whole.shape and saved.stride == saved.base:
         return whole
     offset = whole.storage_offset() + saved.offset
     return whole.as_strided(saved.shape, saved.stride, offset)
+
+
+def laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """A copy of ``tensor`` in other strides."""
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
 
 
 class Tape:
@@ -108,10 +114,12 @@ class Tape:
         self._lent: list[tuple[Source, Tensor]] = []
         self.inputs: list[Any] = []
         """What to call the forward with."""
-        self.kept: list[Tensor] = []
-        """What the kernel saved that is its own."""
-        self._leaves: dict[int, Tensor] = {}
-        self._forms: dict[int, tuple[Any, ...]] = {}
+        self.saves: list[_Saved] = []
+        """What the kernel saved."""
+        self.roots: list[tuple[int, GradientEdge]] = []
+        """The results that a gradient flows through, and where it goes from each."""
+        self.leaves: dict[int, Tensor] = {}
+        """The operands that gradients are wanted of."""
         for i, (value, needed) in enumerate(zip(operands, wanted, strict=True)):
             if isinstance(value, Tensor):
                 if holds:
@@ -120,17 +128,17 @@ class Tape:
                     self._lent.append((("operand", i), value))
                     value = value.detach()
                 if needed:
-                    self._leaves[i] = value.requires_grad_()
-                    self._forms[i] = value.shape, value.dtype
+                    self.leaves[i] = value.requires_grad_()
             self.inputs.append(value)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What the kernel saved that is its own."""
+        return [saved.tensor for saved in self.saves if saved.tensor is not None]
 
     def run(self, forward: Callable[[Sequence[Any]], Any]) -> Any:
         """What ``forward`` returns of `inputs`; autograd sees it."""
-        with (
-            torch.enable_grad(),
-            _torch.recording_gradients(),
-            saved_tensors_hooks(self._record.pack, _unpack),
-        ):
+        with _torch.recording_gradients(), saved_tensors_hooks(self._record.pack, _unpack):
             return forward(self.inputs)
 
     def close(
@@ -150,14 +158,13 @@ class Tape:
             self._lent += [(("result", k), tensor) for k, tensor in enumerate(made)]
         for saved in self._record.saved:
             self._settle(saved)
-        self.kept = [saved.tensor for saved in self._record.saved if saved.tensor is not None]
+        self.saves = self._record.saved
         self._record.saved, self._lent, self.inputs = [], [], []
-        self._roots: list[tuple[int, GradientEdge]] = []
         for k, (result, flow) in enumerate(zip(results, flows, strict=True)):
             if flow:
-                self._roots.append((k, self._root(k, result)))
+                self.roots.append((k, self._root(k, result)))
         if not self._holds:
-            for leaf in self._leaves.values():
+            for leaf in self.leaves.values():
                 _hollow(leaf)
 
     def _root(self, number: int, result: Tensor) -> GradientEdge:
@@ -204,49 +211,53 @@ class Tape:
             needs: Of which operands gradients are wanted now, at most those of the forward.
             copied: Whether the backward writes into what else the kernel saved, and gets copies.
         """
-        flowing = [(edge, g) for k, edge in self._roots if (g := grads[k]) is not None]
-        leaves = {i: leaf for i, leaf in self._leaves.items() if needs[i]}
-        if not flowing or not leaves:
-            return [None for needed in needs if needed]
         self._record.given, self._record.copied = given, copied
         try:
-            with _torch.recording_gradients(), torch.no_grad():
-                found = self._by_node(flowing) or self._by_engine(flowing, leaves)
+            with _torch.recording_gradients(enabled=False):
+                leaves = {i: leaf for i, leaf in self.leaves.items() if needs[i]}
+                found = _by_engine(self.roots, leaves, grads)
         finally:
             self._record.given = {}
         return [found.get(i) for i, needed in enumerate(needs) if needed]
 
-    def _by_engine(
-        self, flowing: Sequence[tuple[GradientEdge, Tensor]], leaves: Mapping[int, Tensor]
-    ) -> dict[int, Tensor | None]:
-        edges, grads = zip(*flowing, strict=True)
-        made = torch.autograd.grad(
-            edges, list(leaves.values()), grads, retain_graph=True, allow_unused=True
-        )
-        return dict(zip(leaves, made, strict=True))
+    def ends(self, node: Any) -> list[int] | None:
+        """The operands that gradients of a ``torch.autograd.Function`` are of, one for each of its
+        arguments that it makes a gradient of; None if they are not all operands."""
+        indices = {id(leaf): i for i, leaf in self.leaves.items()}
+        at = [
+            indices.get(id(getattr(end, "variable", None)))
+            for end, _ in node.next_functions
+            if end is not None
+        ]
+        found = [i for i in at if i is not None]
+        if not len(set(found)) == len(at) == sum(node.needs_input_grad):
+            return None
+        return found
 
-    def _by_node(
-        self, flowing: Sequence[tuple[GradientEdge, Tensor]]
-    ) -> dict[int, Tensor | None] | None:
-        """The gradients where the whole graph is one ``torch.autograd.Function``, whose backward
-        is called past the engine, which takes longer than many kernels; else None."""
-        node: Any = flowing[0][0].node
+    def node(self) -> Any:
+        """The one ``torch.autograd.Function`` that the whole graph is, if so, with all results."""
+        node: Any = self.roots[0][1].node if self.roots else None
         python = isinstance(node, BackwardCFunction)
-        if not python or len(node._input_metadata) != len(flowing):
+        if not python or len(node._input_metadata) != len(self.roots):
             return None
-        if any(e.node is not node or e.output_nr != k for k, (e, _) in enumerate(flowing)):
-            return None
-        indices = {id(leaf): i for i, leaf in self._leaves.items()}
-        ends = [end for end, _ in node.next_functions if end is not None]
-        at = [indices.get(id(getattr(end, "variable", None))) for end in ends]
-        asked = [k for k, needed in enumerate(node.needs_input_grad) if needed]
-        if None in at or not len(set(at)) == len(at) == len(asked):
-            return None
-        made = node.apply(*(gradient for _, gradient in flowing))
-        made = made if isinstance(made, tuple) else (made,)
-        found = {i: made[k] for i, k in zip(at, asked, strict=True) if i is not None}
-        fits = all(g is None or (g.shape, g.dtype) == self._forms[i] for i, g in found.items())
-        return found if fits else None  # the engine makes them fit, or says what is wrong
+        edges = [(edge.node is node, edge.output_nr) for _, edge in self.roots]
+        return node if edges == [(True, k) for k in range(len(edges))] else None
+
+
+def _by_engine(
+    roots: Sequence[tuple[int, GradientEdge]],
+    leaves: Mapping[int, Tensor],
+    grads: Sequence[Tensor | None],
+) -> dict[int, Tensor | None]:
+    """The gradients of ``leaves``."""
+    flowing = [(edge, gradient) for k, edge in roots if (gradient := grads[k]) is not None]
+    if not flowing or not leaves:
+        return {}
+    edges, own = zip(*flowing, strict=True)
+    made = torch.autograd.grad(
+        edges, list(leaves.values()), own, retain_graph=True, allow_unused=True
+    )
+    return dict(zip(leaves, made, strict=True))
 
 
 def _hollow(tensor: Tensor) -> None:
@@ -265,31 +276,38 @@ def handle() -> Tensor:
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
+class _Handle(weakref.ref[Any]):
+    """To the memory of a handle."""
+
+    __slots__ = ("address",)
+    address: int
+
+
 class Tapes:
     """Tapes under handles: scalars on the CPU, which a graph keeps as long as it can run the
     backward. A tape goes with the memory of its handle, by whose address it is known."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tape, weakref.ref[Any]]] = {}
+        self._kept: dict[int, tuple[Any, _Handle]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, tape: Tape) -> Tensor:
+    def keep(self, tape: object) -> Tensor:
         """A handle for ``tape``."""
         made = handle()
-        address = made.data_ptr()
-
-        def gone(reference: weakref.ref[Any]) -> None:
-            # Another handle may have the memory by now.
-            if (found := self._kept.get(address)) is not None and found[1] is reference:
-                del self._kept[address]
-
-        # Of the storage: autograd may keep another tensor over it.
-        self._kept[address] = tape, weakref.ref(made.untyped_storage(), gone)
+        # To the storage: autograd may keep another tensor over it.
+        reference = _Handle(made.untyped_storage(), self._gone)
+        reference.address = address = made.data_ptr()
+        self._kept[address] = tape, reference
         return made
 
-    def get(self, handle: Tensor) -> Tape | None:
+    def _gone(self, reference: _Handle) -> None:
+        # Another handle may have the memory by now.
+        if (found := self._kept.get(reference.address)) is not None and found[1] is reference:
+            del self._kept[reference.address]
+
+    def get(self, handle: Tensor) -> Any:
         """The tape under ``handle``; None if that is a copy of one."""
         found = self._kept.get(handle.data_ptr())
         return None if found is None else found[0]

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph.body import Body, like
+from kernelgraph.graph.call import UnsupportedValue, take_tensors
+from kernelgraph.graph.direct import Direct, Form, form_of, recording
 from kernelgraph.graph.gradient import Own
 from kernelgraph.graph.memory import check_unwritten, contiguous_copy, owned, versions
 from kernelgraph.graph.recompute import Recompute
 from kernelgraph.graph.steady import Known
-from kernelgraph.graph.tape import NoGradient, Tape, Tapes, handle
+from kernelgraph.graph.tape import NoGradient, Source, Tape, Tapes, handle
 from kernelgraph.graph.told import remember
 
 
@@ -152,25 +154,35 @@ class ByKernel(Differentiable):
 
     def __init__(self, own: Own, operands: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         self._own = own
-        self._sources = [*(("operand", i) for i in own.operands)]
+        self._sources: list[Source] = [("operand", i) for i in own.operands]
         self._sources += [("result", i) for i in own.results]
+        self._spoils = [f"{what} {i}" in own.spoils for what, i in self._sources]
+        self._spoilt = [int(place[5:]) for place in own.spoils if place.startswith("grad ")]
         self.tapes = Tapes()
         super().__init__(*args, **kwargs)
-        self._forms = {
+        self._wants = {
             i: (operands[i].dtype, operands[i].device.type, operands[i].dim())
             for i, wanted in enumerate(self.wanted)
             if wanted
         }
-        self.forward = self._recording
+        self._direct: dict[Any, Form | None] = {}
+        self.forward = recording(
+            self._run_kernel,
+            self.wanted,
+            table=self._direct,
+            first=self._first,
+            taken=self._taken,
+            kept=self.tapes.keep,
+        )
 
     @property
     def returns(self) -> int:
         return self.count + 1
 
-    def _recording(self, *operands: Any) -> Any:
-        """The forward op: the kernel, on a `Tape`."""
+    def _first(self, form: Any, operands: tuple[Any, ...]) -> Any:
+        """A call of which nothing is known: all is checked, and told for those that follow."""
         if torch.is_inference_mode_enabled() or any(
-            operands[i].is_inference() for i in self._forms
+            operands[i].is_inference() for i in self._wants
         ):
             made = self._checked(None, operands)  # whose gradient nobody can ask for
             return (*(made if self.count > 1 else (made,)), handle())
@@ -180,8 +192,9 @@ class ByKernel(Differentiable):
             result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
-        known = self._known_of(operands, before)
-        tensors = self._tensors(result, known, operands)
+        who = f"kernel {self._kernel}, called for {self._where(operands)},"
+        check_unwritten(before, operands, self._call.names, who)
+        tensors = self._tensors(result, self._known_of(operands), operands)
         if self._own.holds:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
@@ -193,23 +206,31 @@ class ByKernel(Differentiable):
                 f"kernel {self._kernel}, called for {self._where(operands)}: {error}, which it had "
                 'when it was tried; pass options={"own_backward": False}'
             ) from None
+        if form not in self._direct and not (self._own.holds or "saved" in self._own.spoils):
+            remember(self._direct, form, form_of(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
 
-    def _known_of(self, operands: Sequence[Any], before: Sequence[int]) -> Known:
-        """What is known of calls with operands of these sizes; the first is checked."""
+    def _known_of(self, operands: Sequence[Any]) -> Known:
         form = tuple(v.shape if isinstance(v, Tensor) else v for v in operands)
         if form not in self._known:
-            who = f"kernel {self._kernel}, called for {self._where(operands)},"
-            check_unwritten(before, operands, self._call.names, who)
             remember(self._known, form, Known(self._told_sizes(operands), ()))
         return self._known[form]
+
+    def _taken(self, result: Any) -> Sequence[Tensor] | None:
+        if self._output[0] == "leaf":
+            return (result,) if isinstance(result, Tensor) else None
+        tensors: list[Any] = []
+        try:
+            return tensors if take_tensors(result, tensors) == self._output else None
+        except UnsupportedValue:
+            return None
 
     def fake(self, *operands: Any) -> Any:
         made = super().fake(*operands)
         return (*(made if self.count > 1 else (made,)), handle())
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
-        sizes = [n for i in self._forms for n in operands[i].shape]
+        sizes = [n for i in self._wants for n in operands[i].shape]
         places = {"operand": operands, "result": results}
         return Kept([results[-1], *(places[what][i] for what, i in self._sources)], [sizes])
 
@@ -224,17 +245,18 @@ class ByKernel(Differentiable):
                 "that stood for it: something has copied what autograd saves, as "
                 'torch.autograd.graph.save_on_cpu does. Pass options={"own_backward": False}'
             )
-        spoils = self._own.spoils
-        given = {
-            source: tensor.clone() if f"{source[0]} {source[1]}" in spoils else tensor
-            for source, tensor in zip(self._sources, saved, strict=True)
-        }
-        own = [
-            None if g is None else contiguous_copy(g) if f"grad {k}" in spoils else g.contiguous()
-            for k, g in enumerate(grads)
-        ]
+        if any(self._spoils):
+            pairs = zip(saved, self._spoils, strict=True)
+            saved = [tensor.clone() if spoilt else tensor for tensor, spoilt in pairs]
+        own = [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
+        for k in self._spoilt:
+            own[k] = None if (gradient := grads[k]) is None else contiguous_copy(gradient)
         try:
-            made = tape.gradients(own, given, needs, copied="saved" in spoils)
+            if isinstance(tape, Direct):
+                made = tape.gradients(own, saved, needs)
+            else:
+                given = dict(zip(self._sources, saved, strict=True))
+                made = tape.gradients(own, given, needs, copied="saved" in self._own.spoils)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -242,7 +264,8 @@ class ByKernel(Differentiable):
                 f"the backward of kernel {self._kernel}, called for layer "
                 f"{self._layer.layer_name}, raised {type(error).__name__}: {error}"
             ) from error
-        if any(gradient is None for gradient in made):
+        missing = [gradient for gradient in made if gradient is None]
+        if missing:
             zeros = map(torch.zeros_like, self.backward_fake(grads, kept, needs))
             made = [z if g is None else g for g, z in zip(made, zeros, strict=True)]
         return owned(
@@ -256,7 +279,7 @@ class ByKernel(Differentiable):
         """Sizes are the operands' own; the device is that of the results' gradients."""
         device = next((g.device for g in grads if g is not None), kept.tensors[0].device)
         (sizes,), at, made = kept.numbers, 0, []
-        for i, (dtype, kind, dims) in self._forms.items():
+        for i, (dtype, kind, dims) in self._wants.items():
             if needs[i]:
                 on = device if device.type == kind else torch.device(kind)
                 made.append(torch.empty(sizes[at : at + dims], dtype=dtype, device=on))
