@@ -104,6 +104,7 @@ class KernelForward(BoundForward):
 def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
     forward = KernelForward(recipe.function, module)
     forward.recipe, forward.mode = recipe, recipe.mode
+    forward.gradients = recipe.verify_gradients, recipe.wrong_gradient
     return forward
 
 
@@ -118,12 +119,12 @@ def _recipe(
 ) -> Recipe:
     """The recipe that runs ``kernel`` on the instances of ``cls`` in ``mode``."""
     function = kernel.forward
+    if Mode.TRAINING in mode:
+        function = training_forward(kernel, layer, gradients, notes)
     if Mode.TORCH_COMPILE in mode:
         from kernelgraph.graph.layer_call import kernelized_forward
 
-        function = kernelized_forward(kernel, layer)
-    elif Mode.TRAINING in mode:
-        function = training_forward(kernel, layer, gradients, notes)
+        function = kernelized_forward(kernel, layer, function)
     return Recipe(cls, kernel.selection, target, mode, function, *gradients)
 
 
@@ -223,7 +224,7 @@ def kernelize(
         if cls not in plans:
             plans[cls] = _plan(cls, layer, path, target, mode, mapping, allowed, gradients, notes)
         plan = plans[cls]
-        if plan.recipe is not None and mode == Mode.TRAINING:
+        if plan.recipe is not None and Mode.TRAINING in mode:
             notes.places[module] = len(decisions)
         decisions.append(Decision(path, *plan.decided))
         changes.append((module, plan.recipe))

@@ -44,6 +44,8 @@ class BoundForward(functools.partial[Any]):
 
     mode: Mode
     """The mode that the layer was kernelized for."""
+    gradients: tuple[bool, str]
+    """``verify_gradients`` and ``wrong_gradient`` of `kernelgraph.kernelize`."""
 
 
 def decide(

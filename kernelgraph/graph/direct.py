@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from kernelgraph.graph import _torch
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.source import tuple_of
 from kernelgraph.graph.tape import Source, Tape, laid_out
@@ -54,6 +55,10 @@ class Form(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     """Of each of these."""
     saves: tuple[Save, ...]
+    split: bool
+    """Whether its forward gets no context, and its ``setup_context`` does."""
+    dispatched: bool
+    """Whether it is a registered op's, which torch calls only where gradients are recorded."""
 
 
 def form_of(
@@ -80,6 +85,7 @@ def form_of(
         or len(ends) != len(tape.leaves)
         or any(v.numel() == 0 for v in given.values())
         or "vjp" in vars(function)
+        or not catch(function)
     ):
         return None
     saves = []
@@ -94,7 +100,6 @@ def form_of(
     asked: tuple[bool, ...] = node.needs_input_grad
     at = [j for j, needed in enumerate(asked) if needed]
     arguments = sorted(zip(at, ends, strict=True), key=lambda pair: pair[1])
-    catch(function)
     return Form(
         function,
         asked,
@@ -105,6 +110,8 @@ def form_of(
         tuple(sources),
         tuple(given[source].stride() for source in sources),
         tuple(saves),
+        _torch.splits_forward(function),
+        _torch.is_of_op(function),
     )
 
 
@@ -124,22 +131,28 @@ class _Caught(threading.local):
 _caught = _Caught()
 
 
-def catch(function: Any) -> None:
-    """Have `Direct` calls run ``function`` in this thread; anybody else's go on as ever."""
-    if "kernelgraph" in vars(vars(function).get("apply", catch)):
-        return
-    original = function.apply.__func__
+def catch(function: type[Function]) -> bool:
+    """Have `Direct` calls run ``function`` in this thread; anybody else's go on as ever.
+
+    Returns:
+        Whether they do: one with an ``apply`` of its own is left alone.
+    """
+    if "apply" in vars(function):
+        return hasattr(vars(function)["apply"], "__kernelgraph__")
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return cls.apply(*args, **kwargs)  # Dynamo knows what this is, and does not come here
         call = _caught.call
-        if call is None or cls is not call.form.function or kwargs:
-            return original(cls, *args, **kwargs)
-        made = call.run(args)
-        return original(cls, *args) if made is None else made
+        made = None
+        if call is not None and cls is call.form.function and not kwargs:
+            made = call.run(args)
+        return super(function, cls).apply(*args, **kwargs) if made is None else made
 
-    made = classmethod(apply)
-    made.kernelgraph = True  # type: ignore[attr-defined]
-    function.apply = made
+    own: Any = classmethod(apply)
+    own.__kernelgraph__ = True
+    function.apply = own  # type: ignore[method-assign]
+    return True
 
 
 class Context:
@@ -191,8 +204,18 @@ class Direct:
         for value, asked in zip(args, form.asked, strict=True):
             if not asked and isinstance(value, Tensor) and value.requires_grad:
                 return None
+        function: Any = form.function
         self.context = context = Context(form.asked)
-        self.outputs = form.function.forward(context, *args)
+        was = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            if form.split:
+                self.outputs = function.forward(*args)
+                function.setup_context(context, args, self.outputs)
+            else:
+                self.outputs = function.forward(context, *args)
+        finally:
+            torch._C._set_grad_enabled(was)
         return self.outputs
 
     def close(self, results: Sequence[Tensor] | None, starts: Sequence[int]) -> Any:
@@ -280,9 +303,12 @@ class Direct:
                 for gradient, (shape, dtype, device) in zip(grads, form.results, strict=True)
             ]
         context.saved_tensors = tuple(saved)
+        was = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
         try:
             made = form.function.backward(context, *grads)
         finally:
+            torch._C._set_grad_enabled(was)
             context.saved_tensors = ()
         made = made if isinstance(made, tuple) else (made,)
         found = []
@@ -367,6 +393,7 @@ def recording(
         before += [f"o{i} = a{i}", f"a{i} = o{i}.detach()"]
         before += [f"a{i}.requires_grad = True"] if wanted[i] else []
     before += [f"call = Direct(known, {every})", "outer = caught.call", "caught.call = call"]
+    before += ["recorded = begin_recording() if known.dispatched else None"]
     starts = tuple_of(f"o{i}.data_ptr()" if i in tensors else "0" for i in range(len(operands)))
     after = [
         f"results = call.close(taken(result), {starts})",
@@ -378,8 +405,8 @@ def recording(
     names: dict[str, Any] = {"table": table, "first": first, "taken": taken, "kept": kept}
     names |= {"Direct": Direct, "caught": _caught, "inference": torch.is_inference_mode_enabled}
     names["is_grad_enabled"] = torch.is_grad_enabled
+    names |= {"begin_recording": _torch.begin_recording, "end_recording": _torch.end_recording}
+    always = ["caught.call = outer", "recorded is None or end_recording(recorded)"]
     # What it raises, it raises again the long way, or it does not like the context.
-    made: Callable[..., Any] = runner.around(
-        before, "result = None", after, names, always=["caught.call = outer"]
-    )
+    made: Callable[..., Any] = runner.around(before, "result = None", after, names, always=always)
     return made

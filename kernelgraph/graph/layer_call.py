@@ -65,9 +65,10 @@ def adopt(cls: type[nn.Module]) -> bool:
     return True
 
 
-def kernelized_forward(kernel: Kernel, layer: Extensible) -> Forward:
-    """What ``kernelize`` puts on an instance for compiling: the kernel, captured by any backend."""
-    return _captured(layer.reference, kernel)
+def kernelized_forward(kernel: Kernel, layer: Extensible, eager: Forward) -> Forward:
+    """What ``kernelize`` puts on an instance for compiling: the kernel, captured by any backend,
+    and ``eager`` where none is compiling."""
+    return _captured(layer.reference, kernel, eager)
 
 
 _REFERENCE = "__kernelgraph_reference__"
@@ -75,9 +76,11 @@ _references: weakref.WeakValueDictionary[str, Forward] = weakref.WeakValueDictio
 _count = itertools.count()
 
 
-def _captured(reference: Forward, kernel: Kernel | None = None) -> Forward:
+def _captured(
+    reference: Forward, kernel: Kernel | None = None, eager: Forward | None = None
+) -> Forward:
     """``reference``, or ``kernel`` in its place, whose calls Dynamo captures."""
-    eager = reference if kernel is None else kernel.forward
+    eager = eager or reference
     # A text, which Dynamo takes for a constant; a number it may take for one that changes.
     key = f"{reference.__module__}.{reference.__qualname__} {next(_count)}"
     _references[key] = reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kernelgraph.graph import _torch, verify
@@ -12,7 +13,7 @@ from kernelgraph.graph.gradient import Gradient, wanted_of
 from kernelgraph.graph.ops import Lowered, lower
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.trial import judge
-from kernelgraph.kernel import Kernel
+from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.report import Decision, Reason, warn_once
 
 
@@ -40,6 +41,10 @@ def op_for(
         KeepReference: If the kernel does not compute what the layer does.
         NoFake, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
     """
+    own = site.module.__dict__.get("forward")
+    if isinstance(own, BoundForward):  # what kernelize was asked counts
+        verify_gradients, wrong = own.gradients
+        options = replace(options, verify_gradients=verify_gradients, wrong_gradient=wrong)
     if options.verify:
         verify.check(site, kernel, call, operands)
     gradient = None

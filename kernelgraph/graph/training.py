@@ -187,14 +187,17 @@ class ByKernel(Differentiable):
             made = self._checked(None, operands)  # whose gradient nobody can ask for
             return (*(made if self.count > 1 else (made,)), handle())
         tape = Tape(operands, self.wanted, frozenset(self._sources), holds=self._own.holds)
-        before = versions(operands)
+        sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
+        before = versions(operands) if sizes not in self._known else None
         try:
             result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
-        who = f"kernel {self._kernel}, called for {self._where(operands)},"
-        check_unwritten(before, operands, self._call.names, who)
-        tensors = self._tensors(result, self._known_of(operands), operands)
+        if before is not None:
+            who = f"kernel {self._kernel}, called for {self._where(operands)},"
+            check_unwritten(before, operands, self._call.names, who)
+            remember(self._known, sizes, Known(self._told_sizes(operands), ()))
+        tensors = self._tensors(result, self._known[sizes], operands)
         if self._own.holds:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
@@ -209,12 +212,6 @@ class ByKernel(Differentiable):
         if form not in self._direct and not (self._own.holds or "saved" in self._own.spoils):
             remember(self._direct, form, form_of(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
-
-    def _known_of(self, operands: Sequence[Any]) -> Known:
-        form = tuple(v.shape if isinstance(v, Tensor) else v for v in operands)
-        if form not in self._known:
-            remember(self._known, form, Known(self._told_sizes(operands), ()))
-        return self._known[form]
 
     def _taken(self, result: Any) -> Sequence[Tensor] | None:
         if self._output[0] == "leaf":

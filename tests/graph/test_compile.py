@@ -407,7 +407,7 @@ class TestKernelized:
         by_hand(model, x).sum().backward()
         expected = [p.grad for p in model.parameters()]
         model.zero_grad(set_to_none=True)
-        kernelize(model, mode=COMPILED_INFERENCE)
+        kernelize(model, mode=COMPILED_INFERENCE, verify_gradients=False)
         torch.compile(model, backend="aot_eager", fullgraph=True)(x).sum().backward()
         for p, grad in zip(model.parameters(), expected, strict=True):
             assert p.grad is not None

@@ -18,7 +18,9 @@ from torch.utils.checkpoint import (
 )
 
 from kernelgraph.graph import ops
+from kernelgraph.graph.direct import Direct, catch
 from kernelgraph.graph.gradient import Own
+from kernelgraph.graph.tape import Tape
 from kernelgraph.graph.training import ByKernel
 from tests.graph.lowering import Op, lowered
 
@@ -491,6 +493,184 @@ def test_a_result_that_lost_its_gradient_is_an_error():
     op = norm(kernel(sometimes), own=Own((0, 1), (), (True,)))
     with pytest.raises(RuntimeError, match="result 0 has no gradient"):
         op()
+
+
+# --- past autograd --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("training_test::scaled", mutates_args=())
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight
+
+
+@scaled.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward_of_scaled(ctx: Any, grad: Tensor) -> Any:
+    x, weight = ctx.saved_tensors
+    return grad * weight, (grad * x).sum(0)
+
+
+scaled.register_autograd(backward_of_scaled, setup_context=save_inputs)
+
+
+class Split(torch.autograd.Function):
+    """Its forward gets no context."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    setup_context = staticmethod(save_inputs)
+    backward = staticmethod(backward_of_scaled)
+
+
+class Views(torch.autograd.Function):
+    """Saves parts of its operands and result in other shapes; its gradient is to be summed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        y = x * weight
+        ctx.save_for_backward(x.view(-1, 2, 2), weight[:2], weight[2:], y.flatten())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, low, high, y = ctx.saved_tensors
+        weight = torch.cat([low, high])
+        assert torch.equal(y.view_as(grad), x.view_as(grad) * weight)
+        return grad * x.view_as(grad), grad * weight
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+DIRECT = {
+    "op": (lambda self, x: scaled(x, self.weight), ()),
+    "split": (lambda self, x: Split.apply(x, self.weight), ()),
+    "views": (lambda self, x: Views.apply(self.weight, x), (0,)),
+}
+
+
+def tapes_of(op: Op) -> list[type]:
+    body = ops._bodies[op.lowered.name]
+    assert isinstance(body, ByKernel)
+    return [type(tape) for tape, _ in body.tapes._kept.values()]
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_function_runs_past_autograd_from_its_second_call_on(name):
+    forward, results = DIRECT[name]
+    op = lowered(Scaled(), kernel(forward), torch.ones(3, 4), own=Own((0, 1), results, (True,)))
+    for expected in (Tape, Direct, Direct):
+        x, weight = inputs()
+        y = op.overload(x, weight)[0]
+        assert tapes_of(op) == [expected]
+        made = torch.autograd.grad(y.square().sum(), (x, weight))
+        wanted = torch.autograd.grad((x * weight).square().sum(), (x, weight))
+        torch.testing.assert_close(made, wanted)
+        del y
+    x, weight = inputs(5, 4)  # other sizes are told anew
+    y = op.overload(x, weight)[0]
+    assert tapes_of(op) == [Tape]
+    del y
+
+
+@pytest.mark.parametrize("change", ["argument", "result", "saved", "twice", "error"])
+def test_a_call_that_is_not_as_the_first_goes_the_long_way(change):
+    """Whatever a kernel makes depend on values, its gradient is right."""
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            y = x * weight
+            other = changed and change == "saved"
+            ctx.save_for_backward(x.clone() if other else x, weight)
+            if changed and change == "error":
+                ctx.mark_dirty()
+            return y
+
+        backward = staticmethod(backward_of_scaled)
+
+    def forward(self, x):
+        if changed and change == "argument":
+            return Scales.apply(x * 2, self.weight)
+        y = Scales.apply(x, self.weight)
+        if changed and change == "result":
+            return y * 2
+        if changed and change == "twice":
+            return Scales.apply(x, self.weight)
+        return y
+
+    op = lowered(Scaled(), kernel(forward), torch.ones(3, 4), own=Own((0, 1), (), (True,)))
+    changed = False
+    x, weight = inputs()
+    for _ in range(2):
+        op.overload(x, weight)
+    changed = True
+    factor = 2 if change in ("argument", "result") else 1
+    for _ in range(3):
+        y = op.overload(x, weight)[0]
+        assert tapes_of(op) == [Tape]
+        made = torch.autograd.grad(y.square().sum(), (x, weight))
+        expected = torch.autograd.grad((x * weight * factor).square().sum(), (x, weight))
+        torch.testing.assert_close(made, expected)
+        del y
+
+
+def test_a_function_that_is_caught_is_nobody_elses_business():
+    op = norm()
+    for _ in range(2):
+        op()
+    x, weight = inputs()
+    made = torch.autograd.grad(NormFunction.apply(x, 0.25, weight).sum(), (x, weight))
+    expected = torch.autograd.grad(call(op, x, weight).sum(), (x, weight))
+    torch.testing.assert_close(made, expected)
+
+    class Derived(NormFunction):
+        pass
+
+    assert Derived.apply(x, 0.25, weight).grad_fn is not None
+    assert catch(Split)
+    expected = torch.autograd.grad((x * weight).sum(), (x, weight))
+    for run in (Split.apply, lambda x, weight: Split.apply(x, weight)):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        made = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
+        torch.testing.assert_close(made, expected)
+
+
+def test_a_result_without_a_gradient_counts_as_zeros():
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Any:
+            return x * 2, x * 3
+
+        @staticmethod
+        def backward(ctx: Any, double: Tensor, triple: Tensor) -> Tensor:
+            return double * 2 + triple * 3
+
+    layer = type("Layer", (nn.Module,), {"forward": lambda self, x: (x * 2, x * 3)})
+    x = torch.randn(3, 4, requires_grad=True)
+    own = Own((), (), (True, True))
+    op = lowered(layer(), kernel(lambda self, x: Both.apply(x)), x, own=own)
+    for _ in range(2):
+        double, triple = op()
+        (grad,) = torch.autograd.grad(triple.sum(), x, retain_graph=True)
+        assert torch.equal(grad, torch.full_like(x, 3.0))
+        (grad,) = torch.autograd.grad(double.sum() + triple.sum(), x)
+        assert torch.equal(grad, torch.full_like(x, 5.0))
 
 
 # --- nothing is left ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A second process finds in the caches all that the first one compiled."""
+"""A second process finds in the caches all that the first one compiled and tried."""
 
 from __future__ import annotations
 
@@ -8,24 +8,61 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kernelgraph import use_kernel_mapping
-from tests.graph.toy_models import Chain, OpaqueScale, on_cpu
+from kernelgraph import LocalLayerRepository, last_report, use_kernel_mapping
+from tests.graph.toy_models import Chain
+from tests.hub.toy_repository import write_repository
+
+KERNELS = """
+import torch
+
+runs = 0
 
 
-def compile_model() -> None:
+class ScaleFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, shift, eps):
+        global runs
+        runs += type(x) is torch.Tensor
+        ctx.save_for_backward(x, weight)
+        return x * weight + shift + eps
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).sum(0), None, None
+
+
+class WithBackward(torch.nn.Module):
+    def forward(self, x):
+        return ScaleFunction.apply(x, self.weight, self.shift, self.eps)
+
+
+class WithoutBackward(torch.nn.Module):
+    def forward(self, x):
+        global runs
+        array = x.detach().numpy() * self.weight.detach().numpy() + self.shift.numpy() + self.eps
+        runs += 1
+        return torch.from_numpy(array)
+"""
+
+
+def compile_model(repository: str, layer: str) -> None:
     """For inference and for training; print what the caches say of it, and the results."""
     torch.manual_seed(0)
     model, x = Chain(), torch.ones(2, 4)
-    with use_kernel_mapping(on_cpu(Scale=OpaqueScale)):
+    kernel = LocalLayerRepository(repository, layer_name=layer)
+    with use_kernel_mapping({"Scale": {"cpu": kernel}}):
         compiled = torch.compile(model, backend="hubkernels", fullgraph=True)
         with torch.no_grad():
             y = compiled(x)
         compiled(x).square().sum().backward()
-    grad = model.layers[0].weight.grad
+    grad, report = model.layers[0].weight.grad, last_report()
     assert grad is not None
+    assert report is not None
     caches = {
         "graphs": ("inductor", "fxgraph_cache_hit", "fxgraph_cache_miss"),
         "autograd": ("aot_autograd", "autograd_cache_hit", "autograd_cache_miss"),
@@ -33,23 +70,33 @@ def compile_model() -> None:
     found = {
         n: [counters[home][hit], counters[home][miss]] for n, (home, hit, miss) in caches.items()
     }
-    print(json.dumps({**found, "results": [y.tolist(), grad.tolist()]}))
+    runs = sys.modules[kernel.load().__module__].__dict__["runs"]
+    gradients = [decision.gradient for decision in report.kernels]
+    print(
+        json.dumps(
+            {**found, "results": [y.tolist(), grad.tolist()], "runs": runs, "gradients": gradients}
+        )
+    )
 
 
-def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "gradient"),
+    [("WithBackward", "kernel"), ("WithoutBackward", "reference: it has no backward")],
+)
+def test_the_second_process_compiles_nothing(tmp_path: Path, layer: str, gradient: str) -> None:
+    files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
+    write_repository(tmp_path / "kernels", files)
+    program = f"t.compile_model({str(tmp_path / 'kernels')!r}, {layer!r})"
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "KERNELGRAPH_CACHE_DIR": "kernelgraph"}
     cold, warm = (
         json.loads(
             subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    "from tests.graph import test_warm_start as t; t.compile_model()",
-                ],
+                [sys.executable, "-c", f"from tests.graph import test_warm_start as t; {program}"],
                 check=True,
                 capture_output=True,
                 text=True,
                 cwd=Path(__file__).parents[2],
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+                env={**os.environ, **{k: str(tmp_path / v) for k, v in caches.items()}},
             ).stdout
         )
         for _ in range(2)
@@ -58,3 +105,6 @@ def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert warm["autograd"] == [2, 0]
     assert cold["graphs"][0] == warm["graphs"][1] == 0
     assert warm["results"] == cold["results"]
+    assert all(text.startswith(gradient) for text in (*cold["gradients"], *warm["gradients"]))
+    # Each layer's forward without gradients and with; the first process also tried the kernel.
+    assert warm["runs"] == 4 < cold["runs"]
