@@ -232,9 +232,10 @@ def _register(base: str, call: Call, body: Body) -> None:
         f"({', '.join(arguments)}) -> Tensor[]",
         of_backward(body.backward),
         of_backward(body.backward_fake),
+        body.tags,
     )
     _differentiate(f"{base}_backward", _no_second_gradient)
-    _define(f"{base}_training", schema, forward, fake)
+    _define(f"{base}_training", schema, forward, fake, body.tags)
     formula = _Formula(overload(f"{base}_backward"), body, packed)
     _differentiate(f"{base}_training", formula.differentiate, formula.save)
 
@@ -283,8 +284,14 @@ class _Formula:
         return tuple(pack([next(made) if needed else None for needed in needs], self._packed))
 
 
-def _define(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+def _define(
+    name: str,
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: Sequence[torch.Tag] = (),
+) -> None:
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _torch.call_without_dispatch(overload(name), body)

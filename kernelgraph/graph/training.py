@@ -45,6 +45,9 @@ class Differentiable(Body):
     numbers: Sequence[str] = ()
     """`Kept.numbers` in the schema of the backward op."""
 
+    tags: Sequence[torch.Tag] = ()
+    """Of both ops."""
+
     def __init__(
         self, wanted: Sequence[bool], flows: Sequence[bool], *args: Any, **kwargs: Any
     ) -> None:
@@ -151,6 +154,10 @@ class ByKernel(Differentiable):
 
     numbers = ("SymInt[] sizes",)
     """Of the operands that gradients are wanted of, one after the other."""
+
+    tags = (torch.Tag.cudagraph_unsafe,)
+    """What a forward keeps is not where a replay of a CUDA graph would look for it: Inductor cuts
+    the graph around these."""
 
     def __init__(self, own: Own, operands: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         self._own = own

@@ -104,6 +104,36 @@ def test_kernelized_under_inductor() -> None:
     assert error(compiled(input_ids), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_steps_with_the_kernels_own_backward(
+    experts: int, dtype: torch.dtype, mode: str | None
+) -> None:
+    """Also where Inductor makes CUDA graphs, and where a backward waits for a second forward."""
+    model, input_ids = decoder(experts, dtype)
+    compiled = torch.compile(model, backend="hubkernels", fullgraph=True, mode=mode)
+    weight = model.blocks[0].attention_norm.weight
+
+    def gradient(run: Any, *batches: Tensor) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+        losses = [run(batch).float().square().mean() for batch in batches]
+        for loss in losses:
+            loss.backward()
+        assert weight.grad is not None
+        return weight.grad.clone()
+
+    other = input_ids.flip(0, 1)
+    for batches in [(input_ids,)] * 4 + [(other,), (input_ids, other), (input_ids, other)]:
+        made, wanted = gradient(compiled, *batches), gradient(model, *batches)
+        assert error(made, wanted) < 3 * tolerance(experts, dtype)
+    report = last_report()
+    assert report is not None
+    assert {decision.gradient for decision in report.decisions} == {"kernel"}, report
+
+
 @torch.no_grad()
 def test_the_capability_is_the_devices(repository: Path) -> None:
     target = target_of("cuda")

@@ -149,3 +149,6 @@ def test_training(experts: bool, dtype: torch.dtype) -> None:
     expected = torch.autograd.grad(model(x).square().mean(), [x, model.norm.weight])
     for made, wanted in zip(found, expected, strict=True):
         assert error(made, wanted) < 2 * TOLERANCE[dtype]
+    report = last_report()
+    assert report is not None
+    assert [d.gradient for d in report.decisions] == ["kernel"] * (2 + experts), report
