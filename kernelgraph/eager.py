@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.eager_training import Gradients, Notes, training_forward
-from kernelgraph.kernel import BoundForward, Kernel, decide, decide_again
+from kernelgraph.eager_training import Notes, training_forward
+from kernelgraph.kernel import BoundForward, Gradients, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
     Extensible,
@@ -104,7 +104,7 @@ class KernelForward(BoundForward):
 def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
     forward = KernelForward(recipe.function, module)
     forward.recipe, forward.mode = recipe, recipe.mode
-    forward.gradients = recipe.verify_gradients, recipe.wrong_gradient
+    forward.gradients = Gradients(recipe.verify_gradients, recipe.wrong_gradient)
     return forward
 
 

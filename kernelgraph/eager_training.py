@@ -7,43 +7,17 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from kernelgraph.kernel import Kernel
+from kernelgraph.kernel import Gradients, Kernel
 from kernelgraph.layers import Extensible
 from kernelgraph.report import Decision, Reason, Report, amend
 
 if TYPE_CHECKING:
     from kernelgraph.graph.routes import Routes
-
-
-class Gradients(NamedTuple):
-    """What ``kernelize`` is asked of the gradients of kernels."""
-
-    verify: bool = True
-    """Whether they are compared with the reference's."""
-    wrong: str = "recompute"
-    """What is done where they are wrong."""
-
-    @classmethod
-    def parse(cls, verify: object, wrong: object) -> Gradients:
-        """Check the arguments ``verify_gradients`` and ``wrong_gradient``.
-
-        Raises:
-            TypeError: If one is of the wrong type.
-            ValueError: If there is no such thing to do.
-        """
-        if not isinstance(verify, bool):
-            raise TypeError(f"verify_gradients is True or False, not {verify!r}")
-        choices = 'wrong_gradient is "recompute" or "reference"'
-        if not isinstance(wrong, str):
-            raise TypeError(f"{choices}, not {wrong!r}")
-        if wrong not in ("recompute", "reference"):
-            raise ValueError(f"{choices}, not {wrong!r}")
-        return cls(verify, wrong)
 
 
 def training_forward(

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kernelgraph.layers import Extensible, check_hub_layer
 from kernelgraph.mapping import KernelMapping, Rejection, Selection, select
@@ -36,6 +36,32 @@ class Kernel:
         return f"{self.origin.repository}@{self.origin.revision[:8]}: {self.layer.__name__}"
 
 
+class Gradients(NamedTuple):
+    """What is asked of the gradients of kernels."""
+
+    verify: bool = True
+    """Whether they are compared with the reference's."""
+    wrong: str = "recompute"
+    """What is done where they are wrong."""
+
+    @classmethod
+    def parse(cls, verify: object, wrong: object) -> Gradients:
+        """Check the arguments ``verify_gradients`` and ``wrong_gradient``.
+
+        Raises:
+            TypeError: If one is of the wrong type.
+            ValueError: If there is no such thing to do.
+        """
+        if not isinstance(verify, bool):
+            raise TypeError(f"verify_gradients is True or False, not {verify!r}")
+        choices = 'wrong_gradient is "recompute" or "reference"'
+        if not isinstance(wrong, str):
+            raise TypeError(f"{choices}, not {wrong!r}")
+        if wrong not in ("recompute", "reference"):
+            raise ValueError(f"{choices}, not {wrong!r}")
+        return cls(verify, wrong)
+
+
 class BoundForward(functools.partial[Any]):
     """A kernel's ``forward`` bound to a layer, in the place of the instance's own.
 
@@ -44,8 +70,7 @@ class BoundForward(functools.partial[Any]):
 
     mode: Mode
     """The mode that the layer was kernelized for."""
-    gradients: tuple[bool, str]
-    """``verify_gradients`` and ``wrong_gradient`` of `kernelgraph.kernelize`."""
+    gradients: Gradients
 
 
 def decide(

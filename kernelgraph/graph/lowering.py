@@ -43,8 +43,7 @@ def op_for(
     """
     own = site.module.__dict__.get("forward")
     if isinstance(own, BoundForward):  # what kernelize was asked counts
-        verify_gradients, wrong = own.gradients
-        options = replace(options, verify_gradients=verify_gradients, wrong_gradient=wrong)
+        options = replace(options, gradients=own.gradients)
     if options.verify:
         verify.check(site, kernel, call, operands)
     gradient = None
@@ -75,14 +74,14 @@ def _gradient(
     if not options.own_backward:
         return Gradient(wanted, None, "own_backward is False")
     with _torch.for_real():
-        compare = options.verify_gradients
+        compare = options.gradients.verify
         verdict = judge(site.layer, site.module, kernel, call, operands, wanted, compare=compare)
     if verdict.output:
         warn(site, kernel, verdict.output, "the layer runs on its own forward")
         raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.output}")
     if not verdict.wrong:
         return Gradient(wanted, verdict.own)
-    if options.wrong_gradient == "reference":
+    if options.gradients.wrong == "reference":
         warn(site, kernel, verdict.wrong, "the layer runs on its own forward")
         raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.wrong}")
     warn(

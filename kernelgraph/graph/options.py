@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kernelgraph.graph import _torch
+from kernelgraph.kernel import Gradients
 from kernelgraph.modes import Mode, tried
 
 POLICIES = ("always", "never")
 INNER = ("inductor", "aot_eager", "eager")
-WRONG_GRADIENT = ("recompute", "reference")
-_FLAGS = {"verify": False, "verify_gradients": True, "own_backward": True}
+_FLAGS = {"verify": False, "own_backward": True}
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Options:
     verify: bool = False
     """Whether each kernel is compared with its reference while compiling, at the call's shapes:
     one that is not within `kernelgraph.graph.compare.TOLERANCES` is not used."""
-    verify_gradients: bool = True
-    """Whether a kernel has to show that its gradients are the layer's before it trains anything."""
-    wrong_gradient: str = "recompute"
-    """What is done about a kernel whose gradients are missing or wrong: ``recompute``, its forward
-    is used and the backward runs the layer's own again; ``reference``, it is not used."""
+    gradients: Gradients = Gradients()  # noqa: RUF009 (a tuple)
+    """``verify_gradients``, whether a kernel has to show that its gradients are the layer's before
+    it trains anything, and ``wrong_gradient``, what is done about one whose gradients are not:
+    ``recompute``, its forward is used and the backward runs the layer's own again; ``reference``,
+    it is not used."""
     own_backward: bool = True
     """Whether backwards of kernels are used at all; False: each is the layer's, recomputed."""
 
@@ -70,22 +70,21 @@ class Options:
                 raise TypeError(what) from None
             tried(kernel_mode)
             kernel_mode |= Mode.TORCH_COMPILE
-        wrong = given.pop("wrong_gradient", "recompute")
-        if wrong not in WRONG_GRADIENT:
-            names = " or ".join(WRONG_GRADIENT)
-            raise ValueError(f"option wrong_gradient is {names}, not {wrong!r}")
+        gradients = Gradients.parse(
+            given.pop("verify_gradients", True), given.pop("wrong_gradient", "recompute")
+        )
         flags = {name: given.pop(name, default) for name, default in _FLAGS.items()}
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"option {name} is a bool, not {value!r}")
         _check_rest(given, mode, inner)
-        return cls(policy, inner, kernel_mode, given, mode, wrong_gradient=wrong, **flags)
+        return cls(policy, inner, kernel_mode, given, mode, gradients=gradients, **flags)
 
 
 def _check_rest(
     given: Mapping[str, Any], mode: str | None, inner: str | Callable[..., Any]
 ) -> None:
-    ours = ", ".join(["policy", "inner", "kernel_mode", "wrong_gradient", *_FLAGS])
+    ours = "policy, inner, kernel_mode, verify, verify_gradients, wrong_gradient and own_backward"
     if inner != "inductor":
         # "default" is what torch.compile means by no mode.
         if given or mode not in (None, "default"):

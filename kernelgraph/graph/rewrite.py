@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -34,6 +33,7 @@ from kernelgraph.graph.saved import save_op
 from kernelgraph.graph.tape import handle
 from kernelgraph.graph.told import Result, fakes_of
 from kernelgraph.graph.values import VALUES, plain
+from kernelgraph.kernel import Gradients
 from kernelgraph.mapping import current_mapping
 from kernelgraph.modes import Mode, tried
 from kernelgraph.report import Reason, Report, publish
@@ -72,7 +72,7 @@ def rewrite(
             for torch.compile keeps its kernel.
         example_inputs: The graph's positional arguments, real or fake. Other sizes will do at run
             time; other ranks, dtypes and devices, or a tensor for a None, will not.
-        verify_gradients, wrong_gradient: As the backend's options, see `Options`.
+        verify_gradients, wrong_gradient: As in `kernelgraph.kernelize`.
 
     Returns:
         ``graph_module`` itself.
@@ -93,8 +93,8 @@ def rewrite(
             f"example_inputs is a tuple of the graph's arguments, not {_kind(example_inputs)}"
         )
     training = Mode.TRAINING in mode
-    given = {"verify_gradients": verify_gradients, "wrong_gradient": wrong_gradient}
-    options = replace(Options.parse(None, given), kernel_mode=mode)
+    gradients = Gradients.parse(verify_gradients, wrong_gradient)
+    options = Options(kernel_mode=mode, gradients=gradients)
     choices = Choices(options, current_mapping(), training=training)
     if example_inputs is None:
         plans = plan(graph_module, choices, need_values=True)

@@ -16,7 +16,7 @@ TRAINING = Mode.TRAINING | Mode.TORCH_COMPILE
 INFERENCE = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 
-OURS = "policy, inner, kernel_mode, wrong_gradient, verify, verify_gradients, own_backward"
+OURS = "policy, inner, kernel_mode, verify, verify_gradients, wrong_gradient and own_backward"
 
 
 def compiler(graph_module: Any, example_inputs: Any) -> Any:
@@ -92,6 +92,14 @@ def test_what_was_given_stays_as_it_was():
             "option kernel_mode is a kernelgraph.Mode, not 'inference'",
         ),
         (None, {"verify": 1}, TypeError, "option verify is a bool, not 1"),
+        (None, {"own_backward": None}, TypeError, "option own_backward is a bool, not None"),
+        (None, {"verify_gradients": 1}, TypeError, "verify_gradients is True or False, not 1"),
+        (
+            None,
+            {"wrong_gradient": "ignore"},
+            ValueError,
+            'wrong_gradient is "recompute" or "reference", not \'ignore\'',
+        ),
         (None, {"kernel_mode": 1}, TypeError, "option kernel_mode is a kernelgraph.Mode, not 1"),
         (
             None,

@@ -19,6 +19,7 @@ from kernelgraph.graph.choice import Choices
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.plan import plan
 from kernelgraph.graph.rewrite import replace_layers
+from kernelgraph.kernel import Gradients
 from kernelgraph.layers import CONDITION, FAKE, NAME
 from kernelgraph.mapping import KernelMapping
 from kernelgraph.report import Reason
@@ -110,7 +111,7 @@ def traced(model: nn.Module, *args: Tensor, key: str = "val") -> fx.GraphModule:
 
 def choices(mapping: Any = None, **options: Any) -> Choices:
     parsed = KernelMapping.parse(MAPPING if mapping is None else mapping)
-    return Choices(Options(**{"verify_gradients": False, **options}), parsed)
+    return Choices(Options(gradients=Gradients(verify=False), **options), parsed)
 
 
 def replaced(graph_module: fx.GraphModule, chosen: Choices) -> int:
