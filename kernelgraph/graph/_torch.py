@@ -517,6 +517,21 @@ def end_recording(before: tuple[bool, ...]) -> None:
             _exclude(key, was)
 
 
+set_grad_enabled = torch._C._set_grad_enabled
+"""``torch.set_grad_enabled`` without its object, which takes as long as a call of an op."""
+
+
+def function_of(node: Any) -> type[torch.autograd.Function]:
+    """The function whose results have ``node`` for their ``grad_fn``. Tried on 2.11, 2.13, 2.14."""
+    function: type[torch.autograd.Function] = type(node)._forward_cls
+    return function
+
+
+def count_of_results(node: Any) -> int:
+    """How many results have ``node`` for their ``grad_fn``. Tried on 2.11, 2.13, 2.14."""
+    return len(node._input_metadata)
+
+
 def splits_forward(function: type[torch.autograd.Function]) -> bool:
     """Whether a function's forward gets no context. Tried on 2.11, 2.13, 2.14."""
     return function.setup_context is not torch.autograd.Function.setup_context

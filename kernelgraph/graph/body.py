@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.call import Call, UnsupportedValue, take_tensors
-from kernelgraph.graph.memory import check_unwritten, contiguous_copy, extent, owned, versions
+from kernelgraph.graph.memory import check_unwritten, contiguous_copy, owned, reach, versions
 from kernelgraph.graph.places import Places
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import Effects, ShapeFunction, Source, describe_output
@@ -95,8 +95,8 @@ class Body:
             self._fail(error, operands)
         who = f"kernel {self._kernel}, called for {self._where(operands)},"
         check_unwritten(before, operands, self._call.names, who, self._copied)
-        extents = [extent(operands[i]) for i in self._lent]
-        known = Known(self._told_sizes(operands), tuple(end - start for start, end in extents))
+        spans = tuple(reach(operands[i]) for i in self._lent)
+        known = Known(self._told_sizes(operands), spans)
         made = self._fitted(result, known, operands)
         if form is not None:
             remember(self._known, form, known)

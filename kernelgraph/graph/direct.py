@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from kernelgraph.graph import _torch
+from kernelgraph.graph.memory import reach
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.source import tuple_of
 from kernelgraph.graph.tape import Source, Tape, laid_out
@@ -78,7 +79,7 @@ def form_of(
     given = {("operand", i): v for i, v in enumerate(operands) if isinstance(v, Tensor)}
     given |= {("result", k): v for k, v in enumerate(made)}
     ends = tape.ends(node)
-    function: Any = type(node)._forward_cls
+    function = _torch.function_of(node)
     # An operand that is wanted and not passed has no gradient, which the engine tells.
     if (
         ends is None
@@ -106,18 +107,13 @@ def form_of(
         tuple(arguments),
         tuple((operands[i].shape, operands[i].dtype) for _, i in arguments),
         tuple((v.shape, v.dtype, v.device) for v in made),
-        tuple(_span(v) if isinstance(v, Tensor) else 0 for v in operands),
+        tuple(reach(v) if isinstance(v, Tensor) else 0 for v in operands),
         tuple(sources),
         tuple(given[source].stride() for source in sources),
         tuple(saves),
         _torch.splits_forward(function),
         _torch.is_of_op(function),
     )
-
-
-def _span(tensor: Tensor) -> int:
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
 
 
 # --- catching a function's apply ----------------------------------------------------------------
@@ -207,7 +203,7 @@ class Direct:
         function: Any = form.function
         self.context = context = Context(form.asked)
         was = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        _torch.set_grad_enabled(False)
         try:
             if form.split:
                 self.outputs = function.forward(*args)
@@ -215,7 +211,7 @@ class Direct:
             else:
                 self.outputs = function.forward(context, *args)
         finally:
-            torch._C._set_grad_enabled(was)
+            _torch.set_grad_enabled(was)
         return self.outputs
 
     def close(self, results: Sequence[Tensor] | None, starts: Sequence[int]) -> Any:
@@ -244,18 +240,22 @@ class Direct:
             ranges.append((first, last))
         if len(ranges) > 1 and len({first for first, _ in ranges}) < len(ranges):
             return None
-        if len(context.to_save) != len(form.saves) or not self._keep(results, starts, ranges):
+        saved, context.to_save = context.to_save, ()
+        if len(saved) != len(form.saves) or not self._keep(saved, results, starts, ranges):
             return None
-        context.to_save = ()
         self.inputs, self.outputs = (), None
         return [result.detach() if result._is_view() else result for result in results]
 
     def _keep(
-        self, results: Sequence[Tensor], starts: Sequence[int], ranges: Sequence[tuple[int, int]]
+        self,
+        saved: Sequence[Any],
+        results: Sequence[Tensor],
+        starts: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
     ) -> bool:
         """Keep what is the kernel's own; whether all that it saved is as in the first call."""
         form, kept = self.form, self.kept
-        for tensor, (source, place) in zip(self.context.to_save, form.saves, strict=True):  # type: ignore[union-attr]
+        for tensor, (source, place) in zip(saved, form.saves, strict=True):
             if source == OWN:
                 if not isinstance(tensor, Tensor):
                     return False
@@ -297,18 +297,18 @@ class Direct:
                 shape, stride, offset = place
                 whole = given[source]
                 saved.append(whole.as_strided(shape, stride, whole.storage_offset() + offset))
-        if context.materialize_grads and not all(map(_is_tensor, grads)):
+        if context.materialize_grads and [g for g in grads if g is None]:
             grads = [
                 torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
                 for gradient, (shape, dtype, device) in zip(grads, form.results, strict=True)
             ]
         context.saved_tensors = tuple(saved)
         was = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        _torch.set_grad_enabled(False)
         try:
             made = form.function.backward(context, *grads)
         finally:
-            torch._C._set_grad_enabled(was)
+            _torch.set_grad_enabled(was)
             context.saved_tensors = ()
         made = made if isinstance(made, tuple) else (made,)
         found = []
@@ -332,10 +332,6 @@ def _is_at(tensor: Any, whole: Tensor, place: tuple[Any, ...]) -> bool:
         and tensor.shape == shape
         and tensor.stride() == stride
     )
-
-
-def _is_tensor(value: Any) -> bool:
-    return value is not None
 
 
 # --- the forward op -----------------------------------------------------------------------------

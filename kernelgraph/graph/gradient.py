@@ -30,6 +30,10 @@ class Own(NamedTuple):
     and ``saved`` for what is the kernel's own."""
 
 
+RECOMPUTED = "its backward runs the layer's own forward again, for its gradient"
+"""What is done about a kernel whose own backward may not be used, in words."""
+
+
 @dataclass(frozen=True)
 class Gradient:
     """Where the gradient of an op for training comes from."""

@@ -9,7 +9,7 @@ from typing import Any
 from kernelgraph.graph import _torch, verify
 from kernelgraph.graph.call import Call
 from kernelgraph.graph.choice import KeepReference, Site
-from kernelgraph.graph.gradient import Gradient, wanted_of
+from kernelgraph.graph.gradient import RECOMPUTED, Gradient, wanted_of
 from kernelgraph.graph.ops import Lowered, lower
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.trial import judge
@@ -76,23 +76,12 @@ def _gradient(
     with _torch.for_real():
         compare = options.gradients.verify
         verdict = judge(site.layer, site.module, kernel, call, operands, wanted, compare=compare)
-    if verdict.output:
-        warn(site, kernel, verdict.output, "the layer runs on its own forward")
-        raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.output}")
     if not verdict.wrong:
         return Gradient(wanted, verdict.own)
-    if options.gradients.wrong == "reference":
-        warn(site, kernel, verdict.wrong, "the layer runs on its own forward")
-        raise KeepReference(site, Reason.WRONG, f"{kernel}: {verdict.wrong}")
-    warn(
-        site,
-        kernel,
-        verdict.wrong,
-        "its backward runs the layer's own forward again, for its gradient",
-    )
-    return Gradient(wanted, None, verdict.wrong)
-
-
-def warn(site: Site, kernel: Kernel, what: str, instead: str) -> None:
-    """Say, once in a process, what a kernel does wrong in training, and what is done instead."""
-    warn_once(str(kernel), site.layer.layer_name, site.path, what, instead)
+    wrong = verdict.output or verdict.wrong
+    keep = bool(verdict.output) or options.gradients.wrong == "reference"
+    instead = "the layer runs on its own forward" if keep else RECOMPUTED
+    warn_once(str(kernel), site.layer.layer_name, site.path, wrong, instead)
+    if keep:
+        raise KeepReference(site, Reason.WRONG, f"{kernel}: {wrong}")
+    return Gradient(wanted, None, wrong)

@@ -54,6 +54,12 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.itemsize
 
 
+def reach(tensor: Tensor) -> int:
+    """How many bytes ``tensor`` reaches over."""
+    start, end = extent(tensor)
+    return end - start
+
+
 def versions(operands: Sequence[Any]) -> list[int]:
     """How often torch has written into each operand, where that is counted."""
     return [v._version if isinstance(v, Tensor) and not v.is_inference() else 0 for v in operands]

@@ -26,7 +26,7 @@ from kernelgraph.eager_training import Notes
 from kernelgraph.graph import _torch
 from kernelgraph.graph.borrowed import BorrowedGradient, operands_of
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
-from kernelgraph.graph.gradient import wanted_of
+from kernelgraph.graph.gradient import RECOMPUTED, Gradient, wanted_of
 from kernelgraph.graph.kinds import Kinds
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.runner import Runner
@@ -154,8 +154,8 @@ class Routes:
                 way = BorrowedGradient(self._kernel, self._layer, call, operands)
             except UnsupportedValue as error:
                 return self._kept(f"{verdict.wrong}; {error}")
-        instead = "its backward runs the layer's own forward again, for its gradient"
-        return Route(way, f"reference: {verdict.wrong}", wrong=verdict.wrong, instead=instead)
+        gradient = str(Gradient(wanted, None, verdict.wrong))
+        return Route(way, gradient, wrong=verdict.wrong, instead=RECOMPUTED)
 
 
 def _by_own(kernel: Kernel, call: Call, verdict: Verdict) -> Way | None:

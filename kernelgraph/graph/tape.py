@@ -214,11 +214,23 @@ class Tape:
         self._record.given, self._record.copied = given, copied
         try:
             with _torch.recording_gradients(enabled=False):
-                leaves = {i: leaf for i, leaf in self.leaves.items() if needs[i]}
-                found = _by_engine(self.roots, leaves, grads)
+                found = self._found(grads, needs)
         finally:
             self._record.given = {}
         return [found.get(i) for i, needed in enumerate(needs) if needed]
+
+    def _found(
+        self, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> dict[int, Tensor | None]:
+        leaves = {i: leaf for i, leaf in self.leaves.items() if needs[i]}
+        flowing = [(edge, g) for k, edge in self.roots if (g := grads[k]) is not None]
+        if not flowing or not leaves:
+            return {}
+        edges, own = zip(*flowing, strict=True)
+        made = torch.autograd.grad(
+            edges, list(leaves.values()), own, retain_graph=True, allow_unused=True
+        )
+        return dict(zip(leaves, made, strict=True))
 
     def ends(self, node: Any) -> list[int] | None:
         """The operands that gradients of a ``torch.autograd.Function`` are of, one for each of its
@@ -237,27 +249,12 @@ class Tape:
     def node(self) -> Any:
         """The one ``torch.autograd.Function`` that the whole graph is, if so, with all results."""
         node: Any = self.roots[0][1].node if self.roots else None
-        python = isinstance(node, BackwardCFunction)
-        if not python or len(node._input_metadata) != len(self.roots):
+        if not isinstance(node, BackwardCFunction):
+            return None
+        if _torch.count_of_results(node) != len(self.roots):
             return None
         edges = [(edge.node is node, edge.output_nr) for _, edge in self.roots]
         return node if edges == [(True, k) for k in range(len(edges))] else None
-
-
-def _by_engine(
-    roots: Sequence[tuple[int, GradientEdge]],
-    leaves: Mapping[int, Tensor],
-    grads: Sequence[Tensor | None],
-) -> dict[int, Tensor | None]:
-    """The gradients of ``leaves``."""
-    flowing = [(edge, gradient) for k, edge in roots if (gradient := grads[k]) is not None]
-    if not flowing or not leaves:
-        return {}
-    edges, own = zip(*flowing, strict=True)
-    made = torch.autograd.grad(
-        edges, list(leaves.values()), own, retain_graph=True, allow_unused=True
-    )
-    return dict(zip(leaves, made, strict=True))
 
 
 def _hollow(tensor: Tensor) -> None:
