@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
     from kernelgraph.eager import kernelize
+    from kernelgraph.graph.archive import aot_compile, aot_load, load, save
+    from kernelgraph.graph.export import export
     from kernelgraph.graph.rewrite import rewrite
     from kernelgraph.graph.tracer import Tracer
     from kernelgraph.hub.importing import get_kernel_dep
@@ -49,6 +51,9 @@ _HOMES = {
     "Mode": "modes",
     "ROCMProperties": "devices",
     "Tracer": "graph.tracer",
+    "aot_compile": "graph.archive",
+    "aot_load": "graph.archive",
+    "export": "graph.export",
     "get_kernel": "hub.kernels",
     "get_kernel_dep": "hub.importing",
     "get_local_kernel": "hub.kernels",
@@ -56,9 +61,11 @@ _HOMES = {
     "has_kernel": "hub.kernels",
     "kernelize": "eager",
     "last_report": "report",
+    "load": "graph.archive",
     "register_kernel_mapping": "mapping",
     "replace_kernel_forward_from_hub": "layers",
     "rewrite": "graph.rewrite",
+    "save": "graph.archive",
     "use_kernel_forward_from_hub": "layers",
     "use_kernel_mapping": "mapping",
     "use_kernelized_func": "layers",
@@ -77,6 +84,9 @@ __all__ = [
     "Mode",
     "ROCMProperties",
     "Tracer",
+    "aot_compile",
+    "aot_load",
+    "export",
     "get_kernel",
     "get_kernel_dep",
     "get_local_kernel",
@@ -84,9 +94,11 @@ __all__ = [
     "has_kernel",
     "kernelize",
     "last_report",
+    "load",
     "register_kernel_mapping",
     "replace_kernel_forward_from_hub",
     "rewrite",
+    "save",
     "use_kernel_forward_from_hub",
     "use_kernel_mapping",
     "use_kernelized_func",

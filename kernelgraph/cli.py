@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="REPO|PATH|PROJECT", type=_target)
     _add_revision(command)
 
+    command = add("inspect", "what a saved program has baked in, and whether it would load here")
+    command.add_argument("file", metavar="FILE", type=Path)
+
     command = add("cache", "what is kept on this machine of what was found out about kernels")
     command.add_argument("action", nargs="?", choices=["show", "clear"], default="show")
 
@@ -309,6 +312,38 @@ def _verify(parsed: argparse.Namespace) -> int:
     return NO if any(one.problem for one in found) else DONE
 
 
+def _inspect(parsed: argparse.Namespace) -> int:
+    from kernelgraph.graph.inspecting import inspect
+
+    found = inspect(parsed.file)
+    if parsed.json:
+        print(json.dumps({**dataclasses.asdict(found), "loads": not found.problems}, indent=2))
+        return NO if found.problems else DONE
+    for key, value in found.about.items():
+        print(f"{key}: {value}")
+    for rows in (found.kernels, found.ops):
+        wide = ("calls", "uses", "schema", "key")
+        flat = [{k: _cell(v) for k, v in row.items() if k not in wide} for row in rows]
+        print()
+        _show(parsed, flat)
+    print()
+    calls = [
+        {"path": call["path"], "op": op["op"], "operands": _cell(call["operands"])}
+        for op in found.ops
+        for call in op["calls"]
+    ]
+    _show(parsed, calls)
+    print("\nit would load here" if not found.problems else "\nit would not load here:")
+    print(*found.problems, sep="\n", end="\n" if found.problems else "")
+    return NO if found.problems else DONE
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _cache(parsed: argparse.Namespace) -> int:
     from kernelgraph import cache
 
@@ -337,6 +372,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "download": _download,
     "lock": _lock,
     "verify": _verify,
+    "inspect": _inspect,
     "cache": _cache,
     "demo": _demo,
 }

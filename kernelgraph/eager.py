@@ -204,7 +204,7 @@ def kernelize(
     plans: dict[type, _Plan] = {}
     decisions: list[Decision] = []
     changes: list[tuple[nn.Module, Recipe | None]] = []
-    for path, module in _candidates(model):
+    for path, module in candidates(model):
         cls = type(module)
         if cls not in layers:
             layers[cls] = extensible(cls)
@@ -253,7 +253,7 @@ def _target(model: nn.Module, device: str | torch.device | Device | None) -> Tar
         raise ValueError(f"the model is on {found}: pass device ({error})") from None
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each module once, with its path; and each extensible function attached to one."""
     visited: set[nn.Module] = set()
     has_functions: dict[type, bool] = {}

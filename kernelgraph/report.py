@@ -66,7 +66,7 @@ class Report:
     """The decisions of one ``kernelize``, compile or ``rewrite``, in the order of their making."""
 
     source: str
-    """What made the decisions: ``kernelize``, ``torch.compile`` or ``rewrite``."""
+    """What made them: ``kernelize``, ``torch.compile``, ``rewrite``, ``export`` or ``load``."""
     decisions: tuple[Decision, ...] = ()
 
     @property

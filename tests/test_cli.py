@@ -337,6 +337,70 @@ class TestStatus:
         assert "exit status: 0 done; 1 no" in out
 
 
+class TestInspect:
+    @pytest.fixture
+    def program(self, tmp_path, monkeypatch):
+        """A program with a kernel in it, which no longer lies where it was loaded from."""
+        import torch
+
+        from kernelgraph import Mode, export, save
+        from tests.graph.exporting import scales, write_scale
+        from tests.graph.toy_models import Chain
+
+        monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
+        with scales(write_scale(tmp_path / "repo", 90)):
+            made = export(Chain().eval(), (torch.randn(3, 4),), mode=Mode.INFERENCE)
+        save(made, tmp_path / "bundled.pt2", bundle=True)
+        save(made, tmp_path / "beside.pt2")
+        os.rename(tmp_path / "repo", tmp_path / "moved")
+        return tmp_path
+
+    def test_for_people(self, run, program):
+        status, out, error = run("inspect", program / "bundled.pt2")
+        assert (status, error) == (0, "")
+        assert "kind: exported program" in out
+        assert "toy_Scale_" in out
+        assert "layers.2" in out
+        assert "float32[3, 4], float32[4], float32[4], 0.25" in out
+        assert out.endswith("it would load here\n")
+
+    def test_for_programs(self, run, program):
+        status, out, _ = run("inspect", program / "bundled.pt2", "--json")
+        found = json.loads(out)
+        assert status == 0
+        assert found["loads"]
+        assert found["kernels"][0]["in the file"] == ["torch-universal"]
+        (op,) = found["ops"]
+        assert op["reference"]
+        assert op["schema"].endswith("(Tensor x, Tensor shift, Tensor weight, float eps) -> Tensor")
+        assert [call["path"] for call in op["calls"]] == ["layers.0", "layers.2"]
+        assert found["about"]["bytes of kernels"] > 0
+
+    def test_why_it_would_not_load(self, run, program):
+        status, out, _ = run("inspect", program / "beside.pt2")
+        assert status == 1
+        assert "it would not load here:" in out
+        assert "has no build that fits, in the file or on this machine's disk" in out
+        assert 'load it with fallback="reference"' in out
+
+    def test_nothing_of_it_is_run(self, program):
+        code = (
+            "import sys; from kernelgraph.cli import main; main(sys.argv[1:]);"
+            "print([m for m in sys.modules if m.startswith('kernelgraph_')])"
+        )
+        command = [sys.executable, "-c", code, "inspect", str(program / "bundled.pt2")]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.stdout.splitlines()[-1] == "[]"
+        assert not (program / "cache" / "kernelgraph" / "unpacked").exists()
+
+    def test_what_is_no_program(self, run, tmp_path):
+        (tmp_path / "text.pt2").write_text("text")
+        status, _, error = run("inspect", tmp_path / "text.pt2")
+        assert status == 1
+        assert "it is no archive of torch's" in error
+        assert run("inspect", tmp_path / "none.pt2")[0] == 1
+
+
 def test_as_a_process(hub, toy):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "-m", "kernelgraph", "versions", "org/nothing"],

@@ -10,7 +10,9 @@ import copy
 import dataclasses
 import enum
 import functools
+import logging
 import operator
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -22,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher, no_python_dispatche
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
-from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
+from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import SourcelessBuilder
@@ -37,7 +39,7 @@ from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -378,6 +380,8 @@ def bind_unbacked_symbols(made: Iterable[torch.Tensor], given: Iterable[Any]) ->
 
 Expression = sympy.Expr
 """A size in terms of the symbols of a graph."""
+Relation = sympy.logic.boolalg.Boolean
+"""What is so, or not, of such sizes."""
 
 
 def expression(value: Any) -> Any:
@@ -419,6 +423,16 @@ def for_real() -> Iterator[None]:
     2.13, 2.14.
     """
     with tracing(None), _disable_current_modes(), no_python_dispatcher():
+        yield
+
+
+@contextlib.contextmanager
+def out_of_export() -> Iterator[None]:
+    """Run code in the middle of a non-strict export which that does not see.
+
+    It records, for one, each change of the grad mode. Tried on 2.11, 2.13, 2.14.
+    """
+    with for_real(), torch._C.DisableTorchFunction():
         yield
 
 
@@ -579,3 +593,134 @@ def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
         for kind in _AUTOCAST_KINDS
         if torch.is_autocast_enabled(kind)
     )
+
+
+def symbolic_like(
+    operands: Sequence[Any], everything: bool
+) -> tuple[list[Any], dict[sympy.Symbol, tuple[int, int]], ShapeEnv]:
+    """Operands like those given, as fakes of a mode of their own whose sizes are symbols.
+
+    No symbol is taken for another because they are equal now, nor for 0 or 1 because it is that
+    now. Tried on 2.11, 2.13, 2.14.
+
+    Args:
+        operands: Tensors and numbers.
+        everything: Whether each size of each tensor becomes a symbol; else only those sizes and
+            ints that are symbolic.
+
+    Returns:
+        The operands; for each symbol the operand that it is in, and which of its sizes it is (0
+        for an int); and what the guards are noted in.
+    """
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    places: dict[sympy.Symbol, tuple[int, int]] = {}
+
+    def symbol(value: Any, operand: int, dim: int) -> Any:
+        source = ConstantSource(f"operand_{operand}_{dim}")
+        known = hint(value)
+        made = env.create_unspecified_symbol(known, source, DimDynamic.DYNAMIC)
+        places[made] = (operand, dim)
+        return env.create_symintnode(made, hint=known, source=source)
+
+    symbolic: Any = torch.SymInt
+    found = []
+    with for_real(), running_on(FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)):
+        for i, value in enumerate(operands):
+            if isinstance(value, torch.Tensor):
+                sizes = [
+                    symbol(size, i, dim) if everything or isinstance(size, symbolic) else size
+                    for dim, size in enumerate(value.shape)
+                ]
+                strides = _strides_like(value, sizes)
+                device = value.device
+                made: Any = torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
+                found.append(made.requires_grad_(value.requires_grad))
+            else:
+                found.append(symbol(value, i, 0) if isinstance(value, symbolic) else value)
+    return found, places, env
+
+
+def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
+    """The strides of a tensor of other sizes that lies in memory as ``tensor`` does, if that is
+    one piece of it; else those that it has now."""
+    now = [int(hint(n)) for n in tensor.stride()]
+    order = sorted(range(len(now)), key=lambda dim: (now[dim], -dim))
+    strides: list[Any] = [None] * len(now)
+    step: Any = 1
+    dense = 1
+    for dim in order:
+        size = int(hint(tensor.shape[dim]))
+        if size > 1 and now[dim] != dense:
+            return now
+        strides[dim], step, dense = step, step * sizes[dim], dense * max(size, 1)
+    return strides
+
+
+def guards_of(env: ShapeEnv) -> list[sympy.Expr]:
+    """What was taken for granted of the symbols of ``env``. Tried on 2.11, 2.13, 2.14."""
+    return [guard.expr for guard in env.guards]
+
+
+def fakes_for_export(operands: Sequence[Any]) -> list[Any]:
+    """Fakes like ``operands`` that ``torch.export`` takes for example inputs: symbolic sizes are
+    what they are now. Tried on 2.11, 2.13, 2.14."""
+    env = ShapeEnv(tracked_fakes=[])
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return hint(value)
+        size, stride = map(hint, value.shape), map(hint, value.stride())
+        made = torch.empty_strided(
+            tuple(size), tuple(stride), dtype=value.dtype, device=value.device
+        )
+        return made.requires_grad_(value.requires_grad)
+
+    with for_real(), FakeTensorMode(shape_env=env, allow_non_fake_inputs=True):
+        return [fake(value) for value in operands]
+
+
+def bounds(known: Any) -> tuple[int, int | None]:
+    """The least and the greatest value in a range of ``torch.export``'s; None for no limit."""
+    if known is None:
+        return 2, None
+    greatest = None if known.upper > 2**62 else int(known.upper)
+    return int(known.lower), greatest
+
+
+def register_decomposition(op: Any, fake: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Have ``torch.onnx.export`` replace ``op`` by what ``function`` computes.
+
+    It goes by a table of all decompositions that there are. So do fake tensors, for ops that have
+    no fake of Python's, and those are told from another table: an op's is to be in both. Nothing
+    else of torch's goes by them for an op that is not its own. Tried on 2.11, 2.13, 2.14.
+    """
+    torch._decomp.meta_table[op] = fake
+    torch._decomp.decomposition_table[op] = function
+
+
+def aot_compile(program: Any, path: os.PathLike[str], configs: dict[str, Any]) -> None:
+    """Compile an exported program to a package of AOTInductor's. Tried on 2.13, 2.14."""
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=os.fspath(path), inductor_configs=configs
+    )
+
+
+def aot_load(path: os.PathLike[str]) -> Callable[..., Any]:
+    """Load such a package. Tried on 2.13, 2.14."""
+    model: Callable[..., Any] = torch._inductor.aoti_load_package(os.fspath(path))
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging, at length, that something cannot be exported."""
+    names = ("export", "fx.experimental.symbolic_shapes", "_export.non_strict_utils")
+    loggers = [logging.getLogger(f"torch.{name}") for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -22,6 +22,7 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,9 @@ from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
+from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.lowering import decision_of, op_for
-from kernelgraph.graph.ops import overload
+from kernelgraph.graph.ops import Lowered, overload
 from kernelgraph.graph.paths import Path
 from kernelgraph.graph.state import State
 from kernelgraph.graph.traced import op_call, reader
@@ -127,17 +129,25 @@ class Trace:
     choices: Choices
     ours: bool
     """Whether the backend is hubkernels; another gets only what was kernelized for compiling."""
+    op_for: Callable[..., tuple[Lowered, Gradient | None]] = op_for
+    """Makes the ops, as that function does."""
     pending: tuple[Site, Kernel, State] | None = None
     """The call between its `begin` and its `finish`."""
 
     @classmethod
     def of(cls, frame: Frame) -> Trace:
         """The trace that ``frame`` belongs to."""
+        if "trace" not in frame.notes and (exported := exporting.get()) is not None:
+            frame.notes["trace"] = exported
         if "trace" not in frame.notes:
             chosen = options.of_backend(*frame.backend)
             choices = Choices(chosen or options.Options(), current_mapping())
             frame.notes["trace"] = cls(choices, ours=chosen is not None)
         return frame.notes["trace"]  # type: ignore[no-any-return]
+
+
+exporting: ContextVar[Trace | None] = ContextVar("exporting", default=None)
+"""What `kernelgraph.export` traces a model with, where it has Dynamo do it."""
 
 
 # Dynamo puts what these two return among the globals of the user's module, under their names.
@@ -199,7 +209,7 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
             call, operands = Call.of(state, values, site.layer, args, kwargs)
-            lowered, gradient = op_for(site, kernel, call, operands, trace.choices.options)
+            lowered, gradient = trace.op_for(site, kernel, call, operands, trace.choices.options)
     except KeepReference as kept:
         trace.choices.decisions.append(kept.decision)
         return None

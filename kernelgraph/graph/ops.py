@@ -153,10 +153,10 @@ def _lower(
             written = effects(kernel, layer, call, operands, told)
             parts = (kernel, layer, call, shapes, told, written)
             body = _differentiable(gradient, operands, parts) if gradient else Body(*parts)
-            _register(base, call, body)
+            register(base, call, body)
             _bodies[name] = body
         body = _bodies[name]
-        packed = _packed(call)
+        packed = packed_operands(call)
         lowered = Lowered(name, told.output, told.results, body.returned, packed, body.returns)
         if sizes is not None and not told.fresh:
             remember(_answers, key, lowered)
@@ -186,25 +186,30 @@ _MOST_ARGUMENTS = 64
 """Of an op, in torch's dispatcher."""
 
 
-def _packed(call: Call) -> tuple[int, ...]:
+def packed_operands(call: Call) -> tuple[int, ...]:
     return call.tensors if len(call.types) > _MOST_ARGUMENTS else ()
 
 
 def kernel_name(kernel: Kernel) -> str:
     """``<repository>_<layer>_<commit8>``, as an identifier."""
-    name = f"{kernel.origin.name}_{kernel.layer.__name__}_{kernel.origin.revision[:8]}"
+    return readable_name(kernel.origin.name, kernel.layer.__name__, kernel.origin.revision)
+
+
+def readable_name(repository: str, layer: str, revision: str) -> str:
+    """The part of an op's name that is for people, as an identifier."""
+    name = f"{repository}_{layer}_{revision[:8]}"
     # No underscores in front: Inductor writes op names into classes, where Python mangles them.
     name = re.sub(r"\W", "_", name, flags=re.ASCII).lstrip("_")
     return f"k{name}" if name[0].isdigit() else name
 
 
-def _register(base: str, call: Call, body: Body) -> None:
+def register(base: str, call: Call, body: Body) -> None:
     """Define the op for inference, or those for training, with fakes and the formula.
 
     Each has a name of its own and none an overload: torch 2.11 to 2.14 abort at exit where two
     overloads of one op take the same arguments.
     """
-    packed = _packed(call)
+    packed = packed_operands(call)
     taken = pack([f"{t} {n}" for t, n in zip(call.types, call.names, strict=True)], packed)
     if packed:
         taken[0] = "Tensor[] tensors"

@@ -59,15 +59,20 @@ class Hub:
     def offline(self) -> bool:
         from huggingface_hub import is_offline_mode
 
-        return bool(is_offline_mode())
+        return bool(is_offline_mode()) or _cache_alone.get()
+
+    @property
+    def directory(self) -> Path:
+        """The cache's directory."""
+        from huggingface_hub import constants
+
+        return Path(self.cache or constants.HF_HUB_CACHE).expanduser().resolve()
 
     def storage(self, repo_id: str, repo_type: str) -> Path:
         """The repository's directory in the cache, in `huggingface_hub`'s layout."""
-        from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        cache = Path(self.cache or constants.HF_HUB_CACHE).expanduser().resolve()
-        return cache / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+        return self.directory / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
 
     def snapshot(self, resolved: Resolved) -> Path:
         """Where the files of a commit are, once downloaded."""
@@ -178,10 +183,26 @@ def _limited() -> Iterator[None]:
         _limit_applies.reset(token)
 
 
+_cache_alone: ContextVar[bool] = ContextVar("cache_alone", default=False)
+
+
+@contextlib.contextmanager
+def cache_alone(yes: bool = True) -> Iterator[None]:
+    """Ask nothing within, as with ``HF_HUB_OFFLINE=1``: what is in the cache has to do."""
+    token = _cache_alone.set(yes)
+    try:
+        yield
+    finally:
+        _cache_alone.reset(token)
+
+
 def _limit(request: Any) -> None:
     """A request hook: the time limit for one that has none, that of a file's metadata."""
     from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
+    if _limit_applies.get() and _cache_alone.get():
+        raise OfflineModeIsEnabled(f"cannot reach {request.url}: local_files_only is set")
     if _limit_applies.get() and not any((request.extensions.get("timeout") or {}).values()):
         seconds = constants.HF_HUB_ETAG_TIMEOUT
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)

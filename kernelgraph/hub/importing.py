@@ -147,12 +147,17 @@ def _offering(modules: dict[str, ModuleType]) -> Iterator[None]:
         yield
 
 
+def module_kernel(name: str) -> Checked | None:
+    """The kernel that a module belongs to, as it was loaded; None if that is no kernel's."""
+    return _checked.get(name.partition(".")[0])
+
+
 def module_origin(name: str) -> Origin | None:
     """The origin of the kernel that a module belongs to; None for a module that is no kernel's.
 
     Where the same content was loaded from two places, that is the later of them.
     """
-    kernel = _checked.get(name.partition(".")[0])
+    kernel = module_kernel(name)
     return kernel.origin if kernel else None
 
 

@@ -189,6 +189,24 @@ def load(
     return import_checked(_Loader(finder, target, check_arch).check(wanted))
 
 
+def check(wanted: Wanted, target: Target, finder: Finder) -> Checked:
+    """Have a kernel and those that it uses on the disk, checked, and nothing of them run.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, ImportError: As for `get_kernel`.
+    """
+    return _Loader(finder, target).check(wanted)
+
+
+def check_on_disk(path: Path, target: Target, finder: Finder, shown: str) -> Checked:
+    """The same for a kernel on this machine, at an absolute path; ``shown`` is for people.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As for `get_local_kernel`.
+    """
+    return _Loader(finder, target).check_on_disk(path, shown)
+
+
 def load_from_disk(
     path: Path,
     target: Target,

@@ -14,6 +14,7 @@ from kernelgraph.hub.foreign import foreign_origin
 from kernelgraph.hub.importing import Checked, Origin, import_checked, module_origin
 from kernelgraph.hub.metadata import (
     UNLISTED,
+    OtherDevice,
     check_archs,
     content_hash,
     gfx_of,
@@ -137,7 +138,8 @@ def check_variant(
             check_archs(metadata, target, gfx_of(target))
         check_python_depends(metadata.python_depends, target.type)
     except ValueError as error:
-        raise ValueError(f"kernel {repository}, variant {directory.name}: {error}") from error
+        kind = OtherDevice if isinstance(error, OtherDevice) else ValueError
+        raise kind(f"kernel {repository}, variant {directory.name}: {error}") from error
     except ImportError as error:
         raise ImportError(f"kernel {repository}, variant {directory.name}: {error}") from error
     package = _package(directory, files, package_name, metadata.name or name, repository)

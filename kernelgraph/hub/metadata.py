@@ -359,6 +359,10 @@ def gfx_of(target: Target) -> str | None:
     return getattr(torch.cuda.get_device_properties(), "gcnArchName", None)
 
 
+class OtherDevice(ValueError):
+    """A build was compiled for other devices."""
+
+
 _CUDA_ARCH = re.compile(r"(\d{1,3})\.(\d)([af]?)(\+PTX)?", re.ASCII)
 
 
@@ -376,7 +380,7 @@ def check_archs(metadata: Metadata, target: Target, gfx: str | None = None) -> N
         gfx: The device's ROCm architecture, such as ``gfx942``, where it is known.
 
     Raises:
-        ValueError: The build excludes the device; the message names its archs and the device.
+        OtherDevice: The build excludes the device; the message names its archs and the device.
     """
     if not metadata.archs or metadata.backend != target.type:
         return
@@ -391,7 +395,7 @@ def check_archs(metadata: Metadata, target: Target, gfx: str | None = None) -> N
         if name not in {arch.split(":")[0] for arch in metadata.archs}:
             device = name
     if device is not None:
-        raise ValueError(f"built for {', '.join(metadata.archs)}, and this device is {device}")
+        raise OtherDevice(f"built for {', '.join(metadata.archs)}, and this device is {device}")
 
 
 def _cuda_arch_runs_on(arch: str, capability: int) -> bool:
