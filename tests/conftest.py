@@ -13,6 +13,8 @@ import pytest
 _cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
 # Before any test module is imported: torch settles on a directory once and for all.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache.name)
+# Tests run beside each other, and tiny models are faster on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nor does a test read or write what the user's own programs have found out.
 _found_out = tempfile.TemporaryDirectory(prefix="kernelgraph-cache-")
 os.environ["KERNELGRAPH_CACHE_DIR"] = _found_out.name

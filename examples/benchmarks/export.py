@@ -5,7 +5,7 @@ was saved and loaded, that compiled, and as a package of AOTInductor. All run th
 the ratios are those of medians of interleaved rounds. Target: the package at most 1.02 of the
 compiled model. Also: how long exporting, saving and loading take, and how large the files are.
 
-    python examples/benchmarks/export.py [--device cuda] [--experts 8]
+    python examples/benchmarks/export.py [--device cuda] [--experts 8] [--no-aot]
 """
 
 from __future__ import annotations
@@ -40,18 +40,20 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--no-aot", action="store_true", help="leave AOTInductor out")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     repository = build(backends=(parsed.device,))
     kernels = {name: LocalLayerRepository(repository, layer_name=name) for name in LAYERS}
     kernelgraph.register_kernel_mapping({n: {parsed.device: k} for n, k in kernels.items()})
     config = DecoderConfig(hidden=parsed.hidden, layers=parsed.layers, experts=parsed.experts)
-    model = Decoder(config).eval().to(parsed.device)
+    dtype = torch.float32 if parsed.device == "cpu" else torch.bfloat16
+    model = Decoder(config).eval().to(parsed.device, dtype)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        measure(model, Path(scratch), parsed.device)
+        measure(model, Path(scratch), parsed.device, aot=not parsed.no_aot)
 
 
-def measure(model: Decoder, scratch: Path, device: str) -> None:
+def measure(model: Decoder, scratch: Path, device: str, aot: bool) -> None:
     """Export, save, load, compile and time a model."""
     ids = torch.randint(model.config.vocab, (2, 64), device=device)
     dynamic = ({0: Dim("batch", max=64), 1: Dim("length", max=2048)},)
@@ -65,26 +67,27 @@ def measure(model: Decoder, scratch: Path, device: str) -> None:
     torch.export.save(
         torch.export.export(model_without_kernels(model), (ids,)), scratch / "plain.pt2"
     )
-    timed("aot_compile", lambda: kernelgraph.aot_compile(program, scratch / "aot.pt2", bundle=True))
-    for name in ("plain", "beside", "bundled", "aot"):
-        size = (scratch / f"{name}.pt2").stat().st_size
-        print(f"{name}.pt2: {size / 1e6:.2f} MB")
+    if aot:
+        package = scratch / "aot.pt2"
+        timed("aot_compile", lambda: kernelgraph.aot_compile(program, package, bundle=True))
+    for file in sorted(scratch.glob("*.pt2")):
+        print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
     timed(
         "torch.export.load of the plain program", lambda: torch.export.load(scratch / "plain.pt2")
     )
     loaded = timed(
         "load", lambda: kernelgraph.load(scratch / "bundled.pt2", trust_remote_code=True)
     )
-    package = timed(
-        "aot_load", lambda: kernelgraph.aot_load(scratch / "aot.pt2", trust_remote_code=True)
-    )
     module = loaded.module()
     ways: dict[str, Callable[..., Any]] = {
         "torch.compile(model)": torch.compile(model, backend="hubkernels", dynamic=True),
         "program": module,
         "torch.compile(program)": torch.compile(loaded.module(), dynamic=True),
-        "AOTInductor": package,
     }
+    if aot:
+        ways["AOTInductor"] = timed(
+            "aot_load", lambda: kernelgraph.aot_load(package, trust_remote_code=True)
+        )
     for shape in ((2, 2), (2, 64), (4, 256)):
         compare(torch.randint(model.config.vocab, shape, device=device), ways)
 

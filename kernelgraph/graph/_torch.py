@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import io
 import logging
 import operator
 import os
@@ -706,21 +707,25 @@ def aot_compile(program: Any, path: os.PathLike[str], configs: dict[str, Any]) -
 
 
 def aot_load(path: os.PathLike[str]) -> Callable[..., Any]:
-    """Load such a package. Tried on 2.13, 2.14."""
+    """Load such a package. Tried on 2.13, 2.14, and on 2.11 for the CPU."""
     model: Callable[..., Any] = torch._inductor.aoti_load_package(os.fspath(path))
     return model
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from logging, at length, that something cannot be exported."""
+    """Keep torch from saying, at length, that something cannot be exported.
+
+    Most of it is logged; 2.11 prints the graph that it had so far.
+    """
     names = ("export", "fx.experimental.symbolic_shapes", "_export.non_strict_utils")
     loggers = [logging.getLogger(f"torch.{name}") for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from kernelgraph.graph.manifest import (
 )
 from kernelgraph.graph.ops import NAMESPACE, overload
 from kernelgraph.graph.references import namespaces_in, ops_in, without_ops
+from kernelgraph.graph.releases import release_risk
 from kernelgraph.hub.baked import (
     Baked,
     blobs_of,
@@ -172,6 +174,8 @@ def aot_load(
     """
     with Loading(path, "aot", trust_remote_code, local_files_only, "error") as loading:
         loading.install()
+        if risk := release_risk({op.device for op in loading.manifest.ops.values()}):
+            warnings.warn(risk, RuntimeWarning, stacklevel=2)
         try:
             model = _torch.aot_load(loading.archive.path)
         except Exception as error:

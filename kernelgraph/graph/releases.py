@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kernelgraph.hub.variants import Release
 
 
@@ -38,3 +40,20 @@ def release_problem(kind: str, made_with: str) -> str:
         needed = f"{made[0]}.{made[1]}"
         return f"{said}: load it with torch {needed} or newer, or export the model with this one"
     return ""
+
+
+def release_risk(devices: Collection[str]) -> str:
+    """What to know before compiled code with ops for such devices is loaded; empty if nothing.
+
+    torch 2.11 for CUDA was seen to die of a segmentation fault in it, of a plain package with an
+    op written in Python as much as of ours: no error can be raised then.
+    """
+    import torch
+
+    if release_of(torch.__version__) >= (2, 12) or "cuda" not in devices:
+        return ""
+    return (
+        f"torch {torch.__version__} may end this process with a segmentation fault as it loads a "
+        "package of AOTInductor that calls ops on CUDA: if it does, load the program that "
+        "kernelgraph.save writes, or use a newer torch"
+    )

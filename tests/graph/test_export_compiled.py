@@ -13,6 +13,7 @@ from torch.export import Dim
 import kernelgraph
 from kernelgraph import Mode, aot_compile, aot_load, export, last_report
 from kernelgraph.graph.manifest import Archive
+from kernelgraph.graph.releases import release_risk
 from tests.graph.exporting import in_fresh_process, scales, write_scale
 from tests.graph.test_export_archive import expected, with_manifest
 from tests.graph.toy_models import Chain, OpaqueScale
@@ -64,6 +65,19 @@ def test_a_package_of_aotinductor_runs_where_nothing_else_of_it_is(tmp_path):
     with Archive(package) as archive:
         code = [name for name in archive.manifest.members if name.endswith(".so")]
         assert code, "the compiled code is what is hashed"
+
+
+@pytest.mark.parametrize(
+    ("version", "devices", "warned"),
+    [
+        ("2.11.0+cu130", {"cpu", "cuda"}, True),
+        ("2.11.0", {"cpu"}, False),
+        ("2.13.0", {"cuda"}, False),
+    ],
+)
+def test_a_crash_that_cannot_be_an_error_is_told_before(monkeypatch, version, devices, warned):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert ("newer torch" in release_risk(devices)) is warned
 
 
 def test_what_aot_compile_refuses(tmp_path):
