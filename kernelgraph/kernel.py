@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kernelgraph.layers import Extensible, check_hub_layer
-from kernelgraph.mapping import KernelMapping, Rejection, Selection, select
+from kernelgraph.mapping import KernelMapping, Rejection, Selection, selections
 from kernelgraph.modes import Mode
 from kernelgraph.report import Reason
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from kernelgraph.devices import Target
     from kernelgraph.hub.loading import Origin
+
+
+logger = logging.getLogger("kernelgraph")
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,51 @@ def decide(
         TypeError: If the hub layer is impure, or its ``forward`` does not fit the layer's.
         Exception: Whatever the repository raises where it cannot be loaded.
     """
+    found = _select(layer, target, mode, mapping)
+    if isinstance(found, Rejection):
+        return found
+    return _kernel(layer, found[0], target, mode, keep_unloadable)
+
+
+def decide_all(
+    layer: Extensible, target: Target, mode: Mode, mapping: KernelMapping
+) -> tuple[Kernel, ...] | Rejection:
+    """As `decide`, with all other kernels behind the chosen one that may be used as well.
+
+    Of those others, what cannot be used is left out, and the log says why.
+
+    Raises:
+        ValueError, TypeError, Exception: As `decide` raises.
+    """
+    found = _select(layer, target, mode, mapping)
+    if isinstance(found, Rejection):
+        return found
+    first = _kernel(layer, found[0], target, mode, False)
+    if isinstance(first, Rejection):
+        return first
+    kernels = [first]
+    for selection in found[1:]:
+        try:
+            kernel = _kernel(layer, selection, target, mode, False)
+        except Exception as error:
+            logger.info("%s is no candidate for %s: %s", selection, layer.layer_name, error)
+            continue
+        if isinstance(kernel, Kernel):
+            kernels.append(kernel)
+    return tuple(kernels)
+
+
+def _select(
+    layer: Extensible, target: Target, mode: Mode, mapping: KernelMapping
+) -> tuple[Selection, ...] | Rejection:
     if os.environ.get("DISABLE_KERNEL_MAPPING", "0").lower() in ("1", "true", "yes", "on"):
         return Rejection(Reason.DISABLED, "")
-    selection = select(mapping, layer.layer_name, target, mode)
-    if isinstance(selection, Rejection):
-        return selection
+    return selections(mapping, layer.layer_name, target, mode)
+
+
+def _kernel(
+    layer: Extensible, selection: Selection, target: Target, mode: Mode, keep_unloadable: bool
+) -> Kernel | Rejection:
     try:
         hub_layer = _load(selection, target)
     except Exception as error:

@@ -273,7 +273,15 @@ class Rejection:
 def select(
     mapping: KernelMapping, layer_name: str, target: Target, mode: Mode
 ) -> Selection | Rejection:
-    """Choose the kernel for a layer.
+    """Choose the kernel for a layer: the first of `selections`, which see."""
+    found = selections(mapping, layer_name, target, mode)
+    return found if isinstance(found, Rejection) else found[0]
+
+
+def selections(
+    mapping: KernelMapping, layer_name: str, target: Target, mode: Mode
+) -> tuple[Selection, ...] | Rejection:
+    """The kernels that may stand in for a layer, the one to choose first.
 
     Among the layer's entries for the device the one with the narrowest interval of capabilities
     wins, and of equally narrow ones the last registered. The mode decides within that entry
@@ -307,10 +315,12 @@ def select(
     # ``min`` keeps the first of equals, which in reverse is the last registered.
     entry = min(reversed(fitting), key=lambda entry: entry.width)
     repositories = dict(entry.repositories)
+    found: list[Selection] = []
     for candidate in modes:
-        if candidate in repositories:
-            return Selection(repositories[candidate], candidate, entry.device)
-    return Rejection(Reason.NO_MODE, f"registered modes: {_listing(repositories)}")
+        repository = repositories.get(candidate)
+        if repository is not None and all(repository != one.repository for one in found):
+            found.append(Selection(repository, candidate, entry.device))
+    return tuple(found) or Rejection(Reason.NO_MODE, f"registered modes: {_listing(repositories)}")
 
 
 def _listing(things: Iterable[object], limit: int = 8) -> str:

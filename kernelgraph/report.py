@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     CONDITION = "the layer's condition refused this instance"
     OWN_FORWARD = "the instance has a forward of its own"
     POLICY = "the policy keeps the reference"
+    SLOWER = "no kernel is faster here"
     DISABLED = "DISABLE_KERNEL_MAPPING is set"
     NOT_AN_OP = "the call cannot become a custom op"
     WRONG = "the kernel does not compute what the layer does"
@@ -49,7 +50,7 @@ class Decision(NamedTuple):
     kernel: str = ""
     """The kernel that is used: repository, layer and resolved revision; empty for the reference."""
     detail: str = ""
-    """What there was instead, where the reference is kept."""
+    """What there was instead, where the reference is kept; the times of both, where measured."""
     op: str = ""
     """The custom op in the compiled graph; empty in eager mode."""
     gradient: str = ""
@@ -99,7 +100,9 @@ def because(reason: Reason, detail: str) -> str:
 
 
 def _outcome(decision: Decision) -> str:
-    return decision.kernel or f"reference: {because(decision.reason, decision.detail)}"
+    if decision.kernel:
+        return f"{decision.kernel} ({decision.detail})" if decision.detail else decision.kernel
+    return f"reference: {because(decision.reason, decision.detail)}"
 
 
 def _merged(paths: Iterable[str]) -> list[str]:

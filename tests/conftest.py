@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nor does a test read or write what the user's own programs have found out.
 _found_out = tempfile.TemporaryDirectory(prefix="kernelgraph-cache-")
 os.environ["KERNELGRAPH_CACHE_DIR"] = _found_out.name
+# Toys are there to be used, however long they take; tests of what is fastest ask for it.
+os.environ["KERNELGRAPH_POLICY"] = "always"
 
 
 @pytest.fixture(autouse=True)

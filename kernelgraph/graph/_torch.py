@@ -27,6 +27,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
 from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
@@ -292,7 +293,7 @@ def trace_again() -> NoReturn:
     """
     # Without this Dynamo takes the new trace for one that diverged from the first.
     InstructionTranslator.current_tx().speculation_log.clear()
-    raise TensorifyScalarRestartAnalysis(restart_reason="kernelgraph found layers to adopt")
+    raise TensorifyScalarRestartAnalysis(restart_reason="kernelgraph has decided")
 
 
 def inductor(
@@ -729,3 +730,38 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def compiling_apart() -> Iterator[None]:
+    """Compile another graph, or its backward, in the middle of a compile: what Dynamo notes of
+    that, each thing once, stays as it is. Tried on 2.11, 2.13, 2.14."""
+    context = get_metrics_context()
+    before, context._metrics = context._metrics, {}
+    try:
+        yield
+    finally:
+        context._metrics = before
+
+
+def full_graph() -> bool:
+    """Whether Dynamo may not break the graph that a backend is being given. Tried on 2.11, 2.13,
+    2.14."""
+    translator: Any = InstructionTranslator.current_tx()
+    return bool(translator.one_graph or translator.error_on_graph_break)
+
+
+def store_of_group() -> Any:
+    """The store of the default process group; None where there is no other process in one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    if torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def driver_version() -> str:
+    """The versions of CUDA or HIP that torch was built with and that the driver has."""
+    built = torch.version.cuda or torch.version.hip or ""
+    get = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return f"{built}/{get() if get and torch.cuda.is_available() else ''}"

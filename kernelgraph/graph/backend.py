@@ -10,9 +10,11 @@ from torch import fx
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.choice import Choices
+from kernelgraph.graph.choosing import forget, session_of
 from kernelgraph.graph.layer_call import Trace, adopt
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.plan import plan
+from kernelgraph.graph.policy import decide
 from kernelgraph.graph.rewrite import replace_layers
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.mapping import current_mapping
@@ -48,6 +50,13 @@ def hubkernels(
     if _adopt_late() and compile_call is not None:
         _torch.trace_again()
     trace: Trace | None = notes.get("trace")
+    if trace is not None and trace.undecided:
+        session = session_of(compile_call, parsed.measure_seconds)
+        compiler = _inner(parsed.without_graphs())
+        chosen = decide(graph_module, trace.undecided, session, compiler, graphs=parsed.graphs)
+        if not all(choice.is_first for choice in chosen.values()):
+            _torch.trace_again()
+        trace.explain(chosen)
     choices = trace.choices if trace else Choices(parsed, current_mapping())
     replace_layers(plan(graph_module, choices), choices)
     _report(choices.decisions, compile_call)
@@ -74,8 +83,13 @@ def _report(decisions: list[Decision], compile_call: object) -> None:
     publish(Report("torch.compile", together))
 
 
+def _reset() -> None:
+    forget()
+    _torch.reset_inductor()
+
+
 hubkernels.is_hubkernels = True  # type: ignore[attr-defined]
-hubkernels.reset = _torch.reset_inductor  # type: ignore[attr-defined]
+hubkernels.reset = _reset  # type: ignore[attr-defined]
 
 
 def _inner(options: Options) -> Any:

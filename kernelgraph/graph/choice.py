@@ -12,7 +12,7 @@ from kernelgraph.devices import Target, target_of
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, UnsupportedState
-from kernelgraph.kernel import BoundForward, Kernel, decide
+from kernelgraph.kernel import BoundForward, Kernel, decide, decide_all
 from kernelgraph.layers import Extensible, first_device
 from kernelgraph.mapping import KernelMapping, Rejection
 from kernelgraph.modes import Mode
@@ -64,7 +64,9 @@ class Choices:
     training: bool | None = None
     """Whether a gradient can flow through the calls; None: each call tells."""
     decisions: list[Decision] = field(default_factory=list)
-    _outcomes: dict[tuple[type, Target, Mode], Kernel | Rejection] = field(default_factory=dict)
+    _outcomes: dict[tuple[type, Target, Mode], tuple[Kernel, ...] | Rejection] = field(
+        default_factory=dict
+    )
 
     def settle(self, site: Site, tensors: Iterable[Tensor]) -> tuple[Site, Kernel, State]:
         """`place` and `choose`, for a call with ``tensors`` among its arguments.
@@ -83,8 +85,26 @@ class Choices:
                 kernel, state = self.choose(site)
         return site, kernel, state
 
-    def choose(self, site: Site) -> tuple[Kernel, State]:
+    def choose(self, site: Site, number: int = 0) -> tuple[Kernel, State]:
         """The kernel for a call whose device and mode are known, and the state that it reads.
+
+        Args:
+            site: The call.
+            number: Which of the `kernels` for it.
+
+        Raises:
+            KeepReference: There is none.
+            Exception: What `kernelgraph.kernel.decide` raises.
+        """
+        kernel = self.kernels(site)[number]
+        try:
+            return kernel, State.of(site.module, [site.layer.reference, kernel.forward])
+        except UnsupportedState as error:
+            raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
+
+    def kernels(self, site: Site) -> tuple[Kernel, ...]:
+        """The kernels for a call whose device and mode are known; several only where the fastest
+        is to be found.
 
         Raises:
             KeepReference: There is none.
@@ -96,23 +116,26 @@ class Choices:
         if self.options.policy == "never":
             raise KeepReference(site, Reason.POLICY, "never")
         if kernelized is not None:
-            kernel = kernelized[0]
-        elif "forward" in site.module.__dict__:
+            return (kernelized[0],)
+        if "forward" in site.module.__dict__:
             raise KeepReference(site, Reason.OWN_FORWARD)
-        elif site.layer.condition is not None and not site.layer.condition(site.module):
+        if site.layer.condition is not None and not site.layer.condition(site.module):
             raise KeepReference(site, Reason.CONDITION)
-        else:
-            key = (site.layer.owner, site.target, site.mode)
-            if key not in self._outcomes:
-                self._outcomes[key] = decide(site.layer, site.target, site.mode, self.mapping)
-            outcome = self._outcomes[key]
-            if isinstance(outcome, Rejection):
-                raise KeepReference(site, outcome.reason, outcome.detail)
-            kernel = outcome
-        try:
-            return kernel, State.of(site.module, [site.layer.reference, kernel.forward])
-        except UnsupportedState as error:
-            raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
+        key = (site.layer.owner, site.target, site.mode)
+        if key not in self._outcomes:
+            self._outcomes[key] = self._decide(site.layer, site.target, site.mode)
+        outcome = self._outcomes[key]
+        if isinstance(outcome, Rejection):
+            raise KeepReference(site, outcome.reason, outcome.detail)
+        return outcome
+
+    def _decide(
+        self, layer: Extensible, target: Target, mode: Mode
+    ) -> tuple[Kernel, ...] | Rejection:
+        if self.options.policy == "fastest":
+            return decide_all(layer, target, mode, self.mapping)
+        outcome = decide(layer, target, mode, self.mapping)
+        return outcome if isinstance(outcome, Rejection) else (outcome,)
 
     def place(self, site: Site, tensors: Iterable[Tensor]) -> Site:
         """``site`` with the device and mode of a call with ``tensors`` among its arguments.

@@ -41,6 +41,7 @@ from kernelgraph.modes import Mode, tried
 from kernelgraph.report import Reason, Report, publish
 
 LOWERINGS = ("op", "native")
+EXPORT_POLICIES = ("always", "never")
 _ADVICE = "this is an op of kernelgraph: load the file with kernelgraph.load"
 """For those who load a program with torch alone, whose error shows the node that it fails at."""
 
@@ -100,7 +101,9 @@ def export(
         raise ValueError(f"lowering is one of {', '.join(LOWERINGS)}, not {lowering!r}")
     if strict and lowering == "native":
         raise ValueError("lowering='native' is for non-strict export: pass strict=False")
-    options = replace(Options.parse(options={"policy": policy}), kernel_mode=mode)
+    if policy not in EXPORT_POLICIES:
+        raise ValueError(f"policy is one of {', '.join(EXPORT_POLICIES)}, not {policy!r}")
+    options = Options(policy, kernel_mode=mode)
     choices = _Choices(options, current_mapping(), training=Mode.TRAINING in mode)
     choices.target = None if device is None else target_of(device)
     made = Lowering()

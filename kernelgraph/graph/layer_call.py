@@ -23,8 +23,8 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +32,9 @@ from torch import nn
 from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue
+from kernelgraph.graph.candidates import Pending
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
+from kernelgraph.graph.choosing import NATIVE, REFERENCE, Choice, kind_of, known, session_of
 from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.lowering import decision_of, op_for
 from kernelgraph.graph.ops import Lowered, overload
@@ -106,12 +108,14 @@ def _traced(
     key: str, reference: Forward, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     # Dynamo traces this function. What it calls at trace time looks its variables up by name, and
-    # sets `read`, `op` and `call`: functions written for the layer, for loops take Dynamo long.
+    # sets `read`, `op` and `call`: functions written for the layer, for loops take Dynamo long. It
+    # also sets `forward` to a kernel's, where that is to be traced.
     read: Any = None
     op: Any = None
     call: Any = None
+    forward: Any = reference
     if not kernelgraph_begin(key):
-        return reference(module, *args, **kwargs)
+        return forward(module, *args, **kwargs)
     state = read(module)
     constants = kernelgraph_finish()
     if constants is None:
@@ -120,6 +124,18 @@ def _traced(
 
 
 # --- at trace time ---------------------------------------------------------------------------
+
+
+class Begun(NamedTuple):
+    """A call that a kernel is used for."""
+
+    site: Site
+    kernel: Kernel
+    state: State
+    kind: str
+    """What `kernelgraph.graph.policy` chooses for; empty where the kernel is given."""
+    choice: Choice | None
+    """What it chose."""
 
 
 @dataclass
@@ -131,8 +147,12 @@ class Trace:
     """Whether the backend is hubkernels; another gets only what was kernelized for compiling."""
     op_for: Callable[..., tuple[Lowered, Gradient | None]] = op_for
     """Makes the ops, as that function does."""
-    pending: tuple[Site, Kernel, State] | None = None
+    pending: Begun | None = None
     """The call between its `begin` and its `finish`."""
+    undecided: dict[str, Pending] = field(default_factory=dict)
+    """A call of each kind that nothing is chosen for."""
+    kinds: dict[int, str] = field(default_factory=dict)
+    """The kinds of such calls, by the places of their decisions."""
 
     @classmethod
     def of(cls, frame: Frame) -> Trace:
@@ -145,6 +165,12 @@ class Trace:
             frame.notes["trace"] = cls(choices, ours=chosen is not None)
         return frame.notes["trace"]  # type: ignore[no-any-return]
 
+    def explain(self, chosen: Mapping[str, Choice]) -> None:
+        """Note why the calls for which nothing was chosen keep their ops."""
+        decisions = self.choices.decisions
+        for number, kind in self.kinds.items():
+            decisions[number] = decisions[number]._replace(detail=chosen[kind].why)
+
 
 exporting: ContextVar[Trace | None] = ContextVar("exporting", default=None)
 """What `kernelgraph.export` traces a model with, where it has Dynamo do it."""
@@ -156,7 +182,7 @@ def kernelgraph_begin(key: str) -> bool:
     """Decide for the call being traced, and set its `read`, which reads the tensors of the layer.
 
     Returns:
-        Whether a kernel is used; False where the reference is kept.
+        Whether an op is used; False where `forward` is to be traced.
     """
     frame = Frame()
     module = frame.value("module")
@@ -176,7 +202,18 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
     try:
         if site.layer.condition is not None:
             frame.guard_identity("module")
-        site, kernel, state = trace.choices.settle(site, frame.tensors("args", "kwargs"))
+        tensors = frame.tensors("args", "kwargs")
+        site, kernel, state = trace.choices.settle(site, tensors)
+        kind, choice = _chosen(trace, site, state, tensors)
+        if choice is not None:
+            kernel, state = trace.choices.choose(site, choice.kernel)
+            if choice.how == REFERENCE:
+                raise KeepReference(site, Reason.SLOWER, choice.why)
+            if choice.how == NATIVE:
+                frame.set_callable("forward", kernel.forward)
+                why = f"traced; {choice.why}"
+                trace.choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), why))
+                return False
         for path, value in state.values:
             frame.guard("module", path, value)
         for path in state.types:
@@ -189,9 +226,23 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
     except NotImplementedError as error:
         trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
         return False
-    trace.pending = (site, kernel, state)
+    trace.pending = Begun(site, kernel, state, kind, choice)
     frame.set_callable("read", reader(state.tensors))
     return True
+
+
+def _chosen(
+    trace: Trace, site: Site, state: State, tensors: list[torch.Tensor]
+) -> tuple[str, Choice | None]:
+    """The kind of a call, and what was chosen for it; no kind where the kernel is given."""
+    options = trace.choices.options
+    if options.policy != "fastest" or kernelized_with(site.module) is not None:
+        return "", None
+    session = session_of(_torch.current_graph()[1], options.measure_seconds)
+    kernels = trace.choices.kernels(site)
+    kind = kind_of(site, kernels, state, tensors, options)
+    choice = known(kind, session)
+    return kind, choice if choice and choice.kernel < len(kernels) else None
 
 
 @_torch.at_trace_time
@@ -204,7 +255,7 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     frame = Frame()
     trace = Trace.of(frame)
     assert trace.pending is not None, "finish without begin"
-    site, kernel, state = trace.pending
+    site, kernel, state, kind, choice = trace.pending
     try:
         args, kwargs, values = (frame.fakes(name) for name in ("args", "kwargs", "state"))
         with frame.fake_mode():
@@ -218,7 +269,16 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         return None
     except Exception as error:
         raise frame.backend_error(error) from error
-    trace.choices.decisions.append(decision_of(site, kernel, lowered, gradient))
+    decision = decision_of(site, kernel, lowered, gradient)
+    if choice is not None:
+        decision = decision._replace(detail=choice.why)
+    elif kind:
+        pending = Pending(
+            site, trace.choices.kernels(site), call, operands, lowered, trace.choices.options
+        )
+        trace.undecided.setdefault(kind, pending)
+        trace.kinds[len(trace.choices.decisions)] = kind
+    trace.choices.decisions.append(decision)
     arguments: list[Path | float] = [*call.argument_paths]
     for i, operand in enumerate(operands[: len(arguments)]):
         if isinstance(operand, float):  # it may be a symbol there, which no op takes

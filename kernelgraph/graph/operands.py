@@ -80,7 +80,7 @@ class Operands:
     @property
     def devices(self) -> tuple[str, ...]:
         """What they are on, as far as computing there depends on it."""
-        return tuple(sorted({_device_name(v.device) for v in self.tensors}))
+        return tuple(sorted({device_name(v.device) for v in self.tensors}))
 
     def apart(self, seed: int | None = None) -> contextlib.AbstractContextManager[None]:
         """See `samples.apart`."""
@@ -93,7 +93,7 @@ class Operands:
             first, second = _base(made[i]).chunk(2, -1)
             second.copy_(first)
         for i, bound in self.bounds.items():
-            made[i] = _indices(self._made_up[i], bound, seed)
+            made[i] = indices(self._made_up[i], bound, seed)
         for i, form in enumerate(self._made_up[self._first :], self._first):
             if isinstance(form, Form) and len(form.sizes) > 1 and _is_float(form.dtype):
                 made[i].mul_(max(form.sizes[-1], 1) ** -0.5)  # as weights are
@@ -167,9 +167,10 @@ def _equal(some: list[Tensor] | None, others: list[Tensor] | None) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a device, as far as computing there depends on it."""
     if device.type in ("cuda", "xpu"):
-        return str(getattr(torch, device.type).get_device_name(device))
+        return str(getattr(torch, device.type).getdevice_name(device))
     return device.type
 
 
@@ -196,7 +197,7 @@ def disturbed(weight: Tensor, seed: int) -> Tensor:
     return weight.add_(noise, alpha=0.3 * size or 0.1)
 
 
-def _indices(form: Form, bound: int, seed: int) -> Tensor:
+def indices(form: Form, bound: int, seed: int) -> Tensor:
     """Indices below ``bound``, the last among them; in one row all differ where they can."""
     made: Tensor = samples.make([form], seed)[0]
     base = _base(made)

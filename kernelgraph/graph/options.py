@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kernelgraph.graph import _torch
 from kernelgraph.kernel import Gradients
 from kernelgraph.modes import Mode, tried
 
-POLICIES = ("always", "never")
+POLICIES = ("fastest", "always", "never")
+MEASURE_SECONDS = 30.0
 INNER = ("inductor", "aot_eager", "eager")
 _FLAGS = {"verify": False, "own_backward": True}
 
@@ -20,7 +22,8 @@ class Options:
     """The backend's options, checked."""
 
     policy: str = "always"
-    """``always``: a kernel is used wherever one is found; ``never``: references alone."""
+    """``fastest``: what is measured to be so where it stands; ``always``: a kernel wherever there is
+    one; ``never``: references alone."""
     inner: str | Callable[..., Any] = "inductor"
     """What compiles the graph once the kernels are in it."""
     kernel_mode: Mode | None = None
@@ -39,6 +42,8 @@ class Options:
     it is not used."""
     own_backward: bool = True
     """Whether backwards of kernels are used at all; False: each is the layer's, recomputed."""
+    measure_seconds: float = MEASURE_SECONDS
+    """How long ``fastest`` may measure in all, for one call of ``torch.compile``."""
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
@@ -52,9 +57,12 @@ class Options:
         for name in given:
             if not isinstance(name, str):
                 raise TypeError(f"the name of an option is a string, not {name!r}")
-        policy = given.pop("policy", "always")
-        if policy not in POLICIES:
-            raise ValueError(f"option policy is one of {', '.join(POLICIES)}, not {policy!r}")
+        policy = _policy(given)
+        seconds = given.pop("measure_seconds", MEASURE_SECONDS)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"option measure_seconds is a number, not {seconds!r}")
+        if not seconds >= 0:
+            raise ValueError(f"option measure_seconds is a number from 0 on, not {seconds!r}")
         inner = given.pop("inner", "inductor")
         if not (callable(inner) or inner in INNER):
             raise ValueError(
@@ -78,13 +86,40 @@ class Options:
             if not isinstance(value, bool):
                 raise TypeError(f"option {name} is a bool, not {value!r}")
         _check_rest(given, mode, inner)
-        return cls(policy, inner, kernel_mode, given, mode, gradients=gradients, **flags)
+        rest = {"gradients": gradients, "measure_seconds": float(seconds), **flags}
+        return cls(policy, inner, kernel_mode, given, mode, **rest)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether Inductor makes CUDA graphs."""
+        if "triton.cudagraphs" in self.inductor:
+            return bool(self.inductor["triton.cudagraphs"])
+        return self.inductor_mode in ("reduce-overhead", "max-autotune")
+
+    def without_graphs(self) -> Options:
+        """The same, but for CUDA graphs."""
+        mode = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+        own = {k: v for k, v in self.inductor.items() if k != "triton.cudagraphs"}
+        inductor_mode = mode.get(self.inductor_mode or "", self.inductor_mode)
+        return replace(self, inductor=own, inductor_mode=inductor_mode)
+
+
+def _policy(given: dict[str, Any]) -> str:
+    where, policy = "option policy", given.pop("policy", None)
+    if policy is None:
+        where, policy = "KERNELGRAPH_POLICY", os.environ.get("KERNELGRAPH_POLICY") or "fastest"
+    if policy not in POLICIES:
+        raise ValueError(f"{where} is one of {', '.join(POLICIES)}, not {policy!r}")
+    return str(policy)
 
 
 def _check_rest(
     given: Mapping[str, Any], mode: str | None, inner: str | Callable[..., Any]
 ) -> None:
-    ours = "policy, inner, kernel_mode, verify, verify_gradients, wrong_gradient and own_backward"
+    ours = (
+        "policy, measure_seconds, inner, kernel_mode, verify, verify_gradients, wrong_gradient "
+        "and own_backward"
+    )
     if inner != "inductor":
         # "default" is what torch.compile means by no mode.
         if given or mode not in (None, "default"):

@@ -311,7 +311,7 @@ def _key(
     origin = kernel.origin
     return repr(
         (
-            (TRIAL_VERSION, kernelgraph.__version__, torch.__version__, _triton_version()),
+            (TRIAL_VERSION, kernelgraph.__version__, torch.__version__, triton_version()),
             (origin.name, origin.revision, origin.variant),
             (kernel.layer.__name__, code_hash(kernel.forward)),
             (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
@@ -343,7 +343,8 @@ def _file_hash(module: str) -> str:
 
 
 @functools.cache
-def _triton_version() -> str:
+def triton_version() -> str:
+    """The version of triton; empty where it is not installed."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

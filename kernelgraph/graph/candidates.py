@@ -1,0 +1,283 @@
+"""The programs that compete for a call: its neighbourhood, with each way to compute it in turn.
+
+Each is compiled by the compiler that will compile the whole graph, and run on inputs made up after
+the call that is traced: its sizes, dtypes and layout, and the layer's own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kernelgraph.graph import _torch, samples
+from kernelgraph.graph.call import Call, put_leaves, take_tensors
+from kernelgraph.graph.choice import Site
+from kernelgraph.graph.choosing import NATIVE, OP
+from kernelgraph.graph.lowering import op_for
+from kernelgraph.graph.neighbourhood import Neighbourhood
+from kernelgraph.graph.operands import Operands, indices
+from kernelgraph.graph.ops import Lowered, overload, pack, unpack
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.runner import Runner
+from kernelgraph.graph.state import State
+from kernelgraph.graph.timing import Sampler
+from kernelgraph.graph.values import value_of
+from kernelgraph.kernel import Kernel
+
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+class Unmeasurable(Exception):
+    """There is no telling how long a call takes."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A call that became an op for now, of a kind for which nobody has measured what is best."""
+
+    site: Site
+    kernels: tuple[Kernel, ...]
+    """Those that may be used; the op is of the first."""
+    call: Call
+    operands: Sequence[Any]
+    """As they are in the trace."""
+    lowered: Lowered
+    options: Options
+
+    def is_like(self, node: fx.Node) -> bool:
+        """Whether an op's node calls it with tensors of the forms that this call has."""
+        given = unpack(list(node.args), self.lowered.packed)
+        values = [value_of(v) if isinstance(v, fx.Node) else v for v in given]
+        return [*map(_form, values)] == [*map(_form, self.operands)]
+
+
+def _form(value: Any) -> Any:
+    numbers = samples.measures(value) if isinstance(value, Tensor) else ()
+    return [_torch.hint(number) for number in numbers]
+
+
+class Stand(nn.Module):
+    """Computes a call in the place of its op, in Python that a compiler traces."""
+
+    def __init__(self, compute: Callable[..., Any], pending: Pending) -> None:
+        super().__init__()
+        self._run = Runner(compute, pending.call)
+        self._packed = pending.lowered.packed
+        self._written = pending.lowered.written
+        self._alone = pending.lowered.returns == 1
+
+    def forward(self, *arguments: Any) -> Any:
+        operands = unpack(arguments, self._packed)
+        given = [v.clone() if i in self._written else v for i, v in enumerate(operands)]
+        results: list[Any] = []
+        take_tensors(self._run(given), results)
+        results += [given[i] for i in self._written]
+        return results[0] if self._alone else tuple(results)
+
+
+def program(around: Neighbourhood, pending: Pending, how: str, number: int) -> fx.GraphModule:
+    """A neighbourhood with the call computed in one way.
+
+    Args:
+        around: The neighbourhood, with the op of the first kernel.
+        pending: The call.
+        how: `OP`, `NATIVE` or `REFERENCE`.
+        number: Which of the kernels.
+    """
+    graph = copy.deepcopy(around.graph_module.graph)
+    made = fx.GraphModule(around.graph_module, graph)
+    if (how, number) == (OP, 0):
+        return made
+    kernel = pending.kernels[number]
+    if how == OP:
+        compute = _other_op(pending, kernel)
+    else:
+        compute = kernel.forward if how == NATIVE else pending.site.layer.reference
+    node = next(n for n in graph.nodes if n.name == around.node.name)
+    made.add_submodule("kernelgraph_stand", Stand(compute, pending))
+    with graph.inserting_before(node):
+        stand = graph.call_module("kernelgraph_stand", node.args, node.kwargs)
+    stand.meta = dict(node.meta)
+    node.replace_all_uses_with(stand)
+    graph.erase_node(node)
+    made.recompile()
+    return made
+
+
+def _other_op(pending: Pending, kernel: Kernel) -> Callable[..., Any]:
+    """The op of another kernel than the first, in the form of a forward.
+
+    It may read other state, which is taken from the layer.
+    """
+    site, layer = pending.site, pending.site.layer
+    state = State.of(site.module, [layer.reference, kernel.forward])
+    held = [read(site.module, path).detach() for path in state.tensors]
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call, operands = Call.of(state, held, layer, args, kwargs)
+        with _torch.for_real():
+            lowered, _ = op_for(site, kernel, call, operands, pending.options)
+        results = overload(lowered.name)(*pack(operands, lowered.packed))
+        results = [results] if isinstance(results, Tensor) else list(results)
+        return put_leaves(lowered.output, results)
+
+    return forward
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def inputs_for(around: Neighbourhood, pending: Pending) -> list[Any]:
+    """Values for the placeholders of a neighbourhood.
+
+    Raises:
+        Unmeasurable: Some depend on values in a way that nothing tells.
+    """
+    if None in _torch.hints(n for v in around.inputs for n in samples.measures(v)).values():
+        raise Unmeasurable("its sizes depend on values")
+    known = samples.sizes_now(around.inputs)
+    try:
+        forms = samples.forms(around.inputs, lambda size: _torch.evaluate(size, known))
+        made = samples.make(forms, 0)
+    except TypeError as error:
+        raise Unmeasurable(str(error)) from error
+    placeholders = [n for n in around.graph_module.graph.nodes if n.op == "placeholder"]
+    first = len(pending.call.argument_paths)
+    given = unpack(list(around.node.args), pending.lowered.packed)
+    bounds = _index_bounds(pending, given)
+    for i, node in enumerate(given):
+        if not isinstance(node, fx.Node) or node not in placeholders:
+            continue
+        at = placeholders.index(node)
+        if first <= i < first + len(pending.call.state.tensors):
+            weight = read(pending.site.module, pending.call.state.tensors[i - first])
+            if not _torch.is_fake(weight) and weight.device == made[at].device:
+                made[at] = weight.detach()
+        elif i in bounds:
+            made[at] = indices(forms[at], bounds[i], 0)
+    if pending.site.grad:
+        for value, like in zip(made, around.inputs, strict=True):
+            if isinstance(like, Tensor) and like.requires_grad:
+                value.requires_grad_()
+    return made
+
+
+def _index_bounds(pending: Pending, given: Sequence[Any]) -> dict[int, int]:
+    """Of the operands that are indices from outside, the numbers that they are below.
+
+    Raises:
+        Unmeasurable: Nothing tells them: what takes zeros for indices says nothing.
+    """
+    count = len(pending.call.argument_paths)
+    there = [
+        i
+        for i, v in enumerate(pending.operands[:count])
+        if isinstance(v, Tensor)
+        and v.dtype in (torch.int32, torch.int64)
+        and isinstance(given[i], fx.Node)
+        and given[i].op == "placeholder"
+    ]
+    if not there:
+        return {}
+    maker = Operands(pending.call, pending.operands, pending.site.module, trial=True)
+    bounds = maker.index_bounds(Runner(pending.site.layer.reference, pending.call))
+    if missing := [pending.call.names[i] for i in there if i not in bounds]:
+        raise Unmeasurable(f"nothing tells what indices {missing[0]} may hold")
+    return bounds
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def prepared(
+    run: Callable[..., Any], inputs: Sequence[Any], grad: bool, *, graphs: bool
+) -> Sampler:
+    """Times a program that was compiled, forward and, with ``grad``, backward; it is run once.
+
+    Args:
+        run: The program.
+        inputs: What it is run on.
+        grad: Whether a gradient can flow through it.
+        graphs: Whether it will be in a CUDA graph, and so to be timed in one where it can be.
+
+    Raises:
+        Exception: What it raises.
+    """
+    call = _with_backward(run, inputs) if grad else lambda: run(*inputs)
+    with _torch.compiling_apart():
+        for _ in range(2):  # what tunes itself, or compiles its backward, does so now
+            call()
+    device = next((v.device for v in inputs if isinstance(v, Tensor) and v.is_cuda), None)
+    if device is None:
+        return _on_host(call)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        if graphs and (replay := captured(call)) is not None:
+            call = replay
+    return _on_cuda(call, device)
+
+
+def _with_backward(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    leaves = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
+    grads: list[Tensor] = []
+
+    def step() -> Any:
+        with torch.enable_grad():
+            results = [r for r in run(*inputs) if isinstance(r, Tensor) and r.requires_grad]
+            if not grads:
+                grads.extend(map(torch.ones_like, results))
+            return torch.autograd.grad(results, leaves, grads, allow_unused=True)
+
+    return step
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """A replay of a CUDA graph of ``call``; None if it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    except Exception:  # it synchronises, say
+        torch.cuda.synchronize()
+        return None
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    replay()
+    torch.cuda.synchronize()
+    return replay
+
+
+def _on_cuda(call: Callable[[], Any], device: torch.device) -> Sampler:
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def sample(calls: int) -> float:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return sample
+
+
+def _on_host(call: Callable[[], Any]) -> Sampler:
+    def sample(calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return time.perf_counter() - started
+
+    return sample

@@ -1,0 +1,191 @@
+"""What was chosen for each kind of call: kept for the process, for other ranks and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernelgraph
+from kernelgraph import cache
+from kernelgraph.graph import _torch, ranks, samples
+from kernelgraph.graph.choice import Site
+from kernelgraph.graph.constants import stable_text
+from kernelgraph.graph.operands import device_name
+from kernelgraph.graph.options import Options
+from kernelgraph.graph.paths import read
+from kernelgraph.graph.state import State, describe
+from kernelgraph.graph.trial import triton_version
+from kernelgraph.hub.loading import code_hash
+from kernelgraph.kernel import Kernel
+
+OP, NATIVE, REFERENCE = "op", "native", "reference"
+"""Ways to compute a call: a kernel as a custom op; a kernel that is traced; the layer itself."""
+
+_KIND = "choices"
+_VERSION = 1
+"""Of how choices are made, counted up when an earlier one is not to be believed."""
+
+
+class Choice(NamedTuple):
+    """What computes the calls of a kind."""
+
+    how: str
+    """`OP`, `NATIVE` or `REFERENCE`."""
+    kernel: int
+    """Which of the kernels."""
+    why: str
+    """The times, for people; or why there are none."""
+    measured: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first kernel as an op, which is in the graph before anything is
+        chosen."""
+        return (self.how, self.kernel) == (OP, 0)
+
+
+@dataclass
+class Session:
+    """The decisions for one call of ``torch.compile``."""
+
+    seconds: float
+    """How long measuring may take in all."""
+    clock: Callable[[], float] = time.monotonic
+    choices: dict[str, Choice] = field(default_factory=dict)
+    """Those that were not measured, which nobody else is to believe."""
+    _spent: float = 0.0
+    _started: float | None = None
+
+    @property
+    def left(self) -> float:
+        """How many seconds are left."""
+        now = 0.0 if self._started is None else self.clock() - self._started
+        return self.seconds - self._spent - now
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Have the time count."""
+        self._started = self.clock()
+        try:
+            yield
+        finally:
+            self._spent += self.clock() - self._started
+            self._started = None
+
+    def __str__(self) -> str:
+        return f"{self.seconds - self.left:.1f} of {self.seconds:g} s for measuring are used"
+
+
+_choices: dict[str, Choice] = {}
+_session: tuple[weakref.ref[Any], Session] | None = None
+
+
+def session_of(compile_call: object, seconds: float) -> Session:
+    """The session of a call of ``torch.compile``."""
+    global _session
+    if compile_call is None:
+        return Session(seconds)
+    if _session is None or _session[0]() is not compile_call:
+        _session = (weakref.ref(compile_call), Session(seconds))
+    return _session[1]
+
+
+def forget() -> None:
+    """Have everything decided anew, from what is on disk."""
+    global _session
+    _session = None
+    _choices.clear()
+
+
+# --- kinds --------------------------------------------------------------------------------------
+
+
+def kind_of(
+    site: Site, kernels: Sequence[Kernel], state: State, tensors: Sequence[Tensor], options: Options
+) -> str:
+    """What the calls that share a choice have in common, as text that is the same in every process
+    where they do.
+
+    Args:
+        site: The call.
+        kernels: The kernels for it.
+        state: What it reads of the layer.
+        tensors: The tensors among its arguments; of sizes that vary those of this call count.
+        options: The backend's.
+    """
+    held = [read(site.module, path) for path in state.tensors]
+    known = samples.sizes_now(tensors)
+    layer = site.layer
+    assert site.target is not None
+    return repr(
+        (
+            (_VERSION, kernelgraph.__version__, torch.__version__, triton_version()),
+            sorted({device_name(v.device) for v in (*tensors, *held)}),
+            _torch.driver_version() if site.target.type in ("cuda", "rocm") else "",
+            (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
+            [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
+            describe(state),
+            [_form(value, known) for value in tensors],
+            [_form(value, {}) for value in held],
+            site.grad,
+            _torch.autocast_regions(),
+            _compiler_text(options),
+            (options.own_backward, options.gradients),
+        )
+    )
+
+
+def _code(kernel: Kernel) -> tuple[str, str]:
+    return kernel.layer.__name__, code_hash(kernel.forward)
+
+
+def _form(tensor: Tensor, known: Mapping[Any, int]) -> tuple[Any, ...]:
+    numbers = tuple(int(_torch.evaluate(n, known)) for n in samples.measures(tensor))
+    return numbers, str(tensor.dtype), tensor.device.type, tensor.requires_grad
+
+
+def _compiler_text(options: Options) -> str:
+    inner = options.inner
+    name = inner if isinstance(inner, str) else f"{inner.__module__}.{inner.__qualname__}"
+    return stable_text((name, options.inductor_mode, sorted(options.inductor.items(), key=str)))
+
+
+def known(kind: str, session: Session) -> Choice | None:
+    """The choice for a kind, if there is one."""
+    found = _choices.get(kind) or session.choices.get(kind)
+    # What one rank has on its disk, another may not have.
+    return found if found or ranks.several() else on_disk(kind)
+
+
+def on_disk(kind: str) -> Choice | None:
+    """The choice that this or another process has kept."""
+    found = from_json(cache.read(_KIND, kind))
+    if found is not None:
+        _choices[kind] = found
+    return found
+
+
+def keep(kind: str, choice: Choice, session: Session) -> None:
+    """Note a choice; where it was measured, also for those to come."""
+    if not choice.measured:
+        session.choices[kind] = choice
+        return
+    _choices[kind] = choice
+    cache.write(_KIND, kind, choice._asdict())
+
+
+def from_json(value: Any) -> Choice | None:
+    """The inverse of ``Choice._asdict``; None of anything that it has not made."""
+    try:
+        made = Choice(value["how"], value["kernel"], value["why"], value["measured"])
+    except (TypeError, KeyError):
+        return None
+    types = [type(part) for part in made] == [str, int, str, bool]
+    return made if types and made.how in (OP, NATIVE, REFERENCE) and made.kernel >= 0 else None

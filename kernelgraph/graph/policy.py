@@ -1,0 +1,274 @@
+"""``policy="fastest"``: for each kind of call, what computes it fastest where it stands.
+
+A kind is a layer with the kernels for it, the sizes, dtypes and layout of what it takes, the device
+and the compiler. While a graph is traced, the calls of kinds that are not decided become ops for
+now. The backend then measures each such kind once (`kernelgraph.graph.candidates`), and where the
+op is not what won, has Dynamo trace again, now with the decisions known: in that trace a layer that
+keeps its reference is traced as if there were no kernel for it.
+
+Where nothing can be measured, or the time for it is up, a rule decides: compilers fuse what is
+elementwise or a reduction with its neighbours, so such layers keep their references, and others
+take their kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernelgraph.graph import _torch, candidates, ops, ranks, samples
+from kernelgraph.graph.candidates import Compiler, Pending, Unmeasurable
+from kernelgraph.graph.choosing import (
+    NATIVE,
+    OP,
+    REFERENCE,
+    Choice,
+    Session,
+    from_json,
+    keep,
+    on_disk,
+)
+from kernelgraph.graph.neighbourhood import Neighbourhood, cut
+from kernelgraph.graph.runner import Runner
+from kernelgraph.graph.shapes import run_on_fakes
+from kernelgraph.graph.timing import Measured, Sampler, fastest, measure
+from kernelgraph.graph.told import error_text
+
+logger = logging.getLogger("kernelgraph")
+
+
+def decide(
+    graph_module: fx.GraphModule,
+    pending: Mapping[str, Pending],
+    session: Session,
+    compiler: Compiler,
+    *,
+    graphs: bool,
+) -> dict[str, Choice]:
+    """Decide all kinds of call in a graph that are not decided.
+
+    Args:
+        graph_module: The graph, with ops for the calls.
+        pending: A call of each kind.
+        session: Where the choices are noted, and the time is.
+        compiler: What will compile the graph.
+        graphs: Whether the graph will be run as a CUDA graph.
+
+    Returns:
+        The choices. Where one is not the op of the first kernel, the graph is to be traced again.
+    """
+    choices = {}
+    for number, (kind, call) in enumerate(pending.items(), 1):
+        contest = Contest(graph_module, call, session, compiler, graphs)
+        name, of = call.site.layer.layer_name, f"{number} of {len(pending)} kinds of call"
+        logger.info("choosing for %s, %s; %s", name, of, session)
+        agreed = ranks.agree(
+            kind,
+            lambda kind=kind, contest=contest: (on_disk(kind) or contest.choice())._asdict(),  # type: ignore[misc]
+            patience=session.left + _PATIENCE,
+        )
+        choice = from_json(agreed) or by_rule(call, "the rank that measures has not answered")
+        logger.info("chosen for %s: %s (%s)", name, choice.how, choice.why)
+        keep(kind, choice, session)
+        choices[kind] = choice
+    return choices
+
+
+_PATIENCE = 120.0
+"""How many seconds longer than measuring takes another rank may need."""
+
+
+class Contest:
+    """What is measured for a kind of call, and what comes of it."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        call: Pending,
+        session: Session,
+        compiler: Compiler,
+        graphs: bool,
+    ) -> None:
+        self._graph_module = graph_module
+        self._call = call
+        self._session = session
+        self._compiler = compiler
+        self._graphs = graphs
+        self._name = call.site.layer.layer_name
+
+    def choice(self) -> Choice:
+        """The choice; where nothing can be measured, by rule."""
+        session = self._session
+        if session.left <= 0:
+            return by_rule(self._call, f"the {session.seconds:g} s for measuring were over")
+        try:
+            with session.running():
+                return self._measured()
+        except Unmeasurable as error:
+            why = str(error)
+        except torch.OutOfMemoryError:
+            why = "out of memory"
+        except Exception as error:  # of a compiler, or a kernel on inputs that are made up
+            logger.debug("%s cannot be measured", self._name, exc_info=True)
+            why = error_text(error)
+        return by_rule(self._call, why)
+
+    def _measured(self) -> Choice:
+        around = cut(*self._place())
+        with samples.apart(around.inputs, 0):
+            inputs = candidates.inputs_for(around, self._call)
+            samplers: dict[str, Sampler] = {}
+            untraced = ""
+            try:
+                samplers[REFERENCE] = self._sampler(around, inputs, REFERENCE, 0)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                untraced = error_text(error)
+                if not _torch.full_graph():  # across a graph break it would be run as it is
+                    samplers[REFERENCE] = self._eager(around, inputs)
+            ways = dict(self._ways())
+            for label, (how, number) in ways.items():
+                if samplers.keys() - {REFERENCE} and self._session.left <= 0:
+                    break
+                try:
+                    samplers[label] = self._sampler(around, inputs, how, number)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:
+                    logger.debug("%s: %s cannot be run", self._name, label, exc_info=True)
+            if not samplers.keys() - {REFERENCE}:
+                raise Unmeasurable("no kernel could be run on inputs that are made up")
+            if REFERENCE not in samplers and len(samplers) == 1:
+                chosen = next(iter(samplers))
+                return Choice(*ways[chosen], f"the layer itself cannot be traced: {untraced}", True)
+            times = measure(list(samplers.values()), lambda: self._session.left <= 0)
+        measured = dict(zip(samplers, times, strict=True))
+        chosen = fastest(measured, REFERENCE)
+        how, number = ways.get(chosen, (REFERENCE, 0))
+        return Choice(how, number, _in_words(measured, chosen), True)
+
+    def _place(self) -> tuple[fx.GraphModule, fx.Node]:
+        """Where in the graph such a call is: of several, the one in the middle of the model."""
+        name = f"{ops.NAMESPACE}::{self._call.lowered.name}"
+        found = [
+            (graph_module, node)
+            for graph_module, node in _nodes(self._graph_module)
+            if getattr(node.target, "_name", "") == name and self._call.is_like(node)
+        ]
+        if not found:
+            raise Unmeasurable("its op is not in the graph")
+        return found[len(found) // 2]
+
+    def _ways(self) -> Iterator[tuple[str, tuple[str, int]]]:
+        """The ways to compute the call by kernels, what is preferred first."""
+        kernels = self._call.kernels
+        names = ["kernel"] if len(kernels) == 1 else [str(kernel) for kernel in kernels]
+        for i, name in enumerate(names):
+            yield name, (OP, i)
+        for i, name in enumerate(names):
+            if getattr(kernels[i].layer, "can_torch_compile", False):
+                yield f"{name} traced", (NATIVE, i)
+
+    def _sampler(self, around: Neighbourhood, inputs: list[Any], how: str, number: int) -> Sampler:
+        program = candidates.program(around, self._call, how, number)
+        grad = self._call.site.grad
+        with torch.set_grad_enabled(grad):
+            with _torch.compiling_apart():
+                run = self._compiler(program, inputs)
+            return candidates.prepared(run, inputs, grad, graphs=self._graphs)
+
+    def _eager(self, around: Neighbourhood, inputs: list[Any]) -> Sampler:
+        program = candidates.program(around, self._call, REFERENCE, 0)
+        grad = self._call.site.grad
+        with torch.set_grad_enabled(grad):
+            return candidates.prepared(program, inputs, grad, graphs=False)
+
+
+def _nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
+    """The nodes of a graph and of the graphs that it calls, with where they are."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                yield module, node
+
+
+def _in_words(measured: Mapping[str, Measured], chosen: str) -> str:
+    names = [chosen, *(name for name in measured if name != chosen)]
+    return ", ".join(f"{name} {measured[name]}" for name in names)
+
+
+# --- where nothing is measured --------------------------------------------------------------------
+
+
+def by_rule(call: Pending, why: str) -> Choice:
+    """What is right most often, where nothing was measured."""
+    how = REFERENCE if _is_fused(call) else OP
+    return Choice(how, 0, f"not measured: {why}", False)
+
+
+def _is_fused(call: Pending) -> bool:
+    """Whether a compiler would compute a layer together with what is around it."""
+    seen = _Seen()  # type: ignore[no-untyped-call]
+
+    def reference(module: Any, *args: Any, **kwargs: Any) -> Any:
+        with seen:
+            return call.site.layer.reference(module, *args, **kwargs)
+
+    try:
+        run_on_fakes(Runner(reference, call.call), call.operands)
+    except Exception:  # it depends on values
+        return False
+    return not seen.apart
+
+
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an op runs that is neither elementwise, a reduction nor about memory."""
+
+    apart = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._opname
+        known = {torch.Tag.pointwise, torch.Tag.reduction} & set(func.tags)
+        if not (known or func.is_view or name.removesuffix("_") in _OF_MEMORY):
+            self.apart = True
+        return func(*args, **(kwargs or {}))
+
+
+_OF_MEMORY = frozenset(
+    [
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "full_like",
+        "scalar_tensor",
+        "arange",
+        "clone",
+        "copy",
+        "_to_copy",
+        "cat",
+        "stack",
+        "expand_copy",
+        "view_copy",
+        "_softmax",
+        "_log_softmax",
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "lift_fresh",
+        "detach",
+        "fill",
+        "constant_pad_nd",
+    ]
+)
+"""Ops that are so without a tag that says it."""
