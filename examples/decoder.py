@@ -152,7 +152,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """input_ids [B, T] int64 -> logits [B, T, vocab]. The same seed gives the same parameters."""
+    """input_ids [B, T] int64 -> logits [B, T, vocab]. The same seed gives the same parameters
+    on the same type of device."""
 
     inv_freq: Tensor
 
@@ -165,7 +166,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
         exponent = torch.arange(0, 1, 2 * config.heads / config.hidden)
         self.register_buffer("inv_freq", config.rope_base**-exponent, persistent=False)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 std = parameter.shape[-1] ** -0.5

@@ -28,18 +28,8 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from decoder import MoEExperts, RMSNorm, SiluAndMul
-from training import (
-    DEVICE,
-    DTYPE,
-    MODELS,
-    TOKENS,
-    Kernels,
-    kernel_sets,
-    machine,
-    mapped,
-    peak_mb,
-    synchronize,
-)
+from programs import DEVICE, DTYPE, MODELS, Kernels, kernel_sets, machine, mapped, synchronize
+from training import TOKENS, peak_mb
 
 COUNTS = {"RMSNorm": (8, 32), "SiluAndMul": (8, 32), "MoEExperts": (2, 8)}
 """How many calls there are in the two graphs of a layer; few of the experts, which are large."""

@@ -20,41 +20,31 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
-import math
-import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
+from programs import (
+    DEVICE,
+    FUNCTIONS,
+    MODELS,
+    Kernels,
+    Program,
+    calling,
+    decoder,
+    kernel_sets,
+    machine,
+    mapped,
+    median_ms,
+    synchronize,
+)
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "kernels")]
-from build import build
-from decoder import Decoder, DecoderConfig
+from kernelgraph import Mode, kernelize
 
-from kernelgraph import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-MODELS = {
-    "cuda": {
-        "dense": DecoderConfig(hidden=2048, heads=16, kv_heads=8, intermediate=5632, layers=8),
-        "experts": DecoderConfig(
-            hidden=2048, heads=16, kv_heads=8, intermediate=768, layers=4, experts=64, top_k=8
-        ),
-    },
-    "cpu": {
-        "dense": DecoderConfig(layers=1),
-        "experts": DecoderConfig(layers=1, experts=8),
-    },
-}[DEVICE]
 TOKENS = {
     "cuda": {"dense": (4, 1024), "experts": (2, 1024)},
     "cpu": {"dense": (2, 64), "experts": (2, 64)},
@@ -63,66 +53,6 @@ WARM_UP = 3
 ROUNDS = 20
 SECONDS = 3.0 if DEVICE == "cuda" else 1.0
 """A program gets no more turns than fit in here, though at least three."""
-FUNCTIONS = {"RMSNorm": "rms_norm", "SiluAndMul": "silu_and_mul", "MoEExperts": "moe_experts"}
-"""The functions that the hub layers call."""
-
-
-class Loaded:
-    """A repository whose hub layer is there already."""
-
-    def __init__(self, layer: type[nn.Module]) -> None:
-        self.layer = layer
-
-    def load(self) -> type[nn.Module]:
-        return self.layer
-
-
-Kernels = dict[str, Any]
-"""Repositories, by the names of the layers that they are for."""
-
-
-def kernel_sets() -> dict[str, Kernels]:
-    """The sets of kernels that run here, by name."""
-    root = build(backends=(DEVICE,))
-    sets: dict[str, Kernels] = {
-        "examples": {name: LocalLayerRepository(root, layer_name=name) for name in FUNCTIONS}
-    }
-    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
-        import liger_layers
-
-        sets["liger"] = {name: Loaded(getattr(liger_layers, name)) for name in FUNCTIONS}
-    return sets
-
-
-def mapped(kernels: Kernels) -> Any:
-    """The scope in which ``kernels`` are chosen, and no others."""
-    return use_kernel_mapping({n: {DEVICE: k} for n, k in kernels.items()}, inherit_mapping=False)
-
-
-class Program:
-    """A way to run a model.
-
-    Args:
-        model: Whose parameters get the gradients.
-        call: Maps tokens to logits.
-        kernels: What is chosen from at the first call.
-    """
-
-    def __init__(self, model: nn.Module, call: Callable[..., Any], kernels: Kernels) -> None:
-        self.model = model
-        self.call = call
-        self.kernels = kernels
-
-    def step(self, input_ids: Tensor) -> Tensor:
-        """Forward, loss and backward; gives the loss."""
-        logits = self.call(input_ids)[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    def gradient_norm(self) -> float:
-        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
-        return math.hypot(*(g.float().norm().item() for g in gradients))
 
 
 def programs(model: nn.Module, sets: dict[str, Kernels]) -> dict[str, Program]:
@@ -140,57 +70,18 @@ def programs(model: nn.Module, sets: dict[str, Kernels]) -> dict[str, Program]:
     return made
 
 
-def calling(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function of its own that calls ``model``."""
-
-    def run(input_ids: Tensor) -> Tensor:
-        out: Tensor = model(input_ids)
-        return out
-
-    # Dynamo keeps what it compiled by code object and backend. With one code object for two sets
-    # of kernels the second would get the graph of the first.
-    run.__code__ = run.__code__.replace(co_name="run")
-    return run
-
-
 def warm_up(programs: dict[str, Program], input_ids: Tensor) -> None:
     """Compile and tune, and say what it takes and what each program computes."""
     for name, program in programs.items():
         started = time.perf_counter()
         with mapped(program.kernels):
             for _ in range(WARM_UP):
-                program.model.zero_grad()
-                loss = program.step(input_ids).item()
-        norm = program.gradient_norm()
-        program.model.zero_grad()
+                program.begin()
+                loss = program.step(input_ids)
+        told = program.told(loss)
+        program.begin()
         took = time.perf_counter() - started
-        print(f"  {name:<22} loss {loss:.4f}, gradient {norm:.4f} ({took:.1f} s)", flush=True)
-
-
-def median_ms(programs: dict[str, Program], input_ids: Tensor) -> dict[str, float]:
-    """The median time of each program's step in milliseconds. They take turns, the slow ones
-    fewer, so that a machine which is slower for a while is slower for all."""
-    times = {name: [seconds(program, input_ids)] for name, program in programs.items()}
-    turns = {name: max(3, min(ROUNDS, int(SECONDS / first))) for name, (first,) in times.items()}
-    for turn in range(ROUNDS):
-        for name, program in programs.items():
-            if turn % (ROUNDS // turns[name]) == 0:
-                times[name].append(seconds(program, input_ids))
-    return {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()}
-
-
-def seconds(program: Program, input_ids: Tensor) -> float:
-    program.model.zero_grad()
-    synchronize()
-    started = time.perf_counter()
-    program.step(input_ids)
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        print(f"  {name:<22} {told} ({took:.1f} s)", flush=True)
 
 
 def peak_mb(run: Callable[[], object]) -> float:
@@ -239,7 +130,7 @@ def show(model: nn.Module, sets: dict[str, Kernels], input_ids: Tensor) -> bool:
     """Measure a model; gives whether the forward of each kernel ran once for each layer."""
     compared = programs(model, sets)
     warm_up(compared, input_ids)
-    ms = median_ms(compared, input_ids)
+    ms = median_ms(compared, input_ids, ROUNDS, SECONDS)
     for name in compared:
         print(f"  {name:<22}{ms[name]:9.2f} ms a step {ms['eager'] / ms[name]:6.2f} x eager")
     for name in sets:
@@ -266,14 +157,6 @@ def show(model: nn.Module, sets: dict[str, Kernels], input_ids: Tensor) -> bool:
     return alright
 
 
-def machine() -> str:
-    """What this runs on. On a CPU it is one thread, since others may be busy."""
-    if DEVICE == "cpu":
-        torch.set_num_threads(1)
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "one thread"
-    return f"torch {torch.__version__} on {DEVICE} ({name}), {str(DTYPE).removeprefix('torch.')}"
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description="A training step with kernels and without.")
@@ -288,7 +171,7 @@ def main() -> None:
     for title in titles:
         config = MODELS[title]
         torch.compiler.reset()
-        model = Decoder(config).to(DEVICE, DTYPE)
+        model = decoder(config)
         input_ids = torch.randint(config.vocab, TOKENS[title], device=DEVICE)
         print(f"\n{title}, tokens {list(input_ids.shape)}: {config}")
         alright &= show(model, sets, input_ids)

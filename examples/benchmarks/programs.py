@@ -1,0 +1,186 @@
+"""Ways to run the example decoder, and how long they take: what training.py and workloads.py share.
+
+On a GPU the models are large and in bfloat16, elsewhere tiny and in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "kernels")]
+from build import build
+from decoder import Decoder, DecoderConfig
+
+from kernelgraph import LocalLayerRepository, use_kernel_mapping
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+MODELS = {
+    "cuda": {
+        "dense": DecoderConfig(hidden=2048, heads=16, kv_heads=8, intermediate=5632, layers=8),
+        "experts": DecoderConfig(
+            hidden=2048, heads=16, kv_heads=8, intermediate=768, layers=4, experts=64, top_k=8
+        ),
+    },
+    "cpu": {
+        "dense": DecoderConfig(layers=1),
+        "experts": DecoderConfig(layers=1, experts=8),
+    },
+}[DEVICE]
+FUNCTIONS = {"RMSNorm": "rms_norm", "SiluAndMul": "silu_and_mul", "MoEExperts": "moe_experts"}
+"""The functions that the hub layers call."""
+
+
+def decoder(config: DecoderConfig) -> Decoder:
+    """The model, with the device's own random numbers: a CPU would take seconds to draw them."""
+    with torch.device(DEVICE):
+        return Decoder(config).to(DTYPE)
+
+
+class Loaded:
+    """A repository whose hub layer is there already."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        self.layer = layer
+
+    def load(self) -> type[nn.Module]:
+        return self.layer
+
+
+Kernels = dict[str, Any]
+"""Repositories, by the names of the layers that they are for."""
+
+
+def kernel_sets() -> dict[str, Kernels]:
+    """The sets of kernels that run here, by name."""
+    root = build(backends=(DEVICE,))
+    sets: dict[str, Kernels] = {
+        "examples": {name: LocalLayerRepository(root, layer_name=name) for name in FUNCTIONS}
+    }
+    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        import liger_layers
+
+        sets["liger"] = {name: Loaded(getattr(liger_layers, name)) for name in FUNCTIONS}
+    return sets
+
+
+def mapped(kernels: Kernels) -> Any:
+    """The scope in which ``kernels`` are chosen, and no others."""
+    return use_kernel_mapping({n: {DEVICE: k} for n, k in kernels.items()}, inherit_mapping=False)
+
+
+class Program:
+    """A way to train a model.
+
+    Args:
+        model: Whose parameters get the gradients.
+        call: Maps tokens to logits.
+        kernels: What is chosen from at the first call.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any], kernels: Kernels) -> None:
+        self.model = model
+        self.call = call
+        self.kernels = kernels
+
+    def begin(self) -> None:
+        """Let go of what the last step left: gradients, and results that CUDA graphs hold."""
+        self.model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """Forward, loss and backward; gives the loss."""
+        logits = self.call(input_ids)[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def gradient_norm(self) -> float:
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        return math.hypot(*(g.float().norm().item() for g in gradients))
+
+    def told(self, result: Tensor) -> str:
+        """What the step that gave ``result`` computed, in words."""
+        return f"loss {result.item():.4f}, gradient {self.gradient_norm():.4f}"
+
+
+class Inference(Program):
+    """A way to run a model for its logits."""
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """The forward; gives the logits."""
+        with torch.no_grad():
+            logits: Tensor = self.call(input_ids)
+        return logits
+
+    def told(self, result: Tensor) -> str:
+        return f"norm of the logits {result.float().norm().item():.4f}"
+
+
+def calling(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function of its own that calls ``model``."""
+
+    def run(input_ids: Tensor) -> Tensor:
+        out: Tensor = model(input_ids)
+        return out
+
+    # Dynamo keeps what it compiled by code object and backend. With one code object for two sets
+    # of kernels the second would get the graph of the first.
+    run.__code__ = run.__code__.replace(co_name="run")
+    return run
+
+
+def median_ms(
+    programs: dict[str, Program], input_ids: Tensor, rounds: int, limit_s: float
+) -> dict[str, float]:
+    """The median time of each program's step in milliseconds. They take turns, the slow ones
+    fewer, so that a machine which is slower for a while is slower for all.
+
+    Args:
+        programs: By name.
+        input_ids: What they are run on.
+        rounds: How many turns a program gets,
+        limit_s: of which no more than fit in here, though at least three.
+    """
+    times = {name: [seconds(program, input_ids)] for name, program in programs.items()}
+    turns = {name: max(3, min(rounds, int(limit_s / first))) for name, (first,) in times.items()}
+    for turn in range(rounds):
+        for name, program in programs.items():
+            if turn % (rounds // turns[name]) == 0:
+                times[name].append(seconds(program, input_ids))
+    return {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()}
+
+
+def seconds(program: Program, input_ids: Tensor) -> float:
+    """How long a step takes."""
+    program.begin()
+    synchronize()
+    started = time.perf_counter()
+    program.step(input_ids)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine() -> str:
+    """What this runs on. On a CPU it is one thread, since others may be busy."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "one thread"
+    return f"torch {torch.__version__} on {DEVICE} ({name}), {str(DTYPE).removeprefix('torch.')}"
