@@ -22,7 +22,7 @@ class Options:
     """The backend's options, checked."""
 
     policy: str = "always"
-    """``fastest``: what is measured to be so where it stands; ``always``: a kernel wherever there is
+    """``fastest``: what is measured to be so where it stands; ``always``: a kernel where there is
     one; ``never``: references alone."""
     inner: str | Callable[..., Any] = "inductor"
     """What compiles the graph once the kernels are in it."""
