@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from kernelgraph.graph import _torch
+from kernelgraph.graph.capture import cut_around
 from kernelgraph.graph.choice import Choices
 from kernelgraph.graph.choosing import forget, session_of
 from kernelgraph.graph.layer_call import Trace, adopt
@@ -60,6 +61,8 @@ def hubkernels(
     choices = trace.choices if trace else Choices(parsed, current_mapping())
     replace_layers(plan(graph_module, choices), choices)
     _report(choices.decisions, compile_call)
+    if parsed.graphs and trace is not None:
+        parsed = parsed.cutting(cut_around(trace.called))
     return _inner(parsed)(graph_module, example_inputs)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from kernelgraph.graph import _torch, samples
 from kernelgraph.graph.call import Call, put_leaves, take_tensors
+from kernelgraph.graph.capture import waits
 from kernelgraph.graph.choice import Site
 from kernelgraph.graph.choosing import NATIVE, OP
 from kernelgraph.graph.lowering import op_for
@@ -52,15 +53,14 @@ class Pending:
     options: Options
 
     def is_like(self, node: fx.Node) -> bool:
-        """Whether an op's node calls it with tensors of the forms that this call has."""
+        """Whether an op's node calls it with such tensors and numbers as this call has."""
         given = unpack(list(node.args), self.lowered.packed)
         values = [value_of(v) if isinstance(v, fx.Node) else v for v in given]
         return [*map(_form, values)] == [*map(_form, self.operands)]
 
 
 def _form(value: Any) -> Any:
-    numbers = samples.measures(value) if isinstance(value, Tensor) else ()
-    return [_torch.hint(number) for number in numbers]
+    return [_torch.hint(number) for number in samples.measures(value)]
 
 
 class Stand(nn.Module):
@@ -219,8 +219,8 @@ def prepared(
         return _on_host(call)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        if graphs and (replay := captured(call)) is not None:
-            call = replay
+        if graphs and not waits(call):
+            call = _captured(call)
     return _on_cuda(call, device)
 
 
@@ -238,15 +238,11 @@ def _with_backward(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[[
     return step
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
-    """A replay of a CUDA graph of ``call``; None if it cannot be captured."""
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of a CUDA graph of ``call``."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            kept = call()
-    except Exception:  # it synchronises, say
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        kept = call()
 
     def replay(kept: Any = kept) -> None:
         graph.replay()
@@ -273,11 +269,14 @@ def _on_cuda(call: Callable[[], Any], device: torch.device) -> Sampler:
     return sample
 
 
+clock = time.perf_counter
+
+
 def _on_host(call: Callable[[], Any]) -> Sampler:
     def sample(calls: int) -> float:
-        started = time.perf_counter()
+        started = clock()
         for _ in range(calls):
             call()
-        return time.perf_counter() - started
+        return clock() - started
 
     return sample

@@ -131,7 +131,7 @@ def kind_of(
             _torch.driver_version() if site.target.type in ("cuda", "rocm") else "",
             (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
             [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
-            describe(state),
+            (describe(state), state.numbers),
             [_form(value, known) for value in tensors],
             [_form(value, {}) for value in held],
             site.grad,
@@ -157,16 +157,16 @@ def _compiler_text(options: Options) -> str:
     return stable_text((name, options.inductor_mode, sorted(options.inductor.items(), key=str)))
 
 
-def known(kind: str, session: Session) -> Choice | None:
-    """The choice for a kind, if there is one."""
+def known(kind: str, kernels: int, session: Session) -> Choice | None:
+    """The choice for a kind that has so many kernels, if there is one."""
     found = _choices.get(kind) or session.choices.get(kind)
     # What one rank has on its disk, another may not have.
-    return found if found or ranks.several() else on_disk(kind)
+    return found if found or ranks.several() else on_disk(kind, kernels)
 
 
-def on_disk(kind: str) -> Choice | None:
+def on_disk(kind: str, kernels: int) -> Choice | None:
     """The choice that this or another process has kept."""
-    found = from_json(cache.read(_KIND, kind))
+    found = from_json(cache.read(_KIND, kind), kernels)
     if found is not None:
         _choices[kind] = found
     return found
@@ -181,11 +181,14 @@ def keep(kind: str, choice: Choice, session: Session) -> None:
     cache.write(_KIND, kind, choice._asdict())
 
 
-def from_json(value: Any) -> Choice | None:
-    """The inverse of ``Choice._asdict``; None of anything that it has not made."""
+def from_json(value: Any, kernels: int) -> Choice | None:
+    """The inverse of ``Choice._asdict``; None of anything that it has not made for so many
+    kernels."""
     try:
         made = Choice(value["how"], value["kernel"], value["why"], value["measured"])
     except (TypeError, KeyError):
         return None
-    types = [type(part) for part in made] == [str, int, str, bool]
-    return made if types and made.how in (OP, NATIVE, REFERENCE) and made.kernel >= 0 else None
+    if [type(part) for part in made] != [str, int, str, bool]:
+        return None
+    there_is = made.how in (OP, NATIVE, REFERENCE) and 0 <= made.kernel < kernels
+    return made if there_is else None

@@ -33,6 +33,7 @@ from kernelgraph.graph import _torch, options
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.call import Call, UnsupportedValue
 from kernelgraph.graph.candidates import Pending
+from kernelgraph.graph.capture import OpCall
 from kernelgraph.graph.choice import KERNEL, Choices, KeepReference, Site, kernelized_with
 from kernelgraph.graph.choosing import NATIVE, REFERENCE, Choice, kind_of, known, session_of
 from kernelgraph.graph.gradient import Gradient
@@ -151,6 +152,8 @@ class Trace:
     """The call between its `begin` and its `finish`."""
     undecided: dict[str, Pending] = field(default_factory=dict)
     """A call of each kind that nothing is chosen for."""
+    called: dict[str, OpCall] = field(default_factory=dict)
+    """A call of each op for inference."""
     kinds: dict[int, str] = field(default_factory=dict)
     """The kinds of such calls, by the places of their decisions."""
 
@@ -241,8 +244,7 @@ def _chosen(
     session = session_of(_torch.current_graph()[1], options.measure_seconds)
     kernels = trace.choices.kernels(site)
     kind = kind_of(site, kernels, state, tensors, options)
-    choice = known(kind, session)
-    return kind, choice if choice and choice.kernel < len(kernels) else None
+    return kind, known(kind, len(kernels), session)
 
 
 @_torch.at_trace_time
@@ -279,6 +281,8 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
         trace.undecided.setdefault(kind, pending)
         trace.kinds[len(trace.choices.decisions)] = kind
     trace.choices.decisions.append(decision)
+    if not site.grad:
+        trace.called[lowered.name] = OpCall(site.module, call, operands, lowered.packed)
     arguments: list[Path | float] = [*call.argument_paths]
     for i, operand in enumerate(operands[: len(arguments)]):
         if isinstance(operand, float):  # it may be a symbol there, which no op takes

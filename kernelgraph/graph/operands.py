@@ -170,7 +170,7 @@ def _equal(some: list[Tensor] | None, others: list[Tensor] | None) -> bool:
 def device_name(device: torch.device) -> str:
     """The name of a device, as far as computing there depends on it."""
     if device.type in ("cuda", "xpu"):
-        return str(getattr(torch, device.type).getdevice_name(device))
+        return str(getattr(torch, device.type).get_device_name(device))
     return device.type
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,13 @@ class Options:
             return bool(self.inductor["triton.cudagraphs"])
         return self.inductor_mode in ("reduce-overhead", "max-autotune")
 
+    def cutting(self, ops: Sequence[str]) -> Options:
+        """The same, with CUDA graphs cut around some ops."""
+        if not ops:
+            return self
+        name = "custom_should_partition_ops"
+        return replace(self, inductor={**self.inductor, name: [*self.inductor.get(name, ()), *ops]})
+
     def without_graphs(self) -> Options:
         """The same, but for CUDA graphs."""
         mode = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -105,8 +112,9 @@ class Options:
 
 
 def _policy(given: dict[str, Any]) -> str:
-    where, policy = "option policy", given.pop("policy", None)
-    if policy is None:
+    if "policy" in given:
+        where, policy = "option policy", given.pop("policy")
+    else:
         where, policy = "KERNELGRAPH_POLICY", os.environ.get("KERNELGRAPH_POLICY") or "fastest"
     if policy not in POLICIES:
         raise ValueError(f"{where} is one of {', '.join(POLICIES)}, not {policy!r}")

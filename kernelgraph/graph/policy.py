@@ -67,16 +67,21 @@ def decide(
         contest = Contest(graph_module, call, session, compiler, graphs)
         name, of = call.site.layer.layer_name, f"{number} of {len(pending)} kinds of call"
         logger.info("choosing for %s, %s; %s", name, of, session)
-        agreed = ranks.agree(
-            kind,
-            lambda kind=kind, contest=contest: (on_disk(kind) or contest.choice())._asdict(),  # type: ignore[misc]
-            patience=session.left + _PATIENCE,
-        )
-        choice = from_json(agreed) or by_rule(call, "the rank that measures has not answered")
+        choice = _agreed(kind, contest, call, session)
         logger.info("chosen for %s: %s (%s)", name, choice.how, choice.why)
         keep(kind, choice, session)
         choices[kind] = choice
     return choices
+
+
+def _agreed(kind: str, contest: Contest, call: Pending, session: Session) -> Choice:
+    count = len(call.kernels)
+
+    def choose() -> dict[str, Any]:
+        return (on_disk(kind, count) or contest.choice())._asdict()
+
+    agreed = from_json(ranks.agree(kind, choose, session.left + _PATIENCE), count)
+    return agreed or by_rule(call, "the rank that measures has not answered")
 
 
 _PATIENCE = 120.0
@@ -235,7 +240,8 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._opname
         known = {torch.Tag.pointwise, torch.Tag.reduction} & set(func.tags)
-        if not (known or func.is_view or name.removesuffix("_") in _OF_MEMORY):
+        asks = func.namespace == "prim"  # of a device, say
+        if not (known or asks or func.is_view or name.removesuffix("_") in _OF_MEMORY):
             self.apart = True
         return func(*args, **(kwargs or {}))
 

@@ -98,12 +98,11 @@ def fastest(measured: Mapping[str, Measured], reference: str) -> str:
         measured: The programs, those that are preferred first.
         reference: One of them, or the name of one that cannot be run.
     """
-    others = [name for name in measured if name != reference]
-    if not others:
+    floor = math.inf
+    if reference in measured:
+        floor = measured[reference].least * (1 - MARGIN)
+    faster = [n for n in measured if n != reference and measured[n].most < floor]
+    if not faster:
         return reference
-    best = min(others, key=lambda name: measured[name].seconds)
-    best = next(n for n in others if measured[n].least <= measured[best].most)
-    if reference not in measured:
-        return best
-    floor = measured[reference]
-    return best if measured[best].most < floor.least * (1 - MARGIN) else reference
+    best = min((measured[name] for name in faster), key=lambda m: m.seconds)
+    return next(name for name in faster if measured[name].least <= best.most)

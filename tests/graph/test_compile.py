@@ -591,7 +591,7 @@ class TestErrors:
         ("options", "message"),
         [
             ({"polcy": "always"}, "unknown option polcy"),
-            ({"policy": "sometimes"}, "policy is one of always, never, not 'sometimes'"),
+            ({"policy": "sometimes"}, "policy is one of fastest, always, never, not 'sometimes'"),
             ({"inner": "indictor"}, "inner is one of inductor, aot_eager, eager or a callable"),
             ({"kernel_mode": "training"}, "kernel_mode is a kernelgraph.Mode, not 'training'"),
             ({"kernel_mode": Mode.FALLBACK}, "FALLBACK"),

@@ -16,16 +16,49 @@ TRAINING = Mode.TRAINING | Mode.TORCH_COMPILE
 INFERENCE = Mode.INFERENCE | Mode.TORCH_COMPILE
 
 
-OURS = "policy, inner, kernel_mode, verify, verify_gradients, wrong_gradient and own_backward"
+OURS = (
+    "policy, measure_seconds, inner, kernel_mode, verify, verify_gradients, wrong_gradient and "
+    "own_backward"
+)
 
 
 def compiler(graph_module: Any, example_inputs: Any) -> Any:
     return graph_module
 
 
-def test_without_options():
-    assert Options.parse() == Options("always", "inductor", None, {}, None)
-    assert Options.parse(None, {}) == Options()
+def test_without_options(monkeypatch):
+    monkeypatch.delenv("KERNELGRAPH_POLICY")
+    assert Options.parse() == Options("fastest", "inductor", None, {}, None)
+    assert Options.parse(None, {}) == Options("fastest")
+
+
+def test_the_policy_of_the_environment(monkeypatch):
+    monkeypatch.setenv("KERNELGRAPH_POLICY", "never")
+    assert Options.parse().policy == "never"
+    assert Options.parse(None, {"policy": "always"}).policy == "always"
+    monkeypatch.setenv("KERNELGRAPH_POLICY", "")
+    assert Options.parse().policy == "fastest"
+    monkeypatch.setenv("KERNELGRAPH_POLICY", "maybe")
+    with pytest.raises(ValueError, match="KERNELGRAPH_POLICY is one of fastest, always, never"):
+        Options.parse()
+
+
+def test_cuda_graphs():
+    """What is measured has none of its own, and is otherwise compiled in the same way."""
+    assert not Options.parse().graphs
+    for mode, options in (("reduce-overhead", {}), (None, {"triton.cudagraphs": True})):
+        parsed = Options.parse(mode, {"max_autotune": True, **options})
+        assert parsed.graphs
+        assert not parsed.without_graphs().graphs
+        assert parsed.without_graphs().inductor == {"max_autotune": True}
+    assert Options.parse("max-autotune").without_graphs().inductor_mode == (
+        "max-autotune-no-cudagraphs"
+    )
+    assert not Options.parse("reduce-overhead", {"triton.cudagraphs": False}).graphs
+    given = {"custom_should_partition_ops": ["a::b"]}
+    cut = Options.parse("reduce-overhead", given).cutting(["hubkernels::c"])
+    assert cut.inductor == {"custom_should_partition_ops": ["a::b", "hubkernels::c"]}
+    assert Options.parse().cutting([]) == Options.parse()
 
 
 @pytest.mark.parametrize(
@@ -33,6 +66,9 @@ def test_without_options():
     [
         ("policy", "always", "always"),
         ("policy", "never", "never"),
+        ("policy", "fastest", "fastest"),
+        ("measure_seconds", 5, 5.0),
+        ("measure_seconds", 0, 0.0),
         ("inner", "inductor", "inductor"),
         ("inner", "aot_eager", "aot_eager"),
         ("inner", "eager", "eager"),
@@ -68,14 +104,28 @@ def test_what_was_given_stays_as_it_was():
 @pytest.mark.parametrize(
     ("mode", "options", "error", "message"),
     [
+        (None, {"measure_seconds": "5"}, TypeError, "option measure_seconds is a number, not '5'"),
+        (None, {"measure_seconds": True}, TypeError, "measure_seconds is a number, not True"),
+        (None, {"measure_seconds": -1}, ValueError, "is a number from 0 on, not -1"),
+        (None, {"measure_seconds": float("nan")}, ValueError, "is a number from 0 on, not nan"),
         (
             None,
             {"policy": "sometimes"},
             ValueError,
-            "option policy is one of always, never, not 'sometimes'",
+            "option policy is one of fastest, always, never, not 'sometimes'",
         ),
-        (None, {"policy": ["always"]}, ValueError, "option policy is one of always, never, not ["),
-        (None, {"policy": None}, ValueError, "option policy is one of always, never, not None"),
+        (
+            None,
+            {"policy": ["always"]},
+            ValueError,
+            "policy is one of fastest, always, never, not [",
+        ),
+        (
+            None,
+            {"policy": None},
+            ValueError,
+            "policy is one of fastest, always, never, not None",
+        ),
         (
             None,
             {"inner": "cudagraphs"},

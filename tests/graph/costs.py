@@ -1,0 +1,87 @@
+"""Layers and kernels that take as long as they say, by a clock that only they move."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernelgraph import use_kernel_forward_from_hub
+
+
+class Clock:
+    """Seconds that have been spent."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+_library = torch.library.Library("kernelgraph_tests_costs", "DEF")
+_library.define("spend(Tensor x, float seconds) -> Tensor")
+
+
+def _spend(x: Tensor, seconds: float) -> Tensor:
+    CLOCK.now += seconds
+    return x.clone()
+
+
+_library.impl("spend", _spend, "CPU")
+torch.library.register_fake(
+    "kernelgraph_tests_costs::spend", lambda x, seconds: torch.empty_like(x), lib=_library
+)
+
+
+def _save(ctx: object, inputs: object, output: object) -> None:
+    pass
+
+
+torch.library.register_autograd(
+    "kernelgraph_tests_costs::spend",
+    lambda ctx, grad: (spend(grad, 0.0), None),
+    setup_context=_save,
+    lib=_library,
+)
+spend = torch.ops.kernelgraph_tests_costs.spend
+
+
+@use_kernel_forward_from_hub("Work")
+class Work(nn.Module):
+    """Adds 1 in ``seconds``."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spend(x * self.weight + 1, self.seconds)
+
+
+@use_kernel_forward_from_hub("Odd")
+class Odd(nn.Module):
+    """As `Work`, but no compiler can trace it."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.from_numpy(x.detach().numpy() + 1)
+        if float(y.sum()) > 1e9:
+            return y
+        return spend(y, self.seconds)
+
+
+def kernel(seconds: float, plus: float = 10.0, **flags: object) -> type[nn.Module]:
+    """A kernel for both, which adds ``plus`` more to what it returns."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        weight = getattr(self, "weight", 1.0)
+        return spend(x * weight + (1 + plus), seconds)
+
+    made = type(f"Kernel{int(plus)}", (nn.Module,), {"forward": forward, **flags})
+    made.__module__ = __name__
+    return made

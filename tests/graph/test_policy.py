@@ -1,0 +1,455 @@
+"""``policy="fastest"``: what is chosen, by programs that take as long as they say."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernelgraph
+from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
+from kernelgraph import cache as disk
+from kernelgraph.graph import candidates, choosing, policy
+from kernelgraph.graph.timing import MARGIN
+from kernelgraph.report import Reason
+from tests.graph.costs import CLOCK, Odd, Work, kernel
+from tests.graph.toy_models import Repository
+
+FASTEST = {"policy": "fastest", "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(candidates, "clock", CLOCK)
+    choosing.forget()
+
+
+def mapping(**layers: Any) -> Any:
+    """A mapping from layer names to a hub layer, or to what is registered for each mode."""
+    made = {
+        name: {"cpu": {m: Repository(k) for m, k in what.items()}}
+        if isinstance(what, dict)
+        else {"cpu": Repository(what)}
+        for name, what in layers.items()
+    }
+    return use_kernel_mapping(made, inherit_mapping=False)
+
+
+def compiled(model: nn.Module, fullgraph: bool = True, **options: Any) -> Any:
+    return torch.compile(
+        model, backend="hubkernels", fullgraph=fullgraph, options={**FASTEST, **options}
+    )
+
+
+def stack(*seconds: float) -> nn.Module:
+    """Layers with linear ones between them."""
+    layers = [layer for s in seconds for layer in (Work(s), nn.Linear(4, 4))]
+    return nn.Sequential(*layers).eval()
+
+
+def run(model: nn.Module, x: Tensor | None = None, **options: Any) -> Tensor:
+    with torch.no_grad():
+        made: Tensor = compiled(model, **options)(torch.zeros(3, 4) if x is None else x)
+    return made
+
+
+def reasons() -> list[Reason]:
+    report = last_report()
+    assert report is not None
+    return [decision.reason for decision in report.decisions]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layers that are measured from now on."""
+    found: list[str] = []
+    own = policy.Contest.choice
+
+    def choice(self: Any) -> Any:
+        found.append(self._name)
+        return own(self)
+
+    monkeypatch.setattr(policy.Contest, "choice", choice)
+    return found
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("seconds", "used"),
+        [(0.5, True), (2.0, False), (1.0, False), (1.0 - MARGIN / 2, False)],
+        ids=["faster", "slower", "as fast", "hardly faster"],
+    )
+    def test_the_faster_is_used(self, seconds, used):
+        model = stack(1.0)[:1]
+        with mapping(Work=kernel(seconds)):
+            assert torch.equal(run(model), torch.full((3, 4), 11.0 if used else 1.0))
+        assert reasons() == [Reason.KERNEL if used else Reason.SLOWER]
+        assert "kernel" in last_report().decisions[0].detail
+        assert f"{1e3 * seconds:.3g} ms" in str(last_report())
+
+    def test_each_kind_of_call_on_its_own(self):
+        with mapping(Work=kernel(0.5)):
+            run(stack(1.0, 0.1, 1.0))
+        assert reasons() == [Reason.KERNEL, Reason.SLOWER, Reason.KERNEL]
+
+    def test_other_sizes_are_another_kind(self, monkeypatch):
+        found = counted(monkeypatch)
+        model = stack(1.0)
+        with mapping(Work=kernel(0.5)):
+            run(model, torch.zeros(3, 4))
+            run(model, torch.zeros(5, 4))
+            run(model, torch.zeros(3, 4, dtype=torch.float64).float())
+        assert found == ["Work", "Work"]
+
+    def test_equal_calls_of_a_deep_model_are_measured_once(self, monkeypatch):
+        found = counted(monkeypatch)
+        with mapping(Work=kernel(0.5)):
+            run(stack(*[1.0] * 8))
+        assert found == ["Work"]
+        assert reasons() == [Reason.KERNEL] * 8
+
+    def test_of_several_kernels_the_fastest(self):
+        kernels = {
+            Mode.INFERENCE | Mode.TORCH_COMPILE: kernel(0.8, 10),
+            Mode.FALLBACK: kernel(0.4, 20),
+        }
+        with mapping(Work=kernels):
+            assert torch.equal(run(stack(1.0)[:1]), torch.full((3, 4), 21.0))
+        assert "Kernel20" in last_report().decisions[0].kernel
+
+    def test_another_kernel_that_cannot_be_used_is_no_candidate(self, caplog):
+        class Impure(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x
+
+        kernels = {Mode.INFERENCE | Mode.TORCH_COMPILE: kernel(0.8), Mode.FALLBACK: Impure}
+        with mapping(Work=kernels), caplog.at_level(logging.INFO, "kernelgraph"):
+            assert torch.equal(run(stack(1.0)[:1]), torch.full((3, 4), 11.0))
+        assert "is no candidate for Work" in caplog.text
+
+    def test_a_kernel_that_is_traced_is_a_candidate(self, monkeypatch):
+        """As an op it costs more here, and so it is in the graph as what it does."""
+        own = candidates.program
+
+        def program(around: Any, pending: Any, how: str, number: int) -> Any:
+            made = own(around, pending, how, number)
+            return Slowly(made) if how == candidates.OP else made
+
+        class Slowly(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, *inputs: Any) -> Any:
+                CLOCK.now += 0.2
+                return self.inner(*inputs)
+
+        monkeypatch.setattr(candidates, "program", program)
+        graphs: list[Any] = []
+
+        def inner(graph_module: Any, inputs: Any) -> Any:
+            graphs.append(graph_module)
+            return graph_module.forward if hasattr(graph_module, "graph") else graph_module
+
+        with mapping(Work=kernel(0.5, can_torch_compile=True)):
+            assert torch.equal(run(stack(1.0)[:1], inner=inner), torch.full((3, 4), 11.0))
+        assert "hubkernels" not in str(graphs[-1].graph)
+        assert "spend" in str(graphs[-1].graph)
+        assert last_report().decisions[0].detail.startswith("traced; kernel traced 500 ms")
+
+    def test_layers_in_the_reference_of_one_that_keeps_it(self):
+        @kernelgraph.use_kernel_forward_from_hub("Outer")
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.work = Work(1.0)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.work(x)
+
+        class Slow(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return spend_slowly(x) + 100
+
+        with mapping(Outer=Slow, Work=kernel(0.5)):
+            assert torch.equal(run(nn.Sequential(Outer())), torch.full((3, 4), 11.0))
+        assert sorted(str(reason) for reason in reasons()) == sorted(
+            map(str, [Reason.SLOWER, Reason.KERNEL])
+        )
+
+    def test_what_was_kernelized_keeps_its_kernel(self):
+        model = stack(1.0)[:1]
+        with mapping(Work=kernel(5.0)):
+            kernelize(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+            assert torch.equal(run(model), torch.full((3, 4), 11.0))
+
+    def test_sizes_that_vary_count_as_they_are_now(self):
+        with mapping(Work=kernel(0.5)):
+            model = torch.compile(
+                stack(1.0)[:1], backend="hubkernels", dynamic=True, options=FASTEST
+            )
+            with torch.no_grad():
+                assert model(torch.zeros(6, 4)).shape == (6, 4)
+                assert torch.equal(model(torch.zeros(9, 4)), torch.full((9, 4), 11.0))
+        assert reasons() == [Reason.KERNEL]
+
+
+def spend_slowly(x: Tensor) -> Tensor:
+    return torch.ops.kernelgraph_tests_costs.spend(x, 50.0)
+
+
+class TestTheFinalGraph:
+    def test_what_lost_leaves_no_trace(self):
+        """It is the graph that there would be without any kernel."""
+        graphs: list[str] = []
+
+        def inner(graph_module: Any, inputs: Any) -> Any:
+            graphs.append(str(graph_module.graph))
+            return graph_module.forward
+
+        model = stack(1.0, 1.0)
+        with mapping(Work=kernel(2.0)):
+            run(model, inner=inner)
+        torch.compiler.reset()
+        with use_kernel_mapping({}, inherit_mapping=False):
+            run(model, inner=inner)
+        assert graphs[-1] == graphs[-2]
+
+
+class TestTraining:
+    def test_forward_and_backward_count(self):
+        """The kernel is faster forward, and its backward makes it slower."""
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+                ctx.save_for_backward(x, weight)
+                return torch.ops.kernelgraph_tests_costs.spend(x * weight + 1, 0.1)
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Any:
+                x, weight = ctx.saved_tensors
+                torch.ops.kernelgraph_tests_costs.spend(grad, 5.0)
+                return grad * weight, (grad * x).sum(0)
+
+        class SlowBackward(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return Function.apply(x, self.weight)
+
+        model = stack(1.0)[:1]
+        with mapping(Work=SlowBackward):
+            run(model)
+            assert reasons() == [Reason.KERNEL]
+            out = compiled(model, inner="aot_eager")(torch.randn(3, 4))
+        assert reasons() == [Reason.SLOWER]
+        out.sum().backward()
+        assert model[0].weight.grad is not None
+
+    def test_a_kernel_that_wins_trains(self):
+        torch.manual_seed(0)
+        model = stack(1.0)[:1]
+        x = torch.randn(3, 4)
+        with mapping(Work=kernel(0.5, plus=0.0)):
+            compiled(model, inner="aot_eager")(x).square().sum().backward()
+        assert reasons() == [Reason.KERNEL]
+        found, model[0].weight.grad = model[0].weight.grad, None
+        model(x).square().sum().backward()
+        torch.testing.assert_close(found, model[0].weight.grad)
+
+
+class TestUntraceable:
+    def test_the_kernel_wins_unmeasured_where_the_graph_may_not_break(self):
+        with mapping(Odd=kernel(5.0)):
+            out = run(nn.Sequential(Odd(1.0)), inner="aot_eager")
+        assert torch.equal(out, torch.full((3, 4), 11.0))
+        assert "cannot be traced" in last_report().decisions[0].detail
+
+    @pytest.mark.parametrize(("seconds", "used"), [(0.5, True), (5.0, False)])
+    def test_elsewhere_it_is_measured_against_the_layer_run_eagerly(self, seconds, used):
+        with mapping(Odd=kernel(seconds)):
+            out = run(nn.Sequential(Odd(1.0)), fullgraph=False, inner="aot_eager")
+        assert torch.equal(out, torch.full((3, 4), 11.0 if used else 1.0))
+
+
+class TestByRule:
+    def test_when_the_time_is_over(self):
+        """Elementwise layers keep their references; others, and unknown ones, take the kernel."""
+
+        @kernelgraph.use_kernel_forward_from_hub("Norm")
+        class Norm(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return (x - x.mean(-1, keepdim=True)) / (x.float().std() + 1).to(x.dtype)
+
+        @kernelgraph.use_kernel_forward_from_hub("Product")
+        class Product(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ x.transpose(0, 1) @ x
+
+        model = nn.Sequential(Norm(), Product(), Work())
+        own = kernel(0.5)
+        with mapping(Norm=own, Product=own, Work=own):
+            run(model, measure_seconds=0)
+        assert reasons() == [Reason.SLOWER, Reason.KERNEL, Reason.KERNEL]
+        details = [d.detail for d in last_report().decisions]
+        assert all("not measured: the 0 s for measuring were over" in d for d in details)
+        assert disk.entries() == {}  # nobody else is to believe it
+
+    def test_more_time_is_asked_for_anew(self):
+        model = stack(1.0)[:1]
+        with mapping(Work=kernel(2.0)):
+            run(model, measure_seconds=0)
+            assert reasons() == [Reason.KERNEL]
+            torch.compiler.reset()
+            run(model)
+            assert reasons() == [Reason.SLOWER]
+
+    def test_out_of_memory_loses_nothing(self, monkeypatch):
+        def inputs_for(*args: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(candidates, "inputs_for", inputs_for)
+        with mapping(Work=kernel(2.0)):
+            assert torch.equal(run(stack(1.0)[:1]), torch.full((3, 4), 11.0))
+        assert "not measured: out of memory" in last_report().decisions[0].detail
+
+    def test_a_kernel_that_fails_on_inputs_that_are_made_up(self):
+        class Picky(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if x.numpy().any():
+                    raise ValueError("only zeros")
+                return x + 11
+
+        with mapping(Work=Picky):
+            assert torch.equal(run(stack(1.0)[:1]), torch.full((3, 4), 11.0))
+        assert "no kernel could be run" in last_report().decisions[0].detail
+
+
+class TestKept:
+    def test_on_disk_and_for_another_process(self, monkeypatch):
+        model = stack(1.0)
+        with mapping(Work=kernel(2.0)):
+            run(model)
+            assert disk.entries() == {"choices": 1}
+            torch.compiler.reset()  # forgets what this process knows
+            found = counted(monkeypatch)
+            run(model)
+        assert found == []
+        assert reasons() == [Reason.SLOWER]
+        assert "2e+03 ms" in last_report().decisions[0].detail
+
+    @pytest.mark.parametrize(
+        "value", [None, 3, {}, {"how": "magic", "kernel": 0, "why": "", "measured": True},
+                  {"how": "op", "kernel": -1, "why": "", "measured": True},
+                  {"how": "op", "kernel": True, "why": "", "measured": True},
+                  {"how": "op", "kernel": 7, "why": "", "measured": True}]
+    )  # fmt: skip
+    def test_what_is_not_a_choice_is_found_out_again(self, monkeypatch, value):
+        model = stack(1.0)[:1]
+        with mapping(Work=kernel(2.0)):
+            run(model)
+            for path in disk._files("choices"):
+                content = json.loads(path.read_text())
+                path.write_text(json.dumps({**content, "value": value}))
+            torch.compiler.reset()
+            found = counted(monkeypatch)
+            assert torch.equal(run(model), torch.full((3, 4), 1.0))
+        assert found == ["Work"]
+
+    def test_a_damaged_file_is_ignored(self, monkeypatch, caplog):
+        model = stack(1.0)[:1]
+        monkeypatch.setattr(disk, "_complained", False)
+        with mapping(Work=kernel(2.0)):
+            run(model)
+            for path in disk._files("choices"):
+                path.write_text("{")
+            torch.compiler.reset()
+            with caplog.at_level(logging.WARNING, "kernelgraph"):
+                run(model)
+        assert "is ignored, and will be written over" in caplog.text
+        assert reasons() == [Reason.SLOWER]
+
+    def test_what_a_key_depends_on(self, monkeypatch):
+        """Each of these is another kind; the same again is not."""
+        found = counted(monkeypatch)
+        base = stack(1.0)[:1]
+        wide = torch.zeros(3, 8)[:, ::2]
+        with mapping(Work=kernel(0.5, plus=0)):
+            for model, x, options in [
+                (base, torch.zeros(3, 4), {}),
+                (base, wide, {}),
+                (stack(2.0)[:1], torch.zeros(3, 4), {}),
+                (base, torch.zeros(3, 4), {"inner": "aot_eager"}),
+                (base.double(), torch.zeros(3, 4, dtype=torch.float64), {}),
+            ]:
+                run(model, x, **options)
+                run(model, x, **options)
+            base.float()
+            with torch.enable_grad():
+                compiled(base)(torch.zeros(3, 4))
+        with mapping(Work=kernel(0.5, plus=20)):
+            torch.compiler.reset()
+            run(base)
+        assert len(found) == 7
+
+    @pytest.mark.parametrize("of", ["torch", "driver", "triton", "kernelgraph"])
+    def test_another_version_is_another_key(self, monkeypatch, of):
+        model = stack(1.0)[:1]
+        with mapping(Work=kernel(0.5)):
+            run(model)
+            torch.compiler.reset()
+            found = counted(monkeypatch)
+            if of == "triton":
+                monkeypatch.setattr(choosing, "triton_version", lambda: "99")
+            elif of == "driver":
+                monkeypatch.setattr(choosing._torch, "driver_version", lambda: "99")
+            else:
+                monkeypatch.setattr({"torch": torch, "kernelgraph": kernelgraph}[of],
+                                    "__version__", "99.0")  # fmt: skip
+            run(model)
+        assert found == (["Work"] if of != "driver" else [])  # the CPU has none
+
+
+def test_the_default(monkeypatch):
+    monkeypatch.delenv("KERNELGRAPH_POLICY")
+    model = stack(1.0)[:1]
+    with mapping(Work=kernel(2.0)), torch.no_grad():
+        out = torch.compile(model, backend="hubkernels", options={"inner": "eager"})(
+            torch.zeros(3, 4)
+        )
+    assert torch.equal(out, torch.full((3, 4), 1.0))
+
+
+def test_there_is_a_line_of_progress(caplog):
+    with mapping(Work=kernel(0.5)), caplog.at_level(logging.INFO, "kernelgraph"):
+        run(stack(1.0, 2.0))
+    assert "choosing for Work, 1 of 2 kinds of call; 0.0 of 30 s for measuring" in caplog.text
+    assert "chosen for Work: op (kernel 500 ms, reference 1e+03 ms)" in caplog.text
+
+
+def test_random_numbers_are_drawn_as_if_nothing_was_measured():
+    model = nn.Sequential(Work(1.0), nn.Dropout(0.5))
+    with mapping(Work=kernel(2.0)), torch.no_grad():
+        torch.manual_seed(1)
+        first = compiled(model)(torch.ones(3, 4))
+        torch.manual_seed(1)
+        assert torch.equal(first, model(torch.ones(3, 4)))
+
+
+def test_weights_stay_as_they_are():
+    class Spoils(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.kernelgraph_tests_costs.spend(x * self.weight + 11, 0.1)
+
+    model = stack(1.0)[:1]
+    before = model[0].weight.detach().clone()
+    with mapping(Work=Spoils):
+        run(model)
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight.grad is None
