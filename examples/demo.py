@@ -32,6 +32,7 @@ from kernelgraph import (
     last_report,
     use_kernel_mapping,
 )
+from kernelgraph.report import because
 
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
 MODELS = {
@@ -75,7 +76,7 @@ def show(title: str, model: Decoder, input_ids: Tensor) -> None:
     kernelized = kernelize(copy.deepcopy(model), mode=Mode.INFERENCE)
     errors = layer_errors(model, kernelized, input_ids)
     for decision in report.decisions:
-        what = decision.kernel or f"reference: {decision.reason.value} {decision.detail}"
+        what = decision.kernel or f"reference: {because(decision.reason, decision.detail)}"
         error = f"error {errors[decision.path]:.1e}" if decision.kernel else ""
         print(f"  {decision.path:<24}{decision.layer:<12}{what}  {error}")
     expected = model(input_ids)

@@ -85,6 +85,19 @@ def write(kind: str, key: str, value: Any) -> None:
         logger.debug("the cache cannot be written: %s", error)
 
 
+def values(kind: str) -> Iterator[Any]:
+    """All values of a kind that can be read.
+
+    Raises:
+        FileNotFoundError: As `directory` raises.
+    """
+    for path in sorted(_files(kind)):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads(path.read_bytes())
+            if isinstance(content, dict) and content.get("form") == _FORM:
+                yield content.get("value")
+
+
 def entries() -> dict[str, int]:
     """How many values there are of each kind.
 

@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("inspect", "what a saved program has baked in, and whether it would load here")
     command.add_argument("file", metavar="FILE", type=Path)
 
+    add("explain", "what was measured to be fastest on this machine, and how long it took")
+
     command = add("cache", "what is kept on this machine of what was found out about kernels")
     command.add_argument("action", nargs="?", choices=["show", "clear"], default="show")
 
@@ -355,6 +357,19 @@ def _cache(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _explain(parsed: argparse.Namespace) -> int:
+    from kernelgraph import cache
+
+    rows: list[dict[str, object]] = []
+    for value in cache.values("choices"):
+        if isinstance(value, dict) and isinstance(value.get("about"), dict):
+            chosen = {"chosen": value.get("how"), "times": value.get("why")}
+            rows.append({**value["about"], **chosen})
+    rows.sort(key=str)
+    _show(parsed, rows, f"{len(rows)} kinds of call in {cache.directory()}")
+    return DONE
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     program = Path(__file__).parents[1] / "examples" / "demo.py"
     if not program.is_file():
@@ -374,5 +389,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "inspect": _inspect,
     "cache": _cache,
+    "explain": _explain,
     "demo": _demo,
 }

@@ -256,6 +256,31 @@ class TestVerify:
         assert "not the content that is locked" in out
 
 
+class TestExplain:
+    @pytest.fixture(autouse=True)
+    def directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path))
+        return tmp_path
+
+    def test_nothing(self, run, directory):
+        assert run("explain") == (0, f"0 kinds of call in {directory}\n", "")
+
+    def test_what_was_chosen(self, run, directory):
+        about = {"layer": "Norm", "device": "cpu", "takes": "float32[2x4]"}
+        choice = {"how": "op", "kernel": 0, "why": "kernel 1 ms, reference 2 ms"}
+        cache.write("choices", "1", {**choice, "measured": True, "about": about})
+        cache.write("choices", "2", "of another version")
+        cache.write("verdicts", "1", {"about": about})
+        (directory / "choices" / f"{'0' * 32}.json").write_text("{")
+        status, out, _ = run("explain", "--json")
+        assert status == 0
+        times = "kernel 1 ms, reference 2 ms"
+        assert json.loads(out) == [{**about, "chosen": "op", "times": times}]
+        assert "Norm" in run("explain")[1]
+        run("cache", "clear")
+        assert run("explain", "--json")[1] == "[]\n"
+
+
 class TestCache:
     @pytest.fixture(autouse=True)
     def directory(self, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from kernelgraph.graph.choice import Site
 from kernelgraph.graph.choosing import NATIVE, OP
 from kernelgraph.graph.lowering import op_for
 from kernelgraph.graph.neighbourhood import Neighbourhood
-from kernelgraph.graph.operands import Operands, indices
+from kernelgraph.graph.operands import Operands, device_name, indices
 from kernelgraph.graph.ops import Lowered, overload, pack, unpack
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
@@ -51,6 +51,21 @@ class Pending:
     """As they are in the trace."""
     lowered: Lowered
     options: Options
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the call is, for people."""
+        site = self.site
+        tensors = [v for v in self.operands if isinstance(v, Tensor)]
+        sizes = ["x".join(str(_torch.hint(n)) for n in v.shape) for v in tensors]
+        dtypes = [str(v.dtype).removeprefix("torch.") for v in tensors]
+        return {
+            "layer": site.layer.layer_name,
+            "device": ", ".join(sorted({device_name(v.device) for v in tensors})),
+            "mode": str(site.mode),
+            "takes": ", ".join(f"{d}[{s}]" for d, s in zip(dtypes, sizes, strict=True)),
+            "kernels": ", ".join(map(str, self.kernels)),
+        }
 
     def is_like(self, node: fx.Node) -> bool:
         """Whether an op's node calls it with such tensors and numbers as this call has."""
@@ -143,30 +158,35 @@ def inputs_for(around: Neighbourhood, pending: Pending) -> list[Any]:
     if None in _torch.hints(n for v in around.inputs for n in samples.measures(v)).values():
         raise Unmeasurable("its sizes depend on values")
     known = samples.sizes_now(around.inputs)
+    placeholders = [n for n in around.graph_module.graph.nodes if n.op == "placeholder"]
+    given = unpack(list(around.node.args), pending.lowered.packed)
+    bounds = _index_bounds(pending, given)
     try:
         forms = samples.forms(around.inputs, lambda size: _torch.evaluate(size, known))
+        for i, node in enumerate(given):
+            if isinstance(node, fx.Node) and node in placeholders:
+                at = placeholders.index(node)
+                if (weight := _weight(pending, i)) is not None:
+                    forms[at] = weight
+                elif i in bounds:
+                    forms[at] = indices(forms[at], bounds[i], 0)
         made = samples.make(forms, 0)
     except TypeError as error:
         raise Unmeasurable(str(error)) from error
-    placeholders = [n for n in around.graph_module.graph.nodes if n.op == "placeholder"]
-    first = len(pending.call.argument_paths)
-    given = unpack(list(around.node.args), pending.lowered.packed)
-    bounds = _index_bounds(pending, given)
-    for i, node in enumerate(given):
-        if not isinstance(node, fx.Node) or node not in placeholders:
-            continue
-        at = placeholders.index(node)
-        if first <= i < first + len(pending.call.state.tensors):
-            weight = read(pending.site.module, pending.call.state.tensors[i - first])
-            if not _torch.is_fake(weight) and weight.device == made[at].device:
-                made[at] = weight.detach()
-        elif i in bounds:
-            made[at] = indices(forms[at], bounds[i], 0)
     if pending.site.grad:
         for value, like in zip(made, around.inputs, strict=True):
             if isinstance(like, Tensor) and like.requires_grad:
                 value.requires_grad_()
     return made
+
+
+def _weight(pending: Pending, operand: int) -> Tensor | None:
+    """The layer's own tensor for an operand, if it is one and at hand; not a copy."""
+    state = operand - len(pending.call.argument_paths)
+    if not 0 <= state < len(pending.call.state.tensors):
+        return None
+    weight: Tensor = read(pending.site.module, pending.call.state.tensors[state])
+    return None if _torch.is_fake(weight) or weight.is_meta else weight.detach()
 
 
 def _index_bounds(pending: Pending, given: Sequence[Any]) -> dict[int, int]:
@@ -197,7 +217,7 @@ def _index_bounds(pending: Pending, given: Sequence[Any]) -> dict[int, int]:
 
 
 def prepared(
-    run: Callable[..., Any], inputs: Sequence[Any], grad: bool, *, graphs: bool
+    run: Callable[..., Any], inputs: Sequence[Any], grad: bool, pool: Any = None
 ) -> Sampler:
     """Times a program that was compiled, forward and, with ``grad``, backward; it is run once.
 
@@ -205,7 +225,8 @@ def prepared(
         run: The program.
         inputs: What it is run on.
         grad: Whether a gradient can flow through it.
-        graphs: Whether it will be in a CUDA graph, and so to be timed in one where it can be.
+        pool: Where it will be in a CUDA graph, and so is to be timed in one if it can be, the
+            pool for the graph's memory.
 
     Raises:
         Exception: What it raises.
@@ -219,8 +240,8 @@ def prepared(
         return _on_host(call)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        if graphs and not waits(call):
-            call = _captured(call)
+        if pool is not None and not waits(call):
+            call = _captured(call, pool)
     return _on_cuda(call, device)
 
 
@@ -238,18 +259,15 @@ def _with_backward(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[[
     return step
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """A replay of a CUDA graph of ``call``."""
+def _captured(call: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+    """A replay of a CUDA graph of ``call``. Nobody looks at its results, whose memory the next
+    graph of the pool has too."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
-
-    replay()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    graph.replay()
     torch.cuda.synchronize()
-    return replay
+    return graph.replay
 
 
 def _on_cuda(call: Callable[[], Any], device: torch.device) -> Sampler:

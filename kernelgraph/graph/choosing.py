@@ -28,7 +28,8 @@ from kernelgraph.kernel import Kernel
 OP, NATIVE, REFERENCE = "op", "native", "reference"
 """Ways to compute a call: a kernel as a custom op; a kernel that is traced; the layer itself."""
 
-_KIND = "choices"
+KIND = "choices"
+"""What the cache calls them."""
 _VERSION = 1
 """Of how choices are made, counted up when an earlier one is not to be believed."""
 
@@ -166,19 +167,26 @@ def known(kind: str, kernels: int, session: Session) -> Choice | None:
 
 def on_disk(kind: str, kernels: int) -> Choice | None:
     """The choice that this or another process has kept."""
-    found = from_json(cache.read(_KIND, kind), kernels)
+    found = from_json(cache.read(KIND, kind), kernels)
     if found is not None:
         _choices[kind] = found
     return found
 
 
-def keep(kind: str, choice: Choice, session: Session) -> None:
-    """Note a choice; where it was measured, also for those to come."""
+def keep(kind: str, choice: Choice, session: Session, about: Mapping[str, str]) -> None:
+    """Note a choice; where it was measured, also for those to come.
+
+    Args:
+        kind: What it is for.
+        choice: The choice.
+        session: Where one that was not measured is noted.
+        about: What people are to know of the kind.
+    """
     if not choice.measured:
         session.choices[kind] = choice
         return
     _choices[kind] = choice
-    cache.write(_KIND, kind, choice._asdict())
+    cache.write(KIND, kind, {**choice._asdict(), "about": dict(about)})
 
 
 def from_json(value: Any, kernels: int) -> Choice | None:

@@ -69,7 +69,7 @@ def decide(
         logger.info("choosing for %s, %s; %s", name, of, session)
         choice = _agreed(kind, contest, call, session)
         logger.info("chosen for %s: %s (%s)", name, choice.how, choice.why)
-        keep(kind, choice, session)
+        keep(kind, choice, session, call.about)
         choices[kind] = choice
     return choices
 
@@ -105,6 +105,8 @@ class Contest:
         self._compiler = compiler
         self._graphs = graphs
         self._name = call.site.layer.layer_name
+        self._pool: Any = None
+        """Where CUDA graphs have their memory, one after the other."""
 
     def choice(self) -> Choice:
         """The choice; where nothing can be measured, by rule."""
@@ -127,6 +129,8 @@ class Contest:
         around = cut(*self._place())
         with samples.apart(around.inputs, 0):
             inputs = candidates.inputs_for(around, self._call)
+            pool = self._graphs and any(v.is_cuda for v in inputs if isinstance(v, torch.Tensor))
+            self._pool = torch.cuda.graph_pool_handle() if pool else None
             samplers: dict[str, Sampler] = {}
             untraced = ""
             try:
@@ -186,13 +190,13 @@ class Contest:
         with torch.set_grad_enabled(grad):
             with _torch.compiling_apart():
                 run = self._compiler(program, inputs)
-            return candidates.prepared(run, inputs, grad, graphs=self._graphs)
+            return candidates.prepared(run, inputs, grad, self._pool)
 
     def _eager(self, around: Neighbourhood, inputs: list[Any]) -> Sampler:
         program = candidates.program(around, self._call, REFERENCE, 0)
         grad = self._call.site.grad
         with torch.set_grad_enabled(grad):
-            return candidates.prepared(program, inputs, grad, graphs=False)
+            return candidates.prepared(program, inputs, grad)
 
 
 def _nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:

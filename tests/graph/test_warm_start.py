@@ -108,3 +108,59 @@ def test_the_second_process_compiles_nothing(tmp_path: Path, layer: str, gradien
     assert all(text.startswith(gradient) for text in (*cold["gradients"], *warm["gradients"]))
     # Each layer's forward without gradients and with; the first process also tried the kernel.
     assert warm["runs"] == 4 < cold["runs"]
+
+
+FASTEST = """
+import json, sys, time
+import torch
+from kernelgraph import LocalLayerRepository, last_report, use_kernel_mapping
+from kernelgraph.graph import policy
+from torch._dynamo.utils import counters
+from tests.graph.toy_models import Chain
+
+measured = []
+own = policy.Contest.choice
+policy.Contest.choice = lambda self: measured.append(self._name) or own(self)
+torch.manual_seed(0)
+model, x = Chain(), torch.ones(2, 4)
+kernel = LocalLayerRepository(sys.argv[1], layer_name="WithBackward")
+compiled = torch.compile(
+    model, backend="hubkernels", fullgraph=True, options={"policy": "fastest"}
+)
+with use_kernel_mapping({"Scale": {"cpu": kernel}}, inherit_mapping=False), torch.no_grad():
+    compiled(x)
+found = counters["aot_autograd"]
+misses = [found["autograd_cache_miss"], counters["inductor"]["fxgraph_cache_miss"]]
+print(json.dumps({
+    "measured": measured,
+    "misses": misses,
+    "chosen": [str(d.reason) for d in last_report().decisions],
+    "details": [d.detail for d in last_report().decisions],
+}))
+"""
+
+
+def test_the_second_process_measures_nothing(tmp_path: Path) -> None:
+    """It traces once, with what the first has chosen, and compiles nothing."""
+    files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
+    write_repository(tmp_path / "kernels", files)
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "KERNELGRAPH_CACHE_DIR": "kernelgraph"}
+    cold, warm = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", FASTEST, str(tmp_path / "kernels")],
+                check=True,
+                capture_output=True,
+                text=True,
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, **{k: str(tmp_path / v) for k, v in caches.items()}},
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    assert cold["measured"] == ["Scale"]
+    assert warm["measured"] == []
+    assert warm["misses"] == [0, 0]
+    assert warm["chosen"] == cold["chosen"]
+    assert warm["details"] == cold["details"]
+    assert all("kernel" in detail and "reference" in detail for detail in warm["details"])

@@ -1,0 +1,137 @@
+"""``policy="fastest"`` and CUDA graphs, on a CUDA device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernelgraph import last_report, use_kernel_forward_from_hub, use_kernel_mapping
+from kernelgraph.graph import choosing, policy
+from kernelgraph.report import Reason
+from tests.graph.toy_models import Repository
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path / "cache"))
+    choosing.forget()
+
+
+@use_kernel_forward_from_hub("Twice")
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@use_kernel_forward_from_hub("Product")
+class Product(nn.Module):
+    """Slow in its own words, and not to be fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(20):
+            y = torch.linalg.matrix_exp(x * 0) @ y
+        return y
+
+
+class Waits(nn.Module):
+    """Asks the device for a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2 if x.abs().sum().item() >= 0 else 3)
+
+
+class Tunes(nn.Module):
+    """Times itself in its first call, with events and a wait."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _tuned:
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
+            torch.cuda.synchronize()
+            _tuned.append(True)
+        return x * 2
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+_tuned: list[bool] = []
+
+
+def model(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), layer, nn.Linear(64, 64), nn.ReLU()).cuda().eval()
+
+
+def steps(compiled: Any, reference: nn.Module) -> None:
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(64, 64, device="cuda")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x).clone(), reference(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["always", "fastest"])
+@pytest.mark.parametrize("kernel", [Waits, Tunes], ids=["waits", "tunes itself"])
+def test_kernels_that_cannot_be_captured_at_once(policy, kernel):
+    """CUDA graphs are cut around what waits, and random numbers are drawn as ever afterwards."""
+    _tuned.clear()
+    own = model(Twice())
+    options = {"policy": policy, "triton.cudagraphs": True}
+    with use_kernel_mapping({"Twice": {"cuda": Repository(kernel)}}, inherit_mapping=False):
+        steps(torch.compile(own, backend="hubkernels", fullgraph=True, options=options), own)
+
+
+def test_what_wins_is_used_and_what_loses_is_not():
+    own = nn.Sequential(Product(), nn.Linear(64, 64), Twice()).cuda().eval()
+    kernels = {"Product": {"cuda": Repository(Same)}, "Twice": {"cuda": Repository(Waits)}}
+    with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
+        torch.compile(own, backend="hubkernels", options={"policy": "fastest"})(
+            torch.randn(64, 64, device="cuda")
+        )
+    report = last_report()
+    assert report is not None
+    assert [d.reason for d in report.decisions] == [Reason.KERNEL, Reason.SLOWER]
+
+
+def test_the_memory_that_measuring_takes(monkeypatch):
+    """Weights are those of the layer; what is made up and computed is a few copies of the call."""
+
+    @use_kernel_forward_from_hub("Heavy")
+    class Heavy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64, 1024, 1024))  # 256 MB
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight[0].sum()
+
+    class Kernel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight[0].sum()
+
+    peaks: list[int] = []
+    own = policy.Contest.choice
+
+    def choice(self: Any) -> Any:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = own(self)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        return made
+
+    monkeypatch.setattr(policy.Contest, "choice", choice)
+    heavy = nn.Sequential(Heavy()).cuda().eval()
+    x = torch.randn(1024, 1024, device="cuda")  # 4 MB
+    kernels = {"Heavy": {"cuda": Repository(Kernel)}}
+    with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
+        torch.compile(heavy, backend="hubkernels", options={"policy": "fastest"})(x)
+    assert len(peaks) == 1
+    assert peaks[0] <= 4 * x.numel() * x.element_size() + 2**20
