@@ -169,10 +169,13 @@ class Trace:
         return frame.notes["trace"]  # type: ignore[no-any-return]
 
     def explain(self, chosen: Mapping[str, Choice]) -> None:
-        """Note why the calls for which nothing was chosen keep their ops."""
+        """Note why the calls for which nothing was chosen yet keep their ops."""
         decisions = self.choices.decisions
         for number, kind in self.kinds.items():
-            decisions[number] = decisions[number]._replace(detail=chosen[kind].why)
+            if kind in chosen:
+                decisions[number] = decisions[number]._replace(detail=chosen[kind].why)
+        for kind in chosen:
+            del self.undecided[kind]
 
 
 exporting: ContextVar[Trace | None] = ContextVar("exporting", default=None)

@@ -50,11 +50,12 @@ def decide(
     *,
     graphs: bool,
 ) -> dict[str, Choice]:
-    """Decide all kinds of call in a graph that are not decided.
+    """Decide the kinds of call in a graph that are not decided.
 
     Args:
         graph_module: The graph, with ops for the calls.
-        pending: A call of each kind.
+        pending: A call of each kind. Some may be elsewhere: for a DistributedDataParallel Dynamo
+            hands over a graph in parts.
         session: Where the choices are noted, and the time is.
         compiler: What will compile the graph.
         graphs: Whether the graph will be run as a CUDA graph.
@@ -63,9 +64,13 @@ def decide(
         The choices. Where one is not the op of the first kernel, the graph is to be traced again.
     """
     choices = {}
-    for number, (kind, call) in enumerate(pending.items(), 1):
-        contest = Contest(graph_module, call, session, compiler, graphs)
-        name, of = call.site.layer.layer_name, f"{number} of {len(pending)} kinds of call"
+    places = {
+        kind: place for kind, call in pending.items() if (place := _place(graph_module, call))
+    }
+    for number, (kind, place) in enumerate(places.items(), 1):
+        call = pending[kind]
+        contest = Contest(place, call, session, compiler, graphs)
+        name, of = call.site.layer.layer_name, f"{number} of {len(places)} kinds of call"
         logger.info("choosing for %s, %s; %s", name, of, session)
         choice = _agreed(kind, contest, call, session)
         logger.info("chosen for %s: %s (%s)", name, choice.how, choice.why)
@@ -88,18 +93,35 @@ _PATIENCE = 120.0
 """How many seconds longer than measuring takes another rank may need."""
 
 
+Place = tuple[fx.GraphModule, fx.Node]
+"""A node, and the graph that it is in."""
+
+
+def _place(graph_module: fx.GraphModule, call: Pending) -> Place | None:
+    """Where such a call is in a graph or one that it calls: of several, the one in the middle."""
+    name = f"{ops.NAMESPACE}::{call.lowered.name}"
+    found = [
+        (module, node)
+        for module in graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+        if getattr(node.target, "_name", "") == name and call.is_like(node)
+    ]
+    return found[len(found) // 2] if found else None
+
+
 class Contest:
     """What is measured for a kind of call, and what comes of it."""
 
     def __init__(
         self,
-        graph_module: fx.GraphModule,
+        place: Place,
         call: Pending,
         session: Session,
         compiler: Compiler,
         graphs: bool,
     ) -> None:
-        self._graph_module = graph_module
+        self._place = place
         self._call = call
         self._session = session
         self._compiler = compiler
@@ -126,7 +148,7 @@ class Contest:
         return by_rule(self._call, why)
 
     def _measured(self) -> Choice:
-        around = cut(*self._place())
+        around = cut(*self._place)
         with samples.apart(around.inputs, 0):
             inputs = candidates.inputs_for(around, self._call)
             pool = self._graphs and any(v.is_cuda for v in inputs if isinstance(v, torch.Tensor))
@@ -162,18 +184,6 @@ class Contest:
         how, number = ways.get(chosen, (REFERENCE, 0))
         return Choice(how, number, _in_words(measured, chosen), True)
 
-    def _place(self) -> tuple[fx.GraphModule, fx.Node]:
-        """Where in the graph such a call is: of several, the one in the middle of the model."""
-        name = f"{ops.NAMESPACE}::{self._call.lowered.name}"
-        found = [
-            (graph_module, node)
-            for graph_module, node in _nodes(self._graph_module)
-            if getattr(node.target, "_name", "") == name and self._call.is_like(node)
-        ]
-        if not found:
-            raise Unmeasurable("its op is not in the graph")
-        return found[len(found) // 2]
-
     def _ways(self) -> Iterator[tuple[str, tuple[str, int]]]:
         """The ways to compute the call by kernels, what is preferred first."""
         kernels = self._call.kernels
@@ -197,14 +207,6 @@ class Contest:
         grad = self._call.site.grad
         with torch.set_grad_enabled(grad):
             return candidates.prepared(program, inputs, grad)
-
-
-def _nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
-    """The nodes of a graph and of the graphs that it calls, with where they are."""
-    for module in graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                yield module, node
 
 
 def _in_words(measured: Mapping[str, Measured], chosen: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kernelgraph
@@ -414,6 +416,30 @@ class TestKept:
                                     "__version__", "99.0")  # fmt: skip
             run(model)
         assert found == (["Work"] if of != "driver" else [])  # the CPU has none
+
+
+SECONDS = st.sampled_from([0.1, 0.5, 0.97, 1.0, 1.03, 2.0, 9.0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(SECONDS, st.booleans()), min_size=1, max_size=5), SECONDS, st.booleans())
+def test_each_layer_takes_its_kernel_just_where_that_is_faster(layers, seconds, dynamic):
+    """By the times of both, whatever else is in the model, and whatever was chosen before."""
+    torch.compiler.reset()
+    disk.clear()
+    model = nn.Sequential()
+    for own, apart in layers:
+        model.append(Work(own))
+        if apart:
+            model.append(nn.Identity())
+    used = [seconds < own * (1 - MARGIN) for own, _ in layers]
+    with mapping(Work=kernel(seconds)), torch.no_grad():
+        compiled_model = torch.compile(
+            model, backend="hubkernels", fullgraph=True, dynamic=dynamic, options=FASTEST
+        )
+        out = compiled_model(torch.zeros(3, 4))
+    assert [reason is Reason.KERNEL for reason in reasons()] == used
+    assert torch.equal(out, torch.full((3, 4), float(sum(11 if u else 1 for u in used))))
 
 
 def test_the_default(monkeypatch):
