@@ -54,7 +54,12 @@ def seconds(backend: str, cache: str) -> float:
     """How long the compile takes in a new process with ``cache``."""
     done = subprocess.run(
         [sys.executable, __file__, backend],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        env={
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "KERNELGRAPH_CACHE_DIR": cache,
+            "KERNELGRAPH_POLICY": "always",
+        },
         capture_output=True,
         text=True,
         check=True,

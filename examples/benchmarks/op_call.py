@@ -104,7 +104,10 @@ def programs(device: str, options: dict[str, Any]) -> dict[str, Callable[[int], 
     def compiled(cls: type[nn.Module], backend: str) -> Callable[[int], Any]:
         def make(count: int) -> Any:
             run = calls(cls().to(device), count)
-            return torch.compile(run, backend=backend, fullgraph=True, options=options)
+            always = {"policy": "always"} if backend == "hubkernels" else {}
+            return torch.compile(
+                run, backend=backend, fullgraph=True, options={**options, **always}
+            )
 
         return make
 

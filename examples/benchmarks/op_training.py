@@ -83,7 +83,9 @@ def compiled(layers: Layers) -> Forward:
 
     # Each has its own code object, so that Dynamo keeps them apart.
     run.__code__ = run.__code__.replace(co_name=f"run_{len(layers)}")
-    forward: Forward = torch.compile(run, backend="hubkernels", fullgraph=True)
+    forward: Forward = torch.compile(
+        run, backend="hubkernels", fullgraph=True, options={"policy": "always"}
+    )
     return forward
 
 

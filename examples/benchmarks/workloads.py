@@ -191,7 +191,8 @@ def use_caches(root: Path, backend: str) -> None:
 def chosen(report: Report) -> list[str]:
     """What was decided, a line for each kind of layer."""
     alike = Counter(
-        (d.layer, d.kernel or f"reference: {because(d.reason, d.detail)}") for d in report.decisions
+        (d.layer, f"{d.kernel} ({d.detail})" if d.kernel else because(d.reason, d.detail))
+        for d in report.decisions
     )
     return [f"{layer}, {count}: {outcome}" for (layer, outcome), count in alike.items()]
 
