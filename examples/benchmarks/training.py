@@ -3,10 +3,10 @@
     python examples/benchmarks/training.py [dense] [experts]
 
 Compared are the model run eagerly, eagerly with kernels (``kernelize``), compiled by Inductor, and
-by Inductor with kernels (hubkernels, with each kernel there is). The kernels are those of the example repository and, on a
-machine with a GPU where the package is installed, liger-kernel's. A step is the forward, the loss
-and the backward; the optimizer, which would do the same for all, is left out, and the vocabulary is
-small. The loss is computed eagerly.
+by Inductor with kernels (hubkernels, each kernel that there is). The kernels are those of the
+example repository and, on a machine with a GPU where the package is installed, liger-kernel's. A
+step is the forward, the loss and the backward; the optimizer, which would do the same for all, is
+left out, and the vocabulary is small. The loss is computed eagerly.
 
 On a GPU the models are large and in bfloat16, elsewhere tiny and in float32. All times are medians
 of one run in which the programs take turns. The memory is the peak of a step over what there was

@@ -263,7 +263,8 @@ def _captured(call: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """A replay of a CUDA graph of ``call``. Nobody looks at its results, whose memory the next
     graph of the pool has too."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # What other threads do meanwhile, that of a loader of data, say, is their own matter.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         call()
     graph.replay()
     torch.cuda.synchronize()

@@ -197,10 +197,12 @@ class Contest:
     def _sampler(self, around: Neighbourhood, inputs: list[Any], how: str, number: int) -> Sampler:
         program = candidates.program(around, self._call, how, number)
         grad = self._call.site.grad
+        # A kernel's run that is kept for its backward is in no CUDA graph.
+        pool = None if grad and how == OP else self._pool
         with torch.set_grad_enabled(grad):
             with _torch.compiling_apart():
                 run = self._compiler(program, inputs)
-            return candidates.prepared(run, inputs, grad, self._pool)
+            return candidates.prepared(run, inputs, grad, pool)
 
     def _eager(self, around: Neighbourhood, inputs: list[Any]) -> Sampler:
         program = candidates.program(around, self._call, REFERENCE, 0)
