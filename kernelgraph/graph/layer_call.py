@@ -90,10 +90,23 @@ def _captured(
     key = f"{reference.__module__}.{reference.__qualname__} {next(_count)}"
     _references[key] = reference
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return _traced(key, reference, self, args, kwargs)
-        return eager(self, *args, **kwargs)
+    def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return eager(module, *args, **kwargs)
+        # What Dynamo calls here at trace time looks the variables up by name, and sets `read`, `op`
+        # and `call`: functions written for the layer, for loops take Dynamo long. It also sets
+        # `traced` to a kernel's forward, where that is to be traced.
+        read: Any = None
+        op: Any = None
+        call: Any = None
+        traced: Any = reference
+        if not kernelgraph_begin(key):
+            return traced(module, *args, **kwargs)
+        state = read(module)
+        constants = kernelgraph_finish()
+        if constants is None:
+            return reference(module, *args, **kwargs)
+        return call(op, args, kwargs, state, constants)
 
     # Dynamo counts recompiles by code object, and keeps by a code's name which sizes are dynamic:
     # each layer's forward has code and a name of its own, as ever.
@@ -103,25 +116,6 @@ def _captured(
     setattr(own, _REFERENCE, reference)
     setattr(own, KERNEL, kernel)
     return own
-
-
-def _traced(
-    key: str, reference: Forward, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    # Dynamo traces this function. What it calls at trace time looks its variables up by name, and
-    # sets `read`, `op` and `call`: functions written for the layer, for loops take Dynamo long. It
-    # also sets `forward` to a kernel's, where that is to be traced.
-    read: Any = None
-    op: Any = None
-    call: Any = None
-    forward: Any = reference
-    if not kernelgraph_begin(key):
-        return forward(module, *args, **kwargs)
-    state = read(module)
-    constants = kernelgraph_finish()
-    if constants is None:
-        return reference(module, *args, **kwargs)
-    return call(op, args, kwargs, state, constants)
 
 
 # --- at trace time ---------------------------------------------------------------------------
@@ -216,7 +210,7 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
             if choice.how == REFERENCE:
                 raise KeepReference(site, Reason.SLOWER, choice.why)
             if choice.how == NATIVE:
-                frame.set_callable("forward", kernel.forward)
+                frame.set_callable("traced", kernel.forward)
                 why = f"traced; {choice.why}"
                 trace.choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), why))
                 return False

@@ -660,3 +660,24 @@ class TestErrors:
 
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(kernelgraph, name) for name in kernelgraph.__all__)
+
+
+def test_a_parameter_may_have_any_name():
+    """Also one that the capture has for variables of its own."""
+
+    @use_kernel_forward_from_hub("Named")
+    class Named(nn.Module):
+        def forward(self, x: Tensor, module: Tensor, read: float = 1.0) -> Tensor:
+            return x * module * read
+
+    class Kernel(nn.Module):
+        def forward(self, x: Tensor, module: Tensor, read: float = 1.0) -> Tensor:
+            return x * module * read + 10
+
+    layer, x = Named(), torch.ones(3)
+    assert torch.equal(layer(x, module=2 * x, read=3.0), 6 * x)
+    with use_kernel_mapping({"Named": {"cpu": Repository(Kernel)}}), torch.no_grad():
+        compiled = torch.compile(
+            layer, backend="hubkernels", fullgraph=True, options={"inner": "eager"}
+        )
+        assert torch.equal(compiled(x, module=2 * x, read=3.0), 16 * x)
