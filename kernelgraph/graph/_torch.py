@@ -311,6 +311,13 @@ def inductor_options() -> frozenset[str]:
     return frozenset(config.get_config_copy())
 
 
+def inductor_settings() -> str:
+    """A hash of what is set in ``torch._inductor.config``. Tried on 2.11, 2.13, 2.14."""
+    from torch._inductor import config
+
+    return config.get_hash().hex()
+
+
 def reset_inductor() -> None:
     """What ``torch.compiler.reset()`` asks of a compile by Inductor."""
     inductor(None, {}).reset()  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,11 +134,15 @@ def _other_op(pending: Pending, kernel: Kernel) -> Callable[..., Any]:
     site, layer = pending.site, pending.site.layer
     state = State.of(site.module, [layer.reference, kernel.forward])
     held = [read(site.module, path).detach() for path in state.tensors]
+    for path, tensor in zip(state.tensors, held, strict=True):
+        tensor.requires_grad_(site.grad and read(site.module, path).requires_grad)
+    given = put_leaves(pending.call.arguments, pending.operands)
+    call, operands = Call.of(state, held, layer, *given)
+    call = replace(call, autocast=pending.call.autocast)
+    lowered, _ = op_for(site, kernel, call, operands, pending.options)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call, operands = Call.of(state, held, layer, args, kwargs)
-        with _torch.for_real():
-            lowered, _ = op_for(site, kernel, call, operands, pending.options)
+        _, operands = Call.of(state, held, layer, args, kwargs)
         results = overload(lowered.name)(*pack(operands, lowered.packed))
         results = [results] if isinstance(results, Tensor) else list(results)
         return put_leaves(lowered.output, results)

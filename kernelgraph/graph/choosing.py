@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,16 +86,20 @@ class Session:
 
 
 _choices: dict[str, Choice] = {}
-_session: tuple[weakref.ref[Any], Session] | None = None
+_session: tuple[Callable[[], Any], Session] | None = None
+"""The last, and what leads to the call of ``torch.compile`` that it is of."""
 
 
-def session_of(compile_call: object, seconds: float) -> Session:
+def session_of(compile_call: Any, seconds: float) -> Session:
     """The session of a call of ``torch.compile``."""
     global _session
     if compile_call is None:
         return Session(seconds)
-    if _session is None or _session[0]() is not compile_call:
-        _session = (weakref.ref(compile_call), Session(seconds))
+    bound = isinstance(compile_call, types.MethodType)  # one is made each time it is looked up
+    last = _session and _session[0]()
+    if _session is None or not (last is compile_call or (bound and last == compile_call)):
+        leads = weakref.WeakMethod(compile_call) if bound else weakref.ref(compile_call)
+        _session = (leads, Session(seconds))
     return _session[1]
 
 
@@ -129,7 +134,7 @@ def kind_of(
         (
             (_VERSION, kernelgraph.__version__, torch.__version__, triton_version()),
             sorted({device_name(v.device) for v in (*tensors, *held)}),
-            _torch.driver_version() if site.target.type in ("cuda", "rocm") else "",
+            _torch.driver_version() if site.target.type != "cpu" else torch.get_num_threads(),
             (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
             [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
             (describe(state), state.numbers),
@@ -155,7 +160,8 @@ def _form(tensor: Tensor, known: Mapping[Any, int]) -> tuple[Any, ...]:
 def _compiler_text(options: Options) -> str:
     inner = options.inner
     name = inner if isinstance(inner, str) else f"{inner.__module__}.{inner.__qualname__}"
-    return stable_text((name, options.inductor_mode, sorted(options.inductor.items(), key=str)))
+    own = (options.inductor_mode, sorted(options.inductor.items(), key=str))
+    return stable_text((name, own, _torch.inductor_settings() if inner == "inductor" else ""))
 
 
 def known(kind: str, kernels: int, session: Session) -> Choice | None:

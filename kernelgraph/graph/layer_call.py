@@ -208,7 +208,8 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
         if choice is not None:
             kernel, state = trace.choices.choose(site, choice.kernel)
             if choice.how == REFERENCE:
-                raise KeepReference(site, Reason.SLOWER, choice.why)
+                reason = Reason.SLOWER if choice.measured else Reason.POLICY
+                raise KeepReference(site, reason, choice.why)
             if choice.how == NATIVE:
                 frame.set_callable("traced", kernel.forward)
                 why = f"traced; {choice.why}"

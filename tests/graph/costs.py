@@ -56,9 +56,9 @@ spend = torch.ops.kernelgraph_tests_costs.spend
 class Work(nn.Module):
     """Adds 1 in ``seconds``."""
 
-    def __init__(self, seconds: float = 1.0) -> None:
+    def __init__(self, seconds: float = 1.0, size: int = 4) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
+        self.weight = nn.Parameter(torch.ones(size))
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:

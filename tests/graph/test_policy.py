@@ -16,6 +16,7 @@ import kernelgraph
 from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
 from kernelgraph import cache as disk
 from kernelgraph.graph import candidates, choosing, policy
+from kernelgraph.graph.options import Options
 from kernelgraph.graph.timing import MARGIN
 from kernelgraph.report import Reason
 from tests.graph.costs import CLOCK, Odd, Work, kernel
@@ -122,6 +123,33 @@ class TestChoice:
         with mapping(Work=kernels):
             assert torch.equal(run(stack(1.0)[:1]), torch.full((3, 4), 21.0))
         assert "Kernel20" in last_report().decisions[0].kernel
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_of_several_kernels_with_state_of_their_own(self, grad):
+        """The second reads what neither the layer nor the first does; compiled by Inductor."""
+
+        class First(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.ops.kernelgraph_tests_costs.spend(x * self.weight + 1, 0.9)
+
+        class Second(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.ops.kernelgraph_tests_costs.spend(x * self.weight + self.one, 0.2)
+
+        model = stack(1.0)[:1]
+        model[0].register_buffer("one", torch.ones(4))
+        mode = Mode.TRAINING if grad else Mode.INFERENCE
+        with mapping(Work={mode | Mode.TORCH_COMPILE: First, Mode.FALLBACK: Second}):
+            out = (
+                compiled(model, inner="inductor")(torch.zeros(3, 4))
+                if grad
+                else run(model, inner="inductor")
+            )
+        assert torch.equal(out, torch.ones(3, 4))
+        assert "Second" in last_report().decisions[0].kernel
+        if grad:
+            out.sum().backward()
+            assert torch.equal(model[0].weight.grad, torch.zeros(4))
 
     def test_another_kernel_that_cannot_be_used_is_no_candidate(self, caplog):
         class Impure(nn.Module):
@@ -298,7 +326,7 @@ class TestByRule:
         own = kernel(0.5)
         with mapping(Norm=own, Product=own, Work=own):
             run(model, measure_seconds=0)
-        assert reasons() == [Reason.SLOWER, Reason.KERNEL, Reason.KERNEL]
+        assert reasons() == [Reason.POLICY, Reason.KERNEL, Reason.KERNEL]
         details = [d.detail for d in last_report().decisions]
         assert all("not measured: the 0 s for measuring were over" in d for d in details)
         assert disk.entries() == {}  # nobody else is to believe it
@@ -400,6 +428,16 @@ class TestKept:
             run(base)
         assert len(found) == 7
 
+    def test_another_compiler_is_another_key(self):
+        """Also Inductor with other settings, wherever they were made."""
+        text = choosing._compiler_text
+        kinds = {text(Options()), text(Options(inner="eager")), text(Options(inner=print))}
+        kinds |= {text(Options.parse(mode)) for mode in (None, "max-autotune", "default")}
+        kinds |= {text(Options(inductor={"max_autotune": True}))}
+        with torch._inductor.config.patch(max_autotune=True):
+            kinds |= {text(Options()), text(Options(inner="eager"))}
+        assert len(kinds) == 7
+
     @pytest.mark.parametrize("of", ["torch", "driver", "triton", "kernelgraph"])
     def test_another_version_is_another_key(self, monkeypatch, of):
         model = stack(1.0)[:1]
@@ -479,3 +517,57 @@ def test_weights_stay_as_they_are():
         run(model)
     assert torch.equal(model[0].weight, before)
     assert model[0].weight.grad is None
+
+
+def test_a_session_is_known_again_by_a_bound_method():
+    """Of which Python makes another object each time."""
+
+    class Compiler:
+        def compile(self) -> None: ...
+
+    compiler = Compiler()
+    session = choosing.session_of(compiler.compile, 3.0)
+    assert choosing.session_of(compiler.compile, 3.0) is session
+    assert choosing.session_of(Compiler().compile, 3.0) is not session
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(("seconds", "reason"), [(0.5, Reason.KERNEL), (2.0, Reason.SLOWER)])
+def test_a_graph_that_comes_in_parts(seconds, reason):
+    """For a DistributedDataParallel: each kind of call is measured in the part that it is in."""
+    size = 600  # a linear layer of that is larger than a bucket of 1 MiB
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = Work(1.0, size), Work(3.0, size)
+            self.linear = nn.Linear(size, size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.linear(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(3, size)
+    expected = model(x)
+    with mapping(Work=kernel(seconds, plus=0)):
+        parallel = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+        parts: list[Any] = []
+
+        def inner(graph_module: Any, inputs: Any) -> Any:
+            parts.append(graph_module)
+            return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+
+        out = torch.compile(parallel, backend="hubkernels", options={**FASTEST, "inner": inner})(x)
+    torch.testing.assert_close(out, expected)
+    assert len(parts) > 2
+    assert reasons() == [reason, Reason.KERNEL]
+    out.sum().backward()
+    assert model.first.weight.grad is not None
