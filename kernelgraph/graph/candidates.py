@@ -29,7 +29,7 @@ from kernelgraph.graph.paths import read
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.state import State
 from kernelgraph.graph.timing import Sampler
-from kernelgraph.graph.values import value_of
+from kernelgraph.graph.values import NoValue, value_of
 from kernelgraph.kernel import Kernel
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -70,7 +70,10 @@ class Pending:
     def is_like(self, node: fx.Node) -> bool:
         """Whether an op's node calls it with such tensors and numbers as this call has."""
         given = unpack(list(node.args), self.lowered.packed)
-        values = [value_of(v) if isinstance(v, fx.Node) else v for v in given]
+        try:
+            values = [value_of(v) if isinstance(v, fx.Node) else v for v in given]
+        except NoValue:
+            return False
         return [*map(_form, values)] == [*map(_form, self.operands)]
 
 
@@ -185,12 +188,18 @@ def inputs_for(around: Neighbourhood, pending: Pending) -> list[Any]:
 
 
 def _weight(pending: Pending, operand: int) -> Tensor | None:
-    """The layer's own tensor for an operand, if it is one and at hand; not a copy."""
+    """The layer's own tensor for an operand, if it is one; not a copy.
+
+    Raises:
+        Unmeasurable: It has no memory, and so there is no knowing whether there is enough.
+    """
     state = operand - len(pending.call.argument_paths)
     if not 0 <= state < len(pending.call.state.tensors):
         return None
     weight: Tensor = read(pending.site.module, pending.call.state.tensors[state])
-    return None if _torch.is_fake(weight) or weight.is_meta else weight.detach()
+    if _torch.is_fake(weight) or weight.is_meta:
+        raise Unmeasurable("the layer's weights are not at hand")
+    return weight.detach()
 
 
 def _index_bounds(pending: Pending, given: Sequence[Any]) -> dict[int, int]:

@@ -3,7 +3,8 @@
 To ask for a value on the host while a graph is captured is an error, and one that leaves torch's
 random numbers in disorder. So where Inductor will make CUDA graphs, each op is run before, outside
 of any, with torch told to raise where it waits. Inductor cuts the graph around an op that does.
-Kernels that tune themselves have done so by then. What a kernel does past torch is not seen.
+Kernels that tune themselves have done so by then. What a kernel does past torch is not seen. The
+setting is the whole process's: another thread that waits just then gets the error, too.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def cut(graph_module: fx.GraphModule, node: fx.Node) -> Neighbourhood:
     Raises:
         NoValue: A node at its edge carries none.
     """
-    inside = _around(node)
+    # A result that nobody uses, a handle of a run, say, other programs do not have.
+    inside = {other for other in _around(node) if other.users or other is node}
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}
     inputs: list[Any] = []
@@ -93,7 +94,7 @@ def cut(graph_module: fx.GraphModule, node: fx.Node) -> Neighbourhood:
             copied(other)
     for other in ordered:
         made[other] = graph.node_copy(other, copied)
-    used = [n for n in ordered if any(user not in inside for user in n.users) or not n.users]
+    used = [n for n in ordered if any(user not in inside for user in n.users)]
     outputs = [n for n in used if isinstance(_value(n), Tensor)]
     graph.output(tuple(made[n] for n in outputs))
     return Neighbourhood(fx.GraphModule(graph_module, graph), inputs, made[node])

@@ -105,8 +105,9 @@ def _place(graph_module: fx.GraphModule, call: Pending) -> Place | None:
         for module in graph_module.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
-        if getattr(node.target, "_name", "") == name and call.is_like(node)
+        if getattr(node.target, "_name", "") == name
     ]
+    found = [(module, node) for module, node in found if call.is_like(node)] or found
     return found[len(found) // 2] if found else None
 
 

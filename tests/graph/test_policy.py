@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernelgraph
 from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
@@ -292,6 +293,28 @@ class TestTraining:
         found, model[0].weight.grad = model[0].weight.grad, None
         model(x).square().sum().backward()
         torch.testing.assert_close(found, model[0].weight.grad)
+
+    @pytest.mark.parametrize(("seconds", "reason"), [(0.5, Reason.KERNEL), (9.0, Reason.SLOWER)])
+    def test_in_a_checkpointed_block(self, seconds, reason):
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.work, self.linear = Work(1.0), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = checkpoint(lambda x: self.linear(self.work(x)), x, use_reentrant=False)
+                return torch.relu(y)
+
+        torch.manual_seed(0)
+        model, x = Block(), torch.randn(3, 4)
+        with mapping(Work=kernel(seconds, plus=0)):
+            out = compiled(model, inner="aot_eager")(x)
+        out.sum().backward()
+        assert reasons() == [reason]
+        assert "not measured" not in last_report().decisions[0].detail
+        found, model.work.weight.grad = model.work.weight.grad, None
+        model(x).sum().backward()
+        torch.testing.assert_close(found, model.work.weight.grad)
 
 
 class TestUntraceable:
