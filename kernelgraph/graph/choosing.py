@@ -159,7 +159,8 @@ def _form(tensor: Tensor, known: Mapping[Any, int]) -> tuple[Any, ...]:
 
 def _compiler_text(options: Options) -> str:
     inner = options.inner
-    name = inner if isinstance(inner, str) else f"{inner.__module__}.{inner.__qualname__}"
+    named: Any = inner if hasattr(inner, "__qualname__") else type(inner)
+    name = inner if isinstance(inner, str) else f"{named.__module__}.{named.__qualname__}"
     own = (options.inductor_mode, sorted(options.inductor.items(), key=str))
     return stable_text((name, own, _torch.inductor_settings() if inner == "inductor" else ""))
 

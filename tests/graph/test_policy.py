@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from typing import Any
@@ -457,9 +458,10 @@ class TestKept:
         kinds = {text(Options()), text(Options(inner="eager")), text(Options(inner=print))}
         kinds |= {text(Options.parse(mode)) for mode in (None, "max-autotune", "default")}
         kinds |= {text(Options(inductor={"max_autotune": True}))}
+        kinds |= {text(Options(inner=functools.partial(print, 1)))}
         with torch._inductor.config.patch(max_autotune=True):
             kinds |= {text(Options()), text(Options(inner="eager"))}
-        assert len(kinds) == 7
+        assert len(kinds) == 8
 
     @pytest.mark.parametrize("of", ["torch", "driver", "triton", "kernelgraph"])
     def test_another_version_is_another_key(self, monkeypatch, of):
