@@ -20,6 +20,7 @@ from kernelgraph.graph.call import Call, put_leaves, take_tensors
 from kernelgraph.graph.capture import waits
 from kernelgraph.graph.choice import Site
 from kernelgraph.graph.choosing import NATIVE, OP
+from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.lowering import op_for
 from kernelgraph.graph.neighbourhood import Neighbourhood
 from kernelgraph.graph.operands import Operands, device_name, indices
@@ -50,6 +51,7 @@ class Pending:
     operands: Sequence[Any]
     """As they are in the trace."""
     lowered: Lowered
+    gradient: Gradient | None
     options: Options
 
     @property

@@ -22,7 +22,7 @@ from kernelgraph.graph.operands import device_name
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, describe
-from kernelgraph.graph.trial import triton_version
+from kernelgraph.graph.trial import source_of, triton_version
 from kernelgraph.hub.loading import code_hash
 from kernelgraph.kernel import Kernel
 
@@ -137,6 +137,7 @@ def kind_of(
             _torch.driver_version() if site.target.type != "cpu" else torch.get_num_threads(),
             (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
             [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
+            [source_of(layer, k) for k in kernels],
             (describe(state), state.numbers),
             [_form(value, known) for value in tensors],
             [_form(value, {}) for value in held],

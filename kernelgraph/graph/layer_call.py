@@ -206,10 +206,10 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
         site, kernel, state = trace.choices.settle(site, tensors)
         kind, choice = _chosen(trace, site, state, tensors)
         if choice is not None:
-            kernel, state = trace.choices.choose(site, choice.kernel)
             if choice.how == REFERENCE:
                 reason = Reason.SLOWER if choice.measured else Reason.POLICY
                 raise KeepReference(site, reason, choice.why)
+            kernel, state = trace.choices.choose(site, choice.kernel)
             if choice.how == NATIVE:
                 frame.set_callable("traced", kernel.forward)
                 why = f"traced; {choice.why}"
@@ -273,9 +273,8 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     if choice is not None:
         decision = decision._replace(detail=choice.why)
     elif kind:
-        pending = Pending(
-            site, trace.choices.kernels(site), call, operands, lowered, trace.choices.options
-        )
+        kernels, options_ = trace.choices.kernels(site), trace.choices.options
+        pending = Pending(site, kernels, call, operands, lowered, gradient, options_)
         trace.undecided.setdefault(kind, pending)
         trace.kinds[len(trace.choices.decisions)] = kind
     trace.choices.decisions.append(decision)

@@ -38,6 +38,7 @@ from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.shapes import run_on_fakes
 from kernelgraph.graph.timing import Measured, Sampler, fastest, measure
 from kernelgraph.graph.told import error_text
+from kernelgraph.graph.trial import source_of
 
 logger = logging.getLogger("kernelgraph")
 
@@ -192,8 +193,17 @@ class Contest:
         for i, name in enumerate(names):
             yield name, (OP, i)
         for i, name in enumerate(names):
-            if getattr(kernels[i].layer, "can_torch_compile", False):
+            if getattr(kernels[i].layer, "can_torch_compile", False) and self._may_be_traced(i):
                 yield f"{name} traced", (NATIVE, i)
+
+    def _may_be_traced(self, number: int) -> bool:
+        """Whether a kernel that is traced has true gradients, where one can flow: its own, which
+        are judged with the op, and again once the code of the kernel or the layer has changed."""
+        call, kernel = self._call, self._call.kernels[number]
+        if not call.site.grad:
+            return True
+        own = call.gradient is not None and call.gradient.own is not None
+        return number == 0 and own and source_of(call.site.layer, kernel) != ""
 
     def _sampler(self, around: Neighbourhood, inputs: list[Any], how: str, number: int) -> Sampler:
         program = candidates.program(around, self._call, how, number)

@@ -94,7 +94,7 @@ def judge(
     known = (key, kernel.layer, layer)
     if known in _verdicts:
         return _verdicts[known]
-    source = _source(layer, kernel)
+    source = source_of(layer, kernel)
     verdict = _from_json(cache.read(_KIND, f"{key} {source}")) if source else None
     if verdict is None:
         try:
@@ -325,7 +325,7 @@ def _key(
     )
 
 
-def _source(layer: Extensible, kernel: Kernel) -> str:
+def source_of(layer: Extensible, kernel: Kernel) -> str:
     """A hash of all the code that a verdict is of; empty where there is none that tells.
 
     A kernel's revision is one, but for a class that is in no kernel: what its ``forward`` calls

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernelgraph
-from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
+from kernelgraph import LocalLayerRepository, Mode, kernelize, last_report, use_kernel_mapping
 from kernelgraph import cache as disk
 from kernelgraph.graph import candidates, choosing, policy
 from kernelgraph.graph.options import Options
@@ -23,7 +23,30 @@ from kernelgraph.graph.timing import MARGIN
 from kernelgraph.report import Reason
 from tests.graph.costs import CLOCK, Odd, Work, kernel
 from tests.graph.toy_models import Repository
+from tests.hub.toy_repository import write_repository
 
+TRACEABLE = """
+import torch
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = {gradient}
+        return grad * weight, (grad * x).sum(0)
+
+class Traceable(torch.nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x):
+        return torch.ops.kernelgraph_tests_costs.spend(Times.apply(x, self.weight) + 1, 0.5)
+"""
 FASTEST = {"policy": "fastest", "inner": "eager"}
 
 
@@ -291,6 +314,41 @@ class TestTraining:
         with mapping(Work=kernel(0.5, plus=0.0)):
             compiled(model, inner="aot_eager")(x).square().sum().backward()
         assert reasons() == [Reason.KERNEL]
+        found, model[0].weight.grad = model[0].weight.grad, None
+        model(x).square().sum().backward()
+        torch.testing.assert_close(found, model[0].weight.grad)
+
+    @pytest.mark.parametrize("wrong", [True, False])
+    def test_a_kernel_is_traced_only_with_true_gradients(self, tmp_path, monkeypatch, wrong):
+        """What is traced has the gradient of its own ops, which nothing stands in for."""
+        source = TRACEABLE.format(gradient="grad * 7" if wrong else "grad")
+        files = {"__init__.py": "from . import layers\n", "layers.py": source}
+        write_repository(tmp_path / "kernels", files)
+        repository = LocalLayerRepository(tmp_path / "kernels", layer_name="Traceable")
+        own = candidates.program
+
+        def program(around: Any, pending: Any, how: str, number: int) -> Any:
+            made = own(around, pending, how, number)
+            if how == choosing.OP:  # which costs more here
+                node = next(n for n in made.graph.nodes if n.op == "output")
+                with made.graph.inserting_before(node):
+                    first = made.graph.call_function(
+                        torch.ops.kernelgraph_tests_costs.spend, (node.args[0][0], 0.3)
+                    )
+                node.args = ((first, *node.args[0][1:]),)
+                made.recompile()
+            return made
+
+        monkeypatch.setattr(candidates, "program", program)
+        torch.manual_seed(0)
+        model, x = stack(1.0)[:1], torch.randn(3, 4)
+        kernels = {"Work": {"cpu": repository}}
+        with use_kernel_mapping(kernels, inherit_mapping=False):
+            out = compiled(model, inner="aot_eager")(x)
+        out.square().sum().backward()
+        # With the layer run again for its gradient, the kernel costs more than the layer.
+        assert reasons() == [Reason.SLOWER if wrong else Reason.KERNEL]
+        assert ("traced" in last_report().decisions[0].detail) is not wrong
         found, model[0].weight.grad = model[0].weight.grad, None
         model(x).square().sum().backward()
         torch.testing.assert_close(found, model[0].weight.grad)
