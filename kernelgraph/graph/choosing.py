@@ -144,7 +144,7 @@ def kind_of(
             site.grad,
             _torch.autocast_regions(),
             _compiler_text(options),
-            (options.own_backward, options.gradients),
+            (options.own_backward, options.gradients, options.verify),
         )
     )
 

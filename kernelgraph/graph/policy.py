@@ -197,11 +197,14 @@ class Contest:
                 yield f"{name} traced", (NATIVE, i)
 
     def _may_be_traced(self, number: int) -> bool:
-        """Whether a kernel that is traced has true gradients, where one can flow: its own, which
-        are judged with the op, and again once the code of the kernel or the layer has changed."""
+        """Whether a kernel that is traced was looked at as an op is: nothing is verified then.
+
+        Where a gradient can flow it has to be the kernel's own, which is judged with the op, and
+        again once the code of the kernel or the layer has changed.
+        """
         call, kernel = self._call, self._call.kernels[number]
         if not call.site.grad:
-            return True
+            return not call.options.verify
         own = call.gradient is not None and call.gradient.own is not None
         return number == 0 and own and source_of(call.site.layer, kernel) != ""
 
