@@ -219,6 +219,12 @@ class TestChoice:
         assert "spend" in str(graphs[-1].graph)
         assert last_report().decisions[0].detail.startswith("traced; kernel traced 500 ms")
 
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_what_is_to_be_verified_is_no_candidate_traced(self, verify):
+        with mapping(Work=kernel(0.5, plus=0, can_torch_compile=True)):
+            run(stack(1.0)[:1], verify=verify)
+        assert ("traced" in last_report().decisions[0].detail) is not verify
+
     def test_layers_in_the_reference_of_one_that_keeps_it(self):
         @kernelgraph.use_kernel_forward_from_hub("Outer")
         class Outer(nn.Module):
