@@ -24,6 +24,7 @@ from kernelgraph.mapping import (
     current_mapping,
     register_kernel_mapping,
     select,
+    selections,
     use_kernel_mapping,
 )
 from kernelgraph.modes import Mode
@@ -120,10 +121,19 @@ def test_the_table_of_modes_over_every_set_of_registered_modes(asked):
         repos = {mode: Repo(str(mode)) for mode, there in zip(MODES, flags, strict=True) if there}
         outcome = select(parsed({"Norm": {"cpu": repos}}), "Norm", Target("cpu"), asked)
         serving = [mode for mode in TABLE[asked] if mode in repos]
+        every = selections(parsed({"Norm": {"cpu": repos}}), "Norm", Target("cpu"), asked)
         if serving:
             assert outcome == Selection(repos[serving[0]], serving[0], Device("cpu"))
+            assert every == tuple(Selection(repos[mode], mode, Device("cpu")) for mode in serving)
         else:
             assert outcome.reason is Reason.NO_MODE
+            assert every == outcome
+
+
+def test_what_serves_in_several_modes_is_one_candidate():
+    mapping = parsed({"Norm": {"cpu": {INF_C: A, TRA_C: B, FALL: A}}})
+    found = selections(mapping, "Norm", Target("cpu"), INF_C)
+    assert [(s.repository, s.mode) for s in found] == [(A, INF_C), (B, TRA_C)]
 
 
 def test_the_narrowest_interval_wins_wherever_it_stands():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +62,7 @@ class Options:
         seconds = given.pop("measure_seconds", MEASURE_SECONDS)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
             raise TypeError(f"option measure_seconds is a number, not {seconds!r}")
-        if not seconds >= 0:
+        if not 0 <= seconds < math.inf:
             raise ValueError(f"option measure_seconds is a number from 0 on, not {seconds!r}")
         inner = given.pop("inner", "inductor")
         if not (callable(inner) or inner in INNER):

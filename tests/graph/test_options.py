@@ -108,6 +108,7 @@ def test_what_was_given_stays_as_it_was():
         (None, {"measure_seconds": True}, TypeError, "measure_seconds is a number, not True"),
         (None, {"measure_seconds": -1}, ValueError, "is a number from 0 on, not -1"),
         (None, {"measure_seconds": float("nan")}, ValueError, "is a number from 0 on, not nan"),
+        (None, {"measure_seconds": float("inf")}, ValueError, "is a number from 0 on, not inf"),
         (
             None,
             {"policy": "sometimes"},
