@@ -19,6 +19,8 @@ from typing import Any
 
 logger = logging.getLogger("kernelgraph")
 
+CHOICES = "choices"
+"""The kind of what was measured to be fastest."""
 _FORM = 1
 """Of the files; another is not read."""
 _complained = False

@@ -361,7 +361,7 @@ def _explain(parsed: argparse.Namespace) -> int:
     from kernelgraph import cache
 
     rows: list[dict[str, object]] = []
-    for value in cache.values("choices"):
+    for value in cache.values(cache.CHOICES):
         if isinstance(value, dict) and isinstance(value.get("about"), dict):
             chosen = {"chosen": value.get("how"), "times": value.get("why")}
             rows.append({**value["about"], **chosen})

@@ -76,11 +76,8 @@ class Pending:
             values = [value_of(v) if isinstance(v, fx.Node) else v for v in given]
         except NoValue:
             return False
-        return [*map(_form, values)] == [*map(_form, self.operands)]
-
-
-def _form(value: Any) -> Any:
-    return [_torch.hint(number) for number in samples.measures(value)]
+        now = samples.measures_now
+        return [*map(now, values)] == [*map(now, self.operands)]
 
 
 class Stand(nn.Module):

@@ -29,8 +29,6 @@ from kernelgraph.kernel import Kernel
 OP, NATIVE, REFERENCE = "op", "native", "reference"
 """Ways to compute a call: a kernel as a custom op; a kernel that is traced; the layer itself."""
 
-KIND = "choices"
-"""What the cache calls them."""
 _VERSION = 1
 """Of how choices are made, counted up when an earlier one is not to be believed."""
 
@@ -127,7 +125,6 @@ def kind_of(
         options: The backend's.
     """
     held = [read(site.module, path) for path in state.tensors]
-    known = samples.sizes_now(tensors)
     layer = site.layer
     assert site.target is not None
     return repr(
@@ -139,9 +136,9 @@ def kind_of(
             [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
             [source_of(layer, k) for k in kernels],
             (describe(state), state.numbers),
-            [_form(value, known) for value in tensors],
-            [_form(value, {}) for value in held],
-            site.grad,
+            [*map(_form, tensors)],
+            [*map(_form, held)],
+            (site.grad, _torch.full_graph()),
             _torch.autocast_regions(),
             _compiler_text(options),
             (options.own_backward, options.gradients, options.verify),
@@ -153,8 +150,8 @@ def _code(kernel: Kernel) -> tuple[str, str]:
     return kernel.layer.__name__, code_hash(kernel.forward)
 
 
-def _form(tensor: Tensor, known: Mapping[Any, int]) -> tuple[Any, ...]:
-    numbers = tuple(int(_torch.evaluate(n, known)) for n in samples.measures(tensor))
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    numbers = samples.measures_now(tensor)
     return numbers, str(tensor.dtype), tensor.device.type, tensor.requires_grad
 
 
@@ -175,7 +172,7 @@ def known(kind: str, kernels: int, session: Session) -> Choice | None:
 
 def on_disk(kind: str, kernels: int) -> Choice | None:
     """The choice that this or another process has kept."""
-    found = from_json(cache.read(KIND, kind), kernels)
+    found = from_json(cache.read(cache.CHOICES, kind), kernels)
     if found is not None:
         _choices[kind] = found
     return found
@@ -194,7 +191,7 @@ def keep(kind: str, choice: Choice, session: Session, about: Mapping[str, str]) 
         session.choices[kind] = choice
         return
     _choices[kind] = choice
-    cache.write(KIND, kind, {**choice._asdict(), "about": dict(about)})
+    cache.write(cache.CHOICES, kind, {**choice._asdict(), "about": dict(about)})
 
 
 def from_json(value: Any, kernels: int) -> Choice | None:

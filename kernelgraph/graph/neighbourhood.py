@@ -9,6 +9,7 @@ somebody else needs too, and that is in memory anyway, nothing more is taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,8 @@ _APART = frozenset(
     ]
 )
 """Functions that a compiler does not fuse with what is around them, by name."""
+_IN_PLACE = frozenset(["setitem", "iadd", "imul", "isub"])
+"""Functions that write into what they are given, and whose names do not tell."""
 _FURTHEST = 8
 """How many nodes away from the one in the middle one may be."""
 _MOST = 48
@@ -105,23 +108,25 @@ def _around(node: fx.Node) -> set[fx.Node]:
     inside.update(_pieces(node))
     edge: list[fx.Node] = [node]
     for _ in range(_FURTHEST):  # towards the inputs
-        found = [o for n in edge for o in n.all_input_nodes if o not in inside and _is_fused(o)]
-        edge = []
-        for other in dict.fromkeys(found):
-            if len(inside) < _MOST:
-                inside.add(other)
-                inside.update(_pieces(other))
+        taken = _take([other for n in edge for other in n.all_input_nodes], inside)
+        for other in taken:
+            inside.update(_pieces(other))
         # A value that others need too is in memory anyway: what is behind it does not matter.
-        edge = [o for o in dict.fromkeys(found) if o in inside and set(o.users) <= inside]
+        edge = [other for other in taken if set(other.users) <= inside]
     edge = [node, *_pieces(node)]
     for _ in range(_FURTHEST):  # towards the outputs
-        found = [u for n in edge for u in n.users if u not in inside and _is_fused(u)]
-        edge = []
-        for other in dict.fromkeys(found):
-            if len(inside) < _MOST:
-                inside.add(other)
-                edge.append(other)
+        edge = _take([user for n in edge for user in n.users], inside)
     return inside
+
+
+def _take(found: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
+    """Put into a neighbourhood what belongs there, while there is room; the nodes that were."""
+    taken = []
+    for other in dict.fromkeys(found):
+        if other not in inside and len(inside) < _MOST and _is_fused(other):
+            inside.add(other)
+            taken.append(other)
+    return taken
 
 
 def _value(node: fx.Node) -> Any:
@@ -143,14 +148,14 @@ def _is_fused(node: fx.Node) -> bool:
     parts = value if isinstance(value, (tuple, list)) else [value]
     if not any(isinstance(part, Tensor) for part in parts):
         return False  # a size, or what switches autocast on
-    if node.op == "call_method":
-        name = str(node.target)
-        return name not in _APART and not (name.endswith("_") and not name.endswith("__"))
-    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    name = str(node.target)
+    if node.op == "call_function":
+        qualified = getattr(node.target, "_name", "")
+        ours = isinstance(qualified, str) and qualified.startswith(f"{NAMESPACE}::")
+        if ours or isinstance(node.target, torch._ops.HigherOrderOperator):
+            return False
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+    elif node.op != "call_method":
         return False
-    qualified = getattr(node.target, "_name", "")
-    if isinstance(qualified, str) and qualified.startswith(f"{NAMESPACE}::"):
-        return False
-    name = getattr(node.target, "__name__", "").partition(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
-    return name not in _APART and not in_place and name not in ("setitem", "iadd", "imul", "isub")
+    return name not in _APART and not in_place and name not in _IN_PLACE

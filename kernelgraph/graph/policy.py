@@ -151,30 +151,9 @@ class Contest:
 
     def _measured(self) -> Choice:
         around = cut(*self._place)
+        ways = {REFERENCE: (REFERENCE, 0), **dict(self._ways())}
         with samples.apart(around.inputs, 0):
-            inputs = candidates.inputs_for(around, self._call)
-            pool = self._graphs and any(v.is_cuda for v in inputs if isinstance(v, torch.Tensor))
-            self._pool = torch.cuda.graph_pool_handle() if pool else None
-            samplers: dict[str, Sampler] = {}
-            untraced = ""
-            try:
-                samplers[REFERENCE] = self._sampler(around, inputs, REFERENCE, 0)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                untraced = error_text(error)
-                if not _torch.full_graph():  # across a graph break it would be run as it is
-                    samplers[REFERENCE] = self._eager(around, inputs)
-            ways = dict(self._ways())
-            for label, (how, number) in ways.items():
-                if samplers.keys() - {REFERENCE} and self._session.left <= 0:
-                    break
-                try:
-                    samplers[label] = self._sampler(around, inputs, how, number)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:
-                    logger.debug("%s: %s cannot be run", self._name, label, exc_info=True)
+            samplers, untraced = self._samplers(around, ways)
             if not samplers.keys() - {REFERENCE}:
                 raise Unmeasurable("no kernel could be run on inputs that are made up")
             if REFERENCE not in samplers and len(samplers) == 1:
@@ -183,8 +162,31 @@ class Contest:
             times = measure(list(samplers.values()), lambda: self._session.left <= 0)
         measured = dict(zip(samplers, times, strict=True))
         chosen = fastest(measured, REFERENCE)
-        how, number = ways.get(chosen, (REFERENCE, 0))
-        return Choice(how, number, _in_words(measured, chosen), True)
+        return Choice(*ways.get(chosen, ways[REFERENCE]), _in_words(measured, chosen), True)
+
+    def _samplers(
+        self, around: Neighbourhood, ways: Mapping[str, tuple[str, int]]
+    ) -> tuple[dict[str, Sampler], str]:
+        """What can be timed; and why the layer itself cannot be traced, if so."""
+        inputs = candidates.inputs_for(around, self._call)
+        if self._graphs and any(v.is_cuda for v in inputs if isinstance(v, torch.Tensor)):
+            self._pool = torch.cuda.graph_pool_handle()
+        samplers: dict[str, Sampler] = {}
+        untraced = ""
+        for label, way in ways.items():
+            if samplers.keys() - {REFERENCE} and self._session.left <= 0:
+                break
+            try:
+                samplers[label] = self._sampler(around, inputs, *way)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                logger.debug("%s: %s cannot be run", self._name, label, exc_info=True)
+                if label == REFERENCE:
+                    untraced = error_text(error)
+                    if not _torch.full_graph():  # across a graph break it would be run as it is
+                        samplers[label] = self._sampler(around, inputs, *way, compiled=False)
+        return samplers, untraced
 
     def _ways(self) -> Iterator[tuple[str, tuple[str, int]]]:
         """The ways to compute the call by kernels, what is preferred first."""
@@ -203,26 +205,29 @@ class Contest:
         again once the code of the kernel or the layer has changed.
         """
         call, kernel = self._call, self._call.kernels[number]
-        if not call.site.grad:
+        if call.options.verify or not call.site.grad:
             return not call.options.verify
         own = call.gradient is not None and call.gradient.own is not None
         return number == 0 and own and source_of(call.site.layer, kernel) != ""
 
-    def _sampler(self, around: Neighbourhood, inputs: list[Any], how: str, number: int) -> Sampler:
-        program = candidates.program(around, self._call, how, number)
+    def _sampler(
+        self,
+        around: Neighbourhood,
+        inputs: list[Any],
+        how: str,
+        number: int,
+        *,
+        compiled: bool = True,
+    ) -> Sampler:
+        run: Any = candidates.program(around, self._call, how, number)
         grad = self._call.site.grad
-        # A kernel's run that is kept for its backward is in no CUDA graph.
-        pool = None if grad and how == OP else self._pool
+        # A kernel's run that is kept for its backward is in no CUDA graph, nor what breaks graphs.
+        pool = self._pool if compiled and not (grad and how == OP) else None
         with torch.set_grad_enabled(grad):
-            with _torch.compiling_apart():
-                run = self._compiler(program, inputs)
+            if compiled:
+                with _torch.compiling_apart():
+                    run = self._compiler(run, inputs)
             return candidates.prepared(run, inputs, grad, pool)
-
-    def _eager(self, around: Neighbourhood, inputs: list[Any]) -> Sampler:
-        program = candidates.program(around, self._call, REFERENCE, 0)
-        grad = self._call.site.grad
-        with torch.set_grad_enabled(grad):
-            return candidates.prepared(program, inputs, grad)
 
 
 def _in_words(measured: Mapping[str, Measured], chosen: str) -> str:

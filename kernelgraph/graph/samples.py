@@ -54,6 +54,11 @@ def measures(value: Any) -> tuple[Any, ...]:
     return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
 
 
+def measures_now(value: Any) -> tuple[Any, ...]:
+    """`measures`, with what symbols are in the call that is traced."""
+    return tuple(map(_torch.hint, measures(value)))
+
+
 def sizes_now(operands: Sequence[Any]) -> dict[Any, int]:
     """What the symbols in sizes and numbers are in the call that is traced."""
     hints = _torch.hints(n for value in operands for n in measures(value))

@@ -395,6 +395,16 @@ class TestUntraceable:
             out = run(nn.Sequential(Odd(1.0)), fullgraph=False, inner="aot_eager")
         assert torch.equal(out, torch.full((3, 4), 11.0 if used else 1.0))
 
+    def test_a_layer_that_breaks_graphs_is_not_chosen_where_they_may_not_break(self):
+        """Whatever was chosen where they may."""
+        model = nn.Sequential(Odd(1.0))
+        with mapping(Odd=kernel(5.0)):
+            broken = run(model, fullgraph=False, inner="aot_eager")
+            torch.compiler.reset()
+            whole = run(model, inner="aot_eager")
+        assert torch.equal(broken, torch.full((3, 4), 1.0))
+        assert torch.equal(whole, torch.full((3, 4), 11.0))
+
 
 class TestByRule:
     def test_when_the_time_is_over(self):
