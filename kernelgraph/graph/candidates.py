@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kernelgraph.graph import _torch, samples
-from kernelgraph.graph.call import Call, put_leaves, take_tensors
+from kernelgraph.graph.call import Call, put_leaves
 from kernelgraph.graph.capture import waits
 from kernelgraph.graph.choice import Site
 from kernelgraph.graph.choosing import NATIVE, OP
@@ -24,7 +24,7 @@ from kernelgraph.graph.gradient import Gradient
 from kernelgraph.graph.lowering import op_for
 from kernelgraph.graph.neighbourhood import Neighbourhood
 from kernelgraph.graph.operands import Operands, device_name, indices
-from kernelgraph.graph.ops import Lowered, overload, pack, unpack
+from kernelgraph.graph.ops import Lowered, results_of, unpack
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.runner import Runner
@@ -91,11 +91,7 @@ class Stand(nn.Module):
         self._alone = pending.lowered.returns == 1
 
     def forward(self, *arguments: Any) -> Any:
-        operands = unpack(arguments, self._packed)
-        given = [v.clone() if i in self._written else v for i, v in enumerate(operands)]
-        results: list[Any] = []
-        take_tensors(self._run(given), results)
-        results += [given[i] for i in self._written]
+        results = self._run.results(unpack(arguments, self._packed), self._written)
         return results[0] if self._alone else tuple(results)
 
 
@@ -145,9 +141,7 @@ def _other_op(pending: Pending, kernel: Kernel) -> Callable[..., Any]:
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _, operands = Call.of(state, held, layer, args, kwargs)
-        results = overload(lowered.name)(*pack(operands, lowered.packed))
-        results = [results] if isinstance(results, Tensor) else list(results)
-        return put_leaves(lowered.output, results)
+        return put_leaves(lowered.output, results_of(lowered.name, lowered.packed, operands))
 
     return forward
 

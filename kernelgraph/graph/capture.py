@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kernelgraph.graph.call import Call
 from kernelgraph.graph.operands import Operands
-from kernelgraph.graph.ops import NAMESPACE, overload, pack
+from kernelgraph.graph.ops import NAMESPACE, results_of
 from kernelgraph.graph.told import error_text
 
 logger = logging.getLogger("kernelgraph")
@@ -56,8 +56,8 @@ def _op_waits(name: str, call: OpCall) -> bool:
     try:
         maker = Operands(call.call, call.operands, call.module)
         with maker.apart(0):
-            operands = pack(maker.make(0), call.packed)
-            return waits(lambda: overload(name)(*operands))
+            operands = maker.make(0)
+            return waits(lambda: results_of(name, call.packed, operands))
     except Exception as error:  # of the kernel, on operands that are made up
         logger.debug("op %s cannot be tried: %s", name, error_text(error))
         return False

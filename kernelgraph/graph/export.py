@@ -29,7 +29,7 @@ from kernelgraph.graph.exported import Installed, installed, note_traced
 from kernelgraph.graph.layer_call import Trace, adopt, exporting, kernelized_forward
 from kernelgraph.graph.lowering import decision_of
 from kernelgraph.graph.making import EXPORT_ROOT, Lowering
-from kernelgraph.graph.ops import overload, pack
+from kernelgraph.graph.ops import overload, results_of
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.references import decomposition, ops_in, run, trace_all
@@ -190,8 +190,7 @@ class _Exporter:
         if isinstance(made, Kernel):
             return made.forward(module, *args, **kwargs)
         op, operands = made
-        results = overload(op.name)(*pack(operands, op.packed))
-        results = [results] if isinstance(results, Tensor) else list(results)
+        results = results_of(op.name, op.packed, operands)
         first_state = len(operands) - op.states
         for number, i in enumerate(op.written, op.count):
             # No gradient goes from one call to the next through what a layer counts.

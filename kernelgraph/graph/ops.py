@@ -80,6 +80,12 @@ def pack(operands: Sequence[Any], packed: Sequence[int]) -> list[Any]:
     return [[operands[i] for i in packed], *rest]
 
 
+def results_of(name: str, packed: Sequence[int], operands: Sequence[Any]) -> list[Tensor]:
+    """The results of a call of an op; see `pack`."""
+    results = overload(name)(*pack(operands, packed))
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
 def unpack(arguments: Sequence[Any], packed: Sequence[int]) -> list[Any]:
     """The inverse of `pack`."""
     if len(packed) == 0:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.call import Call, take_tensors
+from kernelgraph.graph.call import Call
 from kernelgraph.graph.exported import Installed
 from kernelgraph.graph.ops import NAMESPACE, overload, packed_operands, unpack
 from kernelgraph.graph.runner import Runner
@@ -138,10 +138,7 @@ class _Reference(nn.Module):
         self._runner = Runner(layer.reference, call)
 
     def forward(self, *operands: Any) -> list[Tensor]:
-        given = [v.clone() if i in self._written else v for i, v in enumerate(operands)]
-        results: list[Any] = []
-        take_tensors(self._runner(given), results)
-        return results + [given[i] for i in self._written]
+        return self._runner.results(operands, self._written)
 
 
 def _form(

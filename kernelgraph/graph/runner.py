@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves
+from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_tensors
 from kernelgraph.graph.shell import new_shell
 from kernelgraph.graph.source import expression, tuple_of, write
 
@@ -37,6 +37,14 @@ class Runner:
 
     def __call__(self, operands: Sequence[Any]) -> Any:
         return self.run(*operands)
+
+    def results(self, operands: Sequence[Any], written: Sequence[int]) -> list[Any]:
+        """The tensors that a call returns; and behind them those of the operands that it writes
+        into, which are copies."""
+        given = [v.clone() if i in written else v for i, v in enumerate(operands)]
+        results: list[Any] = []
+        take_tensors(self(given), results)
+        return results + [given[i] for i in written]
 
     def around(
         self,
