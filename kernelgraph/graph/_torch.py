@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import importlib
 import io
 import logging
 import operator
@@ -38,6 +39,7 @@ from torch._inductor.codegen.custom_extern_kernel_codegen import (
     CustomCodegen,
 )
 from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
+from torch._library.utils import get_layout_constraint_tag
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.autograd import forward_ad
@@ -701,10 +703,17 @@ def register_decomposition(op: Any, fake: Callable[..., Any], function: Callable
 
     It goes by a table of all decompositions that there are. So do fake tensors, for ops that have
     no fake of Python's, and those are told from another table: an op's is to be in both. Nothing
-    else of torch's goes by them for an op that is not its own. Tried on 2.11, 2.13, 2.14.
+    else of torch's goes by them for an op that is not its own, but that Inductor, where the
+    environment has ``CI``, takes such an op for a mistake of its own and stops. So there it is
+    told what it else finds out: that the op stays as it is. Tried on 2.11, 2.13, 2.14.
     """
     torch._decomp.meta_table[op] = fake
     torch._decomp.decomposition_table[op] = function
+    if os.environ.get("CI"):
+        lowering: Any = importlib.import_module("torch._inductor.lowering")
+        if op not in lowering.lowerings:
+            layout = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op))
+            lowering.make_fallback(op, layout, warn=False)
 
 
 def aot_compile(program: Any, path: os.PathLike[str], configs: dict[str, Any]) -> None:

@@ -486,6 +486,19 @@ def test_what_walks_and_changes_graphs_keeps_working():
                 torch.testing.assert_close(compiled(y), kernelized(model, (y,)))
 
 
+class InNumpy(OpaqueScale):
+    """A kernel of no other test's: Inductor has not met its op."""
+
+
+def test_inductor_in_ci(monkeypatch):
+    """There it stops at an op that has a decomposition, as ONNX's export needs it to have."""
+    monkeypatch.setenv("CI", "true")
+    model, x = Chain().eval(), torch.randn(3, 4)
+    with only(Scale=InNumpy), torch.no_grad():
+        compiled = torch.compile(export(model, (x,), mode=INFERENCE).module())
+        torch.testing.assert_close(compiled(x.clone()), kernelized(model, (x,)))
+
+
 def test_a_pass_over_the_graph():
     """What a quantisation flow does: it finds the linear layers, and puts others in their place."""
     model, x = Chain().eval(), torch.randn(3, 4)
