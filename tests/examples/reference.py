@@ -20,8 +20,8 @@ TOLERANCE = {
     torch.bfloat16: 1.6e-2,
 }
 
-# The inputs are such that most results are about 1. Where all of one are smaller, they are what
-# is left of larger numbers, and their errors are those of the larger numbers.
+# The inputs are such that most results, and what gradients are sums of, are about 1. Where all of
+# one are smaller, they are what is left of larger numbers, and their errors are those of these.
 SMALL = 0.3
 
 
@@ -113,7 +113,8 @@ def assert_matches(
         assert ours.shape == theirs.shape, name
         assert ours.dtype == dtype, name
         assert ours.isfinite().all(), name
-        norm = max(theirs.norm().item(), SMALL * theirs.numel() ** 0.5)
+        terms = max(wanted[0].numel(), theirs.numel())  # each output is in one sum at least
+        norm = max(theirs.norm().item(), SMALL * terms**0.5)
         error = (ours.double() - theirs).norm().item()
         assert error <= TOLERANCE[dtype] * norm, f"{name}: an error of {error:.3g} in {norm:.3g}"
 
