@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis  # while CI is set, where it is: there each run tries the same examples
 import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
@@ -23,13 +24,38 @@ os.environ["KERNELGRAPH_POLICY"] = "always"
 # torch is stricter where this is set; tests of that set it, on every machine.
 os.environ.pop("CI", None)
 
+import torch  # noqa: E402 (it reads some of these as it is imported)
+
+
+class _Random:
+    """torch's random numbers, for Hypothesis to seed: an example that fails, fails again."""
+
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.default_generator.set_state(state)
+
+
+_random = _Random()
+hypothesis.register_random(_random)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers in every run."""
+    torch.manual_seed(0)
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """No test meets what another one compiled."""
     yield
     if "torch._dynamo" in sys.modules:
-        sys.modules["torch"].compiler.reset()
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=["stand-in", "kernels"])
@@ -44,10 +70,6 @@ def theirs(request: pytest.FixtureRequest) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("cuda")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if marked and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

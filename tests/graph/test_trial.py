@@ -1037,9 +1037,9 @@ def times(tensor: Tensor, factor: float) -> Tensor:
 
 
 @st.composite
-def calls(draw):
+def calls(draw, *dtypes):
     """A layer, arguments that broadcast, and of which operands gradients are wanted."""
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 9, 40]), min_size=1, max_size=3))
     shapes = [[1 if draw(st.integers(0, 3)) == 0 else n for n in shape] for _ in range(2)]
     shapes[1] = shapes[1][draw(st.integers(0, len(shape) - 1)) :]
@@ -1060,7 +1060,7 @@ def calls(draw):
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(calls())
+@given(calls(torch.float64, torch.float32, torch.bfloat16))
 def test_whoever_computes_the_layer_by_other_means_may_train(call):
     """A kernel that computes what the layer does, by other means, is never refused."""
     module, args, wanted = call
@@ -1070,10 +1070,19 @@ def test_whoever_computes_the_layer_by_other_means_may_train(call):
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(calls(), st.integers(0, 2), st.floats(0.06, 3), st.sampled_from([-1, 1]))
+@given(
+    calls(torch.float64, torch.float32),
+    st.integers(0, 2),
+    st.floats(0.06, 3),
+    st.sampled_from([-1, 1]),
+)
 def test_whoever_scales_a_gradient_may_not(call, which, off, sign):
     """A kernel whose gradient of one operand is scaled by s with |s - 1| > 0.05 is refused where
-    that gradient is wanted, and not where it is not."""
+    that gradient is wanted, and not where it is not.
+
+    Not so in bfloat16: of a gradient that is one sum of terms that cancel, rounding may leave no
+    more than that.
+    """
     module, args, wanted = call
     factors = [1.0, 1.0, 1.0]
     factors[which] += sign * off
