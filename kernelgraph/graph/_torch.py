@@ -32,7 +32,6 @@ from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
-from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import Guard, TracingContext, detect_fake_mode, tracing
 from torch._inductor.codegen.custom_extern_kernel_codegen import (
     CUSTOM_EXTERN_KERNEL_CODEGEN,
@@ -103,10 +102,7 @@ class Frame:
         variable = variable.realize()
         cls = variable.python_type()
         if (parts := _parts_in(self._tx, variable)) is not None:
-            made = {key: self._fake(part) for key, part in parts}
-            if cls in (tuple, list, torch.Size):
-                return cls(made.values())
-            return cls(made) if cls in (dict, OrderedDict) else cls(**made)
+            return _made(cls, {key: self._fake(part) for key, part in parts})
         if variable.is_python_constant():
             return variable.as_python_constant()
         value = variable.as_proxy().node.meta["example_value"]
@@ -171,13 +167,12 @@ class Frame:
             value = read(value, (step,))
         return source
 
-    def tensors(self, *names: str) -> list[torch.Tensor]:
-        """The tensors in local variables, without having Dynamo look at them.
+    def peek(self, name: str) -> Any:
+        """A local variable as it is known, without having Dynamo look at it.
 
         What Dynamo looks at becomes an input of the graph, in that order, and is guarded.
         """
-        found = (_tensors_in(self._tx, self._tx.symbolic_locals[name]) for name in names)
-        return [tensor for each in found for tensor in each]
+        return _peek(self._tx, self._tx.symbolic_locals[name])
 
     @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
@@ -224,30 +219,36 @@ def _call(tx: Any, function: Any, *arguments: Any) -> Any:
     return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
 
 
-def _tensors_in(tx: Any, variable: Any) -> Iterator[torch.Tensor]:
+def _peek(tx: Any, variable: Any) -> Any:
     if isinstance(variable, LazyVariableTracker):
         if not variable.is_realized():
-            yield from _tensors_of(variable.peek_value())
-            return
+            return variable.peek_value()
         variable = variable.realize()
-    if isinstance(variable, TensorVariable):
-        yield variable.as_proxy().node.meta["example_value"]
-        return
     try:
-        parts = _parts_in(tx, variable)
-    except NotImplementedError:  # it has no type that Python could tell
-        return
-    for _, part in parts or ():
-        yield from _tensors_in(tx, part)
+        if (parts := _parts_in(tx, variable)) is not None:
+            return _made(variable.python_type(), {key: _peek(tx, part) for key, part in parts})
+        if variable.is_python_constant():
+            return variable.as_python_constant()
+        return variable.as_proxy().node.meta.get("example_value")
+    except NotImplementedError:  # it has no type that Python could tell, or is in no graph
+        return None
 
 
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+def _made(cls: Any, parts: dict[Any, Any]) -> Any:
+    """The inverse of `_parts_in`."""
+    if cls in (tuple, list, torch.Size):
+        return cls(parts.values())
+    return cls(parts) if cls in (dict, OrderedDict) else cls(**parts)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a nested value, dataclasses included."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
         cls: type = type(leaf)
         for name in field_names(cls) or ():
-            yield from _tensors_of(getattr(leaf, name))
+            yield from tensors_in(getattr(leaf, name))
 
 
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import keyword
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +108,32 @@ def field_names(cls: type) -> tuple[str, ...] | None:
     return tuple(f.name for f in fields) if all(f.init for f in fields) else None
 
 
-def paths_of(template: Template, prefix: Path = ()) -> list[Path]:
+def paths_of(template: Template) -> list[Path]:
     """The paths that lead to each leaf, in the leaves' order."""
+    return [path for path, (kind, _) in _ends(template, ()) if kind == "leaf"]
+
+
+def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
+    """The constants among the arguments of a call, by the names of a layer's parameters."""
+    parameters = _parameters(layer.reference)
+    ends = [(path, value) for path, (kind, value) in _ends(arguments, ()) if kind == "const"]
+    return {_argument_name(path, parameters): value for path, value in ends}
+
+
+def _ends(template: Template, prefix: Path) -> Iterator[tuple[Path, tuple[str, Any]]]:
+    """The leaves and constants, and the paths that lead to them."""
     kind, body = template[:2]
-    if kind == "leaf":
-        return [prefix]
-    if kind == "const":
-        return []
+    if kind in ("leaf", "const"):
+        yield prefix, (kind, body)
+        return
     if kind == "dataclass":
         steps = [(name, part) for name, part in body]
     elif kind in ("dict", "OrderedDict"):
         steps = [((key,), part) for key, part in body]
     else:
         steps = [((i,), part) for i, part in enumerate(body)]
-    return [path for step, part in steps for path in paths_of(part, (*prefix, step))]
+    for step, part in steps:
+        yield from _ends(part, (*prefix, step))
 
 
 def template_text(template: Template) -> str:

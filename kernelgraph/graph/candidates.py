@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kernelgraph.graph import _torch, samples
-from kernelgraph.graph.call import Call, put_leaves
+from kernelgraph.graph.call import Call, constants_in, put_leaves
 from kernelgraph.graph.capture import waits
 from kernelgraph.graph.choice import Site
 from kernelgraph.graph.choosing import NATIVE, OP
@@ -61,13 +61,22 @@ class Pending:
         tensors = [v for v in self.operands if isinstance(v, Tensor)]
         sizes = ["x".join(str(_torch.hint(n)) for n in v.shape) for v in tensors]
         dtypes = [str(v.dtype).removeprefix("torch.") for v in tensors]
+        takes = [f"{d}[{s}]" for d, s in zip(dtypes, sizes, strict=True)]
         return {
             "layer": site.layer.layer_name,
             "device": ", ".join(sorted({device_name(v.device) for v in tensors})),
             "mode": str(site.mode),
-            "takes": ", ".join(f"{d}[{s}]" for d, s in zip(dtypes, sizes, strict=True)),
+            "takes": ", ".join([*takes, *(f"{n}={v!r}" for n, v in self._numbers.items())]),
             "kernels": ", ".join(map(str, self.kernels)),
         }
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        """The whole numbers and constants among the arguments, by name."""
+        arguments = self.operands[: len(self.call.argument_paths)]
+        given = zip(self.call.names, arguments, strict=False)
+        numbers = {n: _torch.hint(v) for n, v in given if not isinstance(v, (Tensor, float))}
+        return {**numbers, **constants_in(self.call.arguments, self.site.layer)}
 
     def is_like(self, node: fx.Node) -> bool:
         """Whether an op's node calls it with such tensors and numbers as this call has."""

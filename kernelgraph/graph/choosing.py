@@ -16,6 +16,7 @@ from torch import Tensor
 import kernelgraph
 from kernelgraph import cache
 from kernelgraph.graph import _torch, ranks, samples
+from kernelgraph.graph.call import UnsupportedValue, take_leaves, template_text
 from kernelgraph.graph.choice import Site
 from kernelgraph.graph.constants import stable_text
 from kernelgraph.graph.operands import device_name
@@ -112,7 +113,11 @@ def forget() -> None:
 
 
 def kind_of(
-    site: Site, kernels: Sequence[Kernel], state: State, tensors: Sequence[Tensor], options: Options
+    site: Site,
+    kernels: Sequence[Kernel],
+    state: State,
+    arguments: tuple[Any, Any],
+    options: Options,
 ) -> str:
     """What the calls that share a choice have in common, as text that is the same in every process
     where they do.
@@ -121,9 +126,12 @@ def kind_of(
         site: The call.
         kernels: The kernels for it.
         state: What it reads of the layer.
-        tensors: The tensors among its arguments; of sizes that vary those of this call count.
+        arguments: Those by position, and those by name; of sizes and numbers that vary those of
+            this call count.
         options: The backend's.
     """
+    form, leaves = _taken(arguments)
+    tensors = [v for v in leaves if isinstance(v, Tensor)]
     held = [read(site.module, path) for path in state.tensors]
     layer = site.layer
     assert site.target is not None
@@ -136,7 +144,7 @@ def kind_of(
             [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
             [source_of(layer, k) for k in kernels],
             (describe(state), state.numbers),
-            [*map(_form, tensors)],
+            (form, [*map(_form, leaves)]),
             [*map(_form, held)],
             (site.grad, _torch.full_graph()),
             _torch.autocast_regions(),
@@ -150,9 +158,22 @@ def _code(kernel: Kernel) -> tuple[str, str]:
     return kernel.layer.__name__, code_hash(kernel.forward)
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    numbers = samples.measures_now(tensor)
-    return numbers, str(tensor.dtype), tensor.device.type, tensor.requires_grad
+def _taken(arguments: tuple[Any, Any]) -> tuple[str, list[Any]]:
+    """Arguments without their tensors and numbers, as text; and these."""
+    leaves: list[Any] = []
+    try:
+        return template_text(take_leaves(arguments, leaves)), leaves
+    except UnsupportedValue:  # no op is made of such a call
+        return "", [*_torch.tensors_in(arguments)]
+
+
+def _form(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, float):  # it may change with each call, and how long that takes does not
+        return ("float",)
+    numbers = samples.measures_now(value)
+    if not isinstance(value, Tensor):
+        return numbers
+    return numbers, str(value.dtype), value.device.type, value.requires_grad
 
 
 def _compiler_text(options: Options) -> str:

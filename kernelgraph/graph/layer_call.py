@@ -202,9 +202,9 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
     try:
         if site.layer.condition is not None:
             frame.guard_identity("module")
-        tensors = frame.tensors("args", "kwargs")
-        site, kernel, state = trace.choices.settle(site, tensors)
-        kind, choice = _chosen(trace, site, state, tensors)
+        arguments = frame.peek("args"), frame.peek("kwargs")
+        site, kernel, state = trace.choices.settle(site, _torch.tensors_in(arguments))
+        kind, choice = _chosen(trace, site, state, arguments)
         if choice is not None:
             if choice.how == REFERENCE:
                 reason = Reason.SLOWER if choice.measured else Reason.POLICY
@@ -233,7 +233,7 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
 
 
 def _chosen(
-    trace: Trace, site: Site, state: State, tensors: list[torch.Tensor]
+    trace: Trace, site: Site, state: State, arguments: tuple[Any, Any]
 ) -> tuple[str, Choice | None]:
     """The kind of a call, and what was chosen for it; no kind where the kernel is given."""
     options = trace.choices.options
@@ -241,7 +241,7 @@ def _chosen(
         return "", None
     session = session_of(_torch.current_graph()[1], options.measure_seconds)
     kernels = trace.choices.kernels(site)
-    kind = kind_of(site, kernels, state, tensors, options)
+    kind = kind_of(site, kernels, state, arguments, options)
     return kind, known(kind, len(kernels), session)
 
 

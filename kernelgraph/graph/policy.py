@@ -1,10 +1,10 @@
 """``policy="fastest"``: for each kind of call, what computes it fastest where it stands.
 
-A kind is a layer with the kernels for it, the sizes, dtypes and layout of what it takes, the device
-and the compiler. While a graph is traced, the calls of kinds that are not decided become ops for
-now. The backend then measures each such kind once (`kernelgraph.graph.candidates`), and where the
-op is not what won, has Dynamo trace again, now with the decisions known: in that trace a layer that
-keeps its reference is traced as if there were no kernel for it.
+A kind is a layer with the kernels for it, the sizes, dtypes, layout and constants of what it takes,
+the device and the compiler. While a graph is traced, the calls of kinds that are not decided become
+ops for now. The backend then measures each such kind once (`kernelgraph.graph.candidates`), and
+where the op is not what won, has Dynamo trace again, now with the decisions known: in that trace a
+layer that keeps its reference is traced as if there were no kernel for it.
 
 Where nothing can be measured, or the time for it is up, a rule decides: compilers fuse what is
 elementwise or a reduction with its neighbours, so such layers keep their references, and others

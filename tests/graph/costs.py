@@ -80,6 +80,25 @@ class Odd(nn.Module):
         return spend(y, self.seconds)
 
 
+@use_kernel_forward_from_hub("Steps")
+class Steps(nn.Module):
+    """Adds 1, in as many seconds as it is told to take."""
+
+    def forward(
+        self, x: Tensor, times: int = 1, slow: bool = False, how: str = "", scale: float = 1.0
+    ) -> Tensor:
+        return spend(x + scale, times + 2 * slow + 2 * bool(how))
+
+
+class StepsAtOnce(nn.Module):
+    """As `Steps` and 10, always in 2 seconds."""
+
+    def forward(
+        self, x: Tensor, times: int = 1, slow: bool = False, how: str = "", scale: float = 1.0
+    ) -> Tensor:
+        return spend(x + (10 + scale), 2.0)
+
+
 def kernel(seconds: float, plus: float = 10.0, **flags: object) -> type[nn.Module]:
     """A kernel for both, which adds ``plus`` more to what it returns."""
 

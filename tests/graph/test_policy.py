@@ -21,7 +21,7 @@ from kernelgraph.graph import candidates, choosing, policy
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.timing import MARGIN
 from kernelgraph.report import Reason
-from tests.graph.costs import CLOCK, Odd, Work, kernel
+from tests.graph.costs import CLOCK, Odd, Steps, StepsAtOnce, Work, kernel
 from tests.graph.toy_models import Repository
 from tests.hub.toy_repository import write_repository
 
@@ -132,6 +132,43 @@ class TestChoice:
             run(model, torch.zeros(5, 4))
             run(model, torch.zeros(3, 4, dtype=torch.float64).float())
         assert found == ["Work", "Work"]
+
+    @pytest.mark.parametrize(
+        "flags",
+        [[{"slow": False}, {"slow": True}], [{"times": 1}, {"times": 3}], [{}, {"how": "slowly"}]],
+        ids=["a flag", "a number", "a name"],
+    )
+    def test_constants_are_part_of_a_kind(self, flags):
+        """What they are may decide what is fastest."""
+
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = Steps()
+
+            def forward(self, x):
+                return self.layer(self.layer(x, **flags[0]), **flags[1])
+
+        with mapping(Steps=StepsAtOnce):
+            assert torch.equal(run(Twice().eval()), torch.full((3, 4), 1.0 + 11.0))
+        assert reasons() == [Reason.SLOWER, Reason.KERNEL]
+        takes = [kept["about"]["takes"] for kept in disk.values(disk.CHOICES)]
+        wanted = [[f"{k}={v!r}" for k, v in each.items()] for each in flags]
+        assert sorted(takes) == sorted(", ".join(["float32[3x4]", *each]) for each in wanted)
+
+    def test_how_large_a_float_is_matters_not(self, monkeypatch):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = Steps()
+
+            def forward(self, x):
+                return self.layer(self.layer(x, scale=1.0), scale=2.0)
+
+        found = counted(monkeypatch)
+        with mapping(Steps=StepsAtOnce):
+            run(Scaled().eval())
+        assert found == ["Steps"]
 
     def test_equal_calls_of_a_deep_model_are_measured_once(self, monkeypatch):
         found = counted(monkeypatch)
