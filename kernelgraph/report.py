@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -169,6 +170,34 @@ def publish(report: Report) -> None:
             _outcome(d),
             d.gradient and f"; gradient: {d.gradient}",
         )
+
+
+_of_graphs: tuple[weakref.ref[object] | None, Report] = (None, Report("torch.compile"))
+"""The report of the last model to be compiled, and what it was compiled by."""
+
+
+def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
+    """Publish the decisions for a graph, with those for the other graphs of the same model.
+
+    A model has several where there are graph breaks; one that is compiled anew for other inputs
+    is decided anew.
+
+    Args:
+        decisions: The decisions.
+        compile_call: Stands for the call of ``torch.compile``; None: it is not known.
+    """
+    global _of_graphs
+    decisions = list(decisions)
+    compiled, report = _of_graphs
+    known = compile_call is not None and compiled is not None and compiled() is compile_call
+    anew = {decision.path for decision in decisions}
+    kept = [d for d in report.decisions if d.path not in anew] if known else []
+    together = tuple(dict.fromkeys((*kept, *decisions)))
+    if known and report is _last and report.decisions == together:
+        return
+    report = replace(report, decisions=together)
+    _of_graphs = (None if compile_call is None else weakref.ref(compile_call), report)
+    publish(report)
 
 
 def amend(report: Report, number: int, decision: Decision) -> Report:

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernelgraph.report import Decision, Reason, Report, _merged, last_report, publish
+from kernelgraph.report import (
+    Decision,
+    Reason,
+    Report,
+    _merged,
+    last_report,
+    publish,
+    publish_graph,
+)
 
 KERNEL = "owner/norm@0123abcd: RMSNorm"
 
@@ -125,6 +133,33 @@ class TestPublish:
         caplog.set_level(logging.WARNING, logger="kernelgraph")
         publish(Report("kernelize", (decision("a"),)))
         assert not caplog.records
+
+
+class TestGraphs:
+    def test_those_of_one_model_make_one_report(self) -> None:
+        model = Report("stands for a call of torch.compile")
+        publish_graph([decision("a"), decision("b", "")], model)
+        publish_graph([decision("b"), decision("c")], model)
+        report = last_report()
+        assert report is not None
+        assert report.decisions == (decision("a"), decision("b"), decision("c"))
+
+    @pytest.mark.parametrize("unknown", [False, True])
+    def test_those_of_another_do_not(self, unknown: bool) -> None:
+        one, other = Report("one"), Report("another")
+        publish_graph([decision("a")], None if unknown else one)
+        publish_graph([decision("b")], None if unknown else other)
+        assert last_report() == Report("torch.compile", (decision("b"),))
+
+    def test_what_was_said_is_not_said_again(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "kernelgraph")
+        model = Report("stands for a call of torch.compile")
+        for _ in range(2):
+            publish_graph([decision("a")], model)
+        assert len(caplog.messages) == 1
+        publish(Report("kernelize"))
+        publish_graph([decision("a")], model)
+        assert last_report() == Report("torch.compile", (decision("a"),))
 
 
 def test_decisions_say_whether_a_kernel_is_used() -> None:

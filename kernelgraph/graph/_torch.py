@@ -175,6 +175,11 @@ class Frame:
         return _peek(self._tx, self._tx.symbolic_locals[name])
 
     @property
+    def is_root(self) -> bool:
+        """Whether Dynamo traces it for itself, and not where it is called."""
+        return self._tx.parent is None
+
+    @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
         """What FX nodes carry as ``nn_module_stack``."""
         return self._tx.nn_module_stack  # type: ignore[no-any-return]

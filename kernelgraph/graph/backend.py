@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from kernelgraph.graph.policy import decide
 from kernelgraph.graph.rewrite import replace_layers
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.mapping import current_mapping
-from kernelgraph.report import Decision, Report, publish
+from kernelgraph.report import publish_graph
 
 
 def hubkernels(
@@ -60,30 +59,10 @@ def hubkernels(
         trace.explain(chosen)
     choices = trace.choices if trace else Choices(parsed, current_mapping())
     replace_layers(plan(graph_module, choices), choices)
-    _report(choices.decisions, compile_call)
+    publish_graph(choices.decisions, compile_call)
     if parsed.graphs and trace is not None:
         parsed = parsed.cutting(cut_around(trace.called))
     return _inner(parsed)(graph_module, example_inputs)
-
-
-_reported: tuple[weakref.ref[object] | None, tuple[Decision, ...]] = (None, ())
-
-
-def _report(decisions: list[Decision], compile_call: object) -> None:
-    """Publish the decisions for a graph, with those for the other graphs of the same model.
-
-    A model has several where there are graph breaks; one that is compiled anew for other inputs
-    is decided anew.
-    """
-    global _reported
-    compiled, earlier = _reported
-    if compile_call is None or compiled is None or compiled() is not compile_call:
-        earlier = ()
-    anew = {decision.path for decision in decisions}
-    kept = (decision for decision in earlier if decision.path not in anew)
-    together = tuple(dict.fromkeys((*kept, *decisions)))
-    _reported = (None if compile_call is None else weakref.ref(compile_call), together)
-    publish(Report("torch.compile", together))
 
 
 def _reset() -> None:

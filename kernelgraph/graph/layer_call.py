@@ -45,7 +45,7 @@ from kernelgraph.graph.traced import op_call, reader
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
 from kernelgraph.mapping import current_mapping
-from kernelgraph.report import Reason
+from kernelgraph.report import Decision, Reason, publish_graph
 
 Forward = Callable[..., Any]
 
@@ -162,6 +162,13 @@ class Trace:
             frame.notes["trace"] = cls(choices, ours=chosen is not None)
         return frame.notes["trace"]  # type: ignore[no-any-return]
 
+    def keep_reference(self, frame: Frame, decision: Decision) -> None:
+        """Note why the call that ``frame`` traces keeps its reference."""
+        self.choices.decisions.append(decision)
+        if frame.is_root and self is not exporting.get():
+            # Its reference breaks the graph, and Dynamo gives no backend a graph without nodes.
+            publish_graph([decision], _torch.current_graph()[1])
+
     def explain(self, chosen: Mapping[str, Choice]) -> None:
         """Note why the calls for which nothing was chosen yet keep their ops."""
         decisions = self.choices.decisions
@@ -193,7 +200,7 @@ def kernelgraph_begin(key: str) -> bool:
         trace = Trace.of(frame)
         if not trace.ours and kernelized_with(module) is None:
             return False
-        return _begin(frame, trace, Site(module, layer, module_path(frame.module_stack)))
+        return _begin(frame, trace, Site(module, layer, _path(module, frame)))
     except Exception as error:
         raise frame.backend_error(error) from error
 
@@ -222,10 +229,10 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
         for path, check in state.checks:
             frame.guard_check("module", path, check)
     except KeepReference as kept:
-        trace.choices.decisions.append(kept.decision)
+        trace.keep_reference(frame, kept.decision)
         return False
     except NotImplementedError as error:
-        trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
+        trace.keep_reference(frame, site.decision(Reason.NOT_AN_OP, "", str(error)))
         return False
     trace.pending = Begun(site, kernel, state, kind, choice)
     frame.set_callable("read", reader(state.tensors))
@@ -262,10 +269,10 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
             call, operands = Call.of(state, values, site.layer, args, kwargs)
             lowered, gradient = trace.op_for(site, kernel, call, operands, trace.choices.options)
     except KeepReference as kept:
-        trace.choices.decisions.append(kept.decision)
+        trace.keep_reference(frame, kept.decision)
         return None
     except (UnsupportedValue, NotImplementedError) as error:
-        trace.choices.decisions.append(site.decision(Reason.NOT_AN_OP, "", str(error)))
+        trace.keep_reference(frame, site.decision(Reason.NOT_AN_OP, "", str(error)))
         return None
     except Exception as error:
         raise frame.backend_error(error) from error
@@ -289,6 +296,17 @@ def kernelgraph_finish() -> tuple[Any, ...] | None:
     frame.set_callable("op", overload(lowered.name))
     frame.set_callable("call", function)
     return constants
+
+
+_paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _path(module: nn.Module, frame: Frame) -> str:
+    """The path of a module; where Dynamo traces its forward for itself, that of an earlier trace,
+    which the graph break has ended."""
+    if path := module_path(frame.module_stack):
+        _paths[module] = path
+    return path or _paths.get(module, "")
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:

@@ -432,6 +432,28 @@ class TestUntraceable:
             out = run(nn.Sequential(Odd(1.0)), fullgraph=False, inner="aot_eager")
         assert torch.equal(out, torch.full((3, 4), 11.0 if used else 1.0))
 
+    def test_the_report_says_why_a_layer_that_breaks_the_graph_keeps_its_reference(self):
+        """Dynamo traces it for itself then, and gives the backend no graph of it."""
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.before = nn.Sequential(nn.Linear(4, 4), Odd(0.5))
+                self.unknown = nn.ModuleList([Steps()])
+                self.after = Work()
+
+            def forward(self, x):
+                return self.unknown[0](self.after(self.before(x)))
+
+        with mapping(Odd=kernel(2.0), Work=kernel(0.5)):
+            run(Net().eval(), fullgraph=False)
+        found = {d.path: (d.layer, d.reason) for d in last_report().decisions}
+        assert found == {
+            "before.1": ("Odd", Reason.SLOWER),
+            "after": ("Work", Reason.KERNEL),
+            "unknown.0": ("Steps", Reason.NO_LAYER),
+        }
+
     def test_a_layer_that_breaks_graphs_is_not_chosen_where_they_may_not_break(self):
         """Whatever was chosen where they may."""
         model = nn.Sequential(Odd(1.0))
