@@ -80,6 +80,20 @@ def stack(*seconds: float) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+class InTurn(nn.Module):
+    """Calls a layer with each of some keyword arguments."""
+
+    def __init__(self, *flags: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = Steps()
+        self.flags = flags
+
+    def forward(self, x: Tensor) -> Tensor:
+        for flags in self.flags:
+            x = self.layer(x, **flags)
+        return x
+
+
 def run(model: nn.Module, x: Tensor | None = None, **options: Any) -> Tensor:
     with torch.no_grad():
         made: Tensor = compiled(model, **options)(torch.zeros(3, 4) if x is None else x)
@@ -140,34 +154,17 @@ class TestChoice:
     )
     def test_constants_are_part_of_a_kind(self, flags):
         """What they are may decide what is fastest."""
-
-        class Twice(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = Steps()
-
-            def forward(self, x):
-                return self.layer(self.layer(x, **flags[0]), **flags[1])
-
         with mapping(Steps=StepsAtOnce):
-            assert torch.equal(run(Twice().eval()), torch.full((3, 4), 1.0 + 11.0))
+            assert torch.equal(run(InTurn(*flags).eval()), torch.full((3, 4), 1.0 + 11.0))
         assert reasons() == [Reason.SLOWER, Reason.KERNEL]
         takes = [kept["about"]["takes"] for kept in disk.values(disk.CHOICES)]
         wanted = [[f"{k}={v!r}" for k, v in each.items()] for each in flags]
         assert sorted(takes) == sorted(", ".join(["float32[3x4]", *each]) for each in wanted)
 
     def test_how_large_a_float_is_matters_not(self, monkeypatch):
-        class Scaled(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = Steps()
-
-            def forward(self, x):
-                return self.layer(self.layer(x, scale=1.0), scale=2.0)
-
         found = counted(monkeypatch)
         with mapping(Steps=StepsAtOnce):
-            run(Scaled().eval())
+            run(InTurn({"scale": 1.0}, {"scale": 2.0}).eval())
         assert found == ["Steps"]
 
     def test_equal_calls_of_a_deep_model_are_measured_once(self, monkeypatch):
