@@ -234,7 +234,8 @@ def _peek(tx: Any, variable: Any) -> Any:
             return _made(variable.python_type(), {key: _peek(tx, part) for key, part in parts})
         if variable.is_python_constant():
             return variable.as_python_constant()
-        return variable.as_proxy().node.meta.get("example_value")
+        value = variable.as_proxy().node.meta.get("example_value")
+        return value.node.hint if isinstance(value, torch.SymFloat) else value
     except NotImplementedError:  # it has no type that Python could tell, or is in no graph
         return None
 

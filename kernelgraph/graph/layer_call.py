@@ -165,7 +165,7 @@ class Trace:
     def keep_reference(self, frame: Frame, decision: Decision) -> None:
         """Note why the call that ``frame`` traces keeps its reference."""
         self.choices.decisions.append(decision)
-        if frame.is_root and self is not exporting.get():
+        if self.ours and frame.is_root and self is not exporting.get():
             # Its reference breaks the graph, and Dynamo gives no backend a graph without nodes.
             publish_graph([decision], _torch.current_graph()[1])
 

@@ -402,6 +402,15 @@ class TestKernelized:
         with use_kernel_mapping(on_cpu(Scale=TraceableScale)):
             assert_same(compiled(model)(x), expected)
 
+    @torch.no_grad()
+    def test_another_backend_reports_nothing(self) -> None:
+        layer = Scale()
+        kernelize(layer, mode=COMPILED_INFERENCE)
+        report = last_report()
+        y = torch.compile(layer.to("meta"), backend="eager")(torch.empty(3, 4, device="meta"))
+        assert y.is_meta  # the layer's own forward, since no kernel is for such a device
+        assert last_report() is report
+
     def test_gradients_whatever_mode_it_was_kernelized_for(self) -> None:
         model, x = Chain(), torch.randn(3, 4)
         by_hand(model, x).sum().backward()

@@ -167,6 +167,22 @@ class TestChoice:
             run(InTurn({"scale": 1.0}, {"scale": 2.0}).eval())
         assert found == ["Steps"]
 
+    def test_nor_that_it_varies(self, monkeypatch):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = Steps()
+
+            def forward(self, x, scale):
+                return self.layer(x, scale=scale * 2)
+
+        found, model, x = counted(monkeypatch), Scaled().eval(), torch.zeros(3, 4)
+        with mapping(Steps=StepsAtOnce), torch.no_grad():
+            made = compiled(model)
+            for scale in (1.0, 2.0, 3.0, 4.0):
+                assert torch.equal(made(x, scale), torch.full((3, 4), 2 * scale))
+        assert found == ["Steps"]
+
     def test_equal_calls_of_a_deep_model_are_measured_once(self, monkeypatch):
         found = counted(monkeypatch)
         with mapping(Work=kernel(0.5)):
