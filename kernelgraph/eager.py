@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from kernelgraph.devices import Target, target_of
-from kernelgraph.eager_training import Notes, training_forward
+from kernelgraph.eager_training import training_forward
 from kernelgraph.kernel import BoundForward, Gradients, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
@@ -24,7 +24,7 @@ from kernelgraph.layers import (
 )
 from kernelgraph.mapping import KernelMapping, Selection, current_mapping
 from kernelgraph.modes import KernelizeFallback, Mode, tried
-from kernelgraph.report import Decision, Reason, Report, because, publish
+from kernelgraph.report import Decision, Notes, Reason, Report, because, publish
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import enum
 import logging
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -200,21 +200,58 @@ def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
     publish(report)
 
 
-def amend(report: Report, number: int, decision: Decision) -> Report:
-    """Put ``decision`` in the place of one of ``report``, in the last report if it is that still.
+class Notes:
+    """What became of the kernels of one ``kernelize`` when they were to train."""
 
-    Returns:
-        The report with it, to amend next.
-    """
-    global _last
-    with _amending:
-        decisions = report.decisions
-        amended = replace(
-            report, decisions=(*decisions[:number], decision, *decisions[number + 1 :])
+    def __init__(self) -> None:
+        self.report: Report | None = None
+        """The report of that ``kernelize``, as amended until now."""
+        self.places: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        """Where in the report each layer is. A copy of one is not in it."""
+
+    def path(self, module: object) -> str | None:
+        """The path of a layer in the model that was kernelized."""
+        number = self.places.get(module)
+        return None if number is None or self.report is None else self._decision(number).path
+
+    def gradient(self, module: object, source: str) -> None:
+        """Note where the gradient of a kernel comes from; the worst of its calls counts."""
+        self._amend(module, lambda d: d._replace(gradient=source) if _is_worse(source, d) else d)
+
+    def reference(self, module: object, detail: str) -> None:
+        """Note that a layer keeps its reference, and why."""
+        self._amend(
+            module,
+            lambda d: (
+                d._replace(reason=Reason.WRONG, kernel="", detail=detail, gradient="")
+                if d.uses_kernel
+                else d
+            ),
         )
-        if _last is report:
-            _last = amended
-    return amended
+
+    def _amend(self, module: object, change: Callable[[Decision], Decision]) -> None:
+        """Change the decision for a layer, in the last report if that is still this one."""
+        global _last
+        number = self.places.get(module)
+        with _amending:
+            if number is None or self.report is None:
+                return
+            old = self._decision(number)
+            if (new := change(old)) == old:
+                return
+            before, after = self.report.decisions[:number], self.report.decisions[number + 1 :]
+            amended = replace(self.report, decisions=(*before, new, *after))
+            if _last is self.report:
+                _last = amended
+            self.report = amended
+
+    def _decision(self, number: int) -> Decision:
+        assert self.report is not None
+        return self.report.decisions[number]
+
+
+def _is_worse(source: str, decision: Decision) -> bool:
+    return decision.uses_kernel and (not decision.gradient or decision.gradient == "kernel")
 
 
 _warned: set[tuple[str, str, str]] = set()

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernelgraph.eager_training import Notes
 from kernelgraph.graph import _torch
 from kernelgraph.graph.borrowed import BorrowedGradient, operands_of
 from kernelgraph.graph.call import Call, UnsupportedValue, put_leaves, take_leaves, take_tensors
@@ -34,7 +33,7 @@ from kernelgraph.graph.state import State, UnsupportedState
 from kernelgraph.graph.trial import Verdict, judge
 from kernelgraph.kernel import Gradients, Kernel
 from kernelgraph.layers import Extensible
-from kernelgraph.report import warn_once
+from kernelgraph.report import Notes, warn_once
 
 _UNTOLD = "its gradient cannot be told"
 
