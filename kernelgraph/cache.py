@@ -49,7 +49,7 @@ def read(kind: str, key: str) -> Any:
     """The value that was written under ``key``; None where there is none that can be read."""
     try:
         path = _path(kind, key)
-        content = json.loads(path.read_bytes())
+        content = _content(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -58,7 +58,7 @@ def read(kind: str, key: str) -> Any:
     except (ValueError, RecursionError):
         _complain(path)
         return None
-    if not isinstance(content, dict) or content.get("form") != _FORM or content.get("key") != key:
+    if content.get("key") != key:
         _complain(path)
         return None
     return content.get("value")
@@ -95,9 +95,7 @@ def values(kind: str) -> Iterator[Any]:
     """
     for path in sorted(_files(kind)):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads(path.read_bytes())
-            if isinstance(content, dict) and content.get("form") == _FORM:
-                yield content.get("value")
+            yield _content(path).get("value")
 
 
 def entries() -> dict[str, int]:
@@ -137,6 +135,19 @@ def _files(kind: str) -> Iterator[Path]:
     """The values and what writers that were killed have left."""
     for suffix in (".json", ".tmp"):
         yield from directory().glob(f"{kind}/{'[0-9a-f]' * 32}*{suffix}")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What `write` wrote into a file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError, RecursionError: It is another's, or of another form.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict) or content.get("form") != _FORM:
+        raise ValueError("not a value that was kept")
+    return content
 
 
 def _complain(path: Path) -> None:
