@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import kernelgraph
 from kernelgraph import cache
 from kernelgraph.graph import _torch, ranks, samples
 from kernelgraph.graph.call import UnsupportedValue, take_leaves, template_text
@@ -23,8 +22,7 @@ from kernelgraph.graph.operands import device_name
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, describe
-from kernelgraph.graph.trial import source_of, triton_version
-from kernelgraph.hub.loading import code_hash
+from kernelgraph.graph.trial import kernel_key, layer_key, source_of, versions
 from kernelgraph.kernel import Kernel
 
 OP, NATIVE, REFERENCE = "op", "native", "reference"
@@ -137,11 +135,11 @@ def kind_of(
     assert site.target is not None
     return repr(
         (
-            (_VERSION, kernelgraph.__version__, torch.__version__, triton_version()),
+            (_VERSION, *versions()),
             sorted({device_name(v.device) for v in (*tensors, *held)}),
             _torch.driver_version() if site.target.type != "cpu" else torch.get_num_threads(),
-            (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
-            [(k.origin.name, k.origin.revision, k.origin.variant, _code(k)) for k in kernels],
+            layer_key(layer),
+            [*map(kernel_key, kernels)],
             [source_of(layer, k) for k in kernels],
             (describe(state), state.numbers),
             (form, [*map(_form, leaves)]),
@@ -152,10 +150,6 @@ def kind_of(
             (options.own_backward, options.gradients, options.verify),
         )
     )
-
-
-def _code(kernel: Kernel) -> tuple[str, str]:
-    return kernel.layer.__name__, code_hash(kernel.forward)
 
 
 def _taken(arguments: tuple[Any, Any]) -> tuple[str, list[Any]]:

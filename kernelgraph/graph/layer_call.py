@@ -216,7 +216,8 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
             if choice.how == REFERENCE:
                 reason = Reason.SLOWER if choice.measured else Reason.POLICY
                 raise KeepReference(site, reason, choice.why)
-            kernel, state = trace.choices.choose(site, choice.kernel)
+            if choice.kernel:  # not the one that is settled
+                kernel, state = trace.choices.choose(site, choice.kernel)
             if choice.how == NATIVE:
                 frame.set_callable("traced", kernel.forward)
                 why = f"traced; {choice.why}"

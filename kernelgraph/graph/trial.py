@@ -308,13 +308,11 @@ def _key(
     compare: bool,
 ) -> str:
     """Text that is the same in every process where the verdict is."""
-    origin = kernel.origin
     return repr(
         (
-            (TRIAL_VERSION, kernelgraph.__version__, torch.__version__, triton_version()),
-            (origin.name, origin.revision, origin.variant),
-            (kernel.layer.__name__, code_hash(kernel.forward)),
-            (f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)),
+            (TRIAL_VERSION, *versions()),
+            *kernel_key(kernel),
+            layer_key(layer),
             call.describe(),
             maker.form,
             maker.devices,
@@ -323,6 +321,23 @@ def _key(
             compare,
         )
     )
+
+
+def versions() -> tuple[str, str, str]:
+    """Of kernelgraph, torch and triton: by others what was found out about kernels may be wrong."""
+    return kernelgraph.__version__, torch.__version__, _triton_version()
+
+
+def kernel_key(kernel: Kernel) -> tuple[tuple[str, str, str], tuple[str, str]]:
+    """What tells a kernel from all others, and one commit of it from another, in any process."""
+    origin = kernel.origin
+    code = kernel.layer.__name__, code_hash(kernel.forward)
+    return (origin.name, origin.revision, origin.variant), code
+
+
+def layer_key(layer: Extensible) -> tuple[str, str]:
+    """What tells a layer from all others, and from itself with other code, in any process."""
+    return f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)
 
 
 def source_of(layer: Extensible, kernel: Kernel) -> str:
@@ -343,8 +358,7 @@ def _file_hash(module: str) -> str:
 
 
 @functools.cache
-def triton_version() -> str:
-    """The version of triton; empty where it is not installed."""
+def _triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import kernelgraph
 from kernelgraph import LocalLayerRepository, Mode, kernelize, last_report, use_kernel_mapping
 from kernelgraph import cache as disk
-from kernelgraph.graph import candidates, choosing, policy
+from kernelgraph.graph import candidates, choosing, policy, trial
 from kernelgraph.graph.options import Options
 from kernelgraph.graph.timing import MARGIN
 from kernelgraph.report import Reason
@@ -617,7 +617,7 @@ class TestKept:
             torch.compiler.reset()
             found = counted(monkeypatch)
             if of == "triton":
-                monkeypatch.setattr(choosing, "triton_version", lambda: "99")
+                monkeypatch.setattr(trial, "_triton_version", lambda: "99")
             elif of == "driver":
                 monkeypatch.setattr(choosing._torch, "driver_version", lambda: "99")
             else:
