@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1039,6 +1039,7 @@ def times(tensor: Tensor, factor: float) -> Tensor:
 @st.composite
 def calls(draw, *dtypes):
     """A layer, arguments that broadcast, and of which operands gradients are wanted."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 9, 40]), min_size=1, max_size=3))
     shapes = [[1 if draw(st.integers(0, 3)) == 0 else n for n in shape] for _ in range(2)]
@@ -1071,7 +1072,7 @@ def test_whoever_computes_the_layer_by_other_means_may_train(call):
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    calls(torch.float64, torch.float32),
+    calls(torch.float64, torch.float32, torch.bfloat16),
     st.integers(0, 2),
     st.floats(0.06, 3),
     st.sampled_from([-1, 1]),
@@ -1080,10 +1081,12 @@ def test_whoever_scales_a_gradient_may_not(call, which, off, sign):
     """A kernel whose gradient of one operand is scaled by s with |s - 1| > 0.05 is refused where
     that gradient is wanted, and not where it is not.
 
-    Not so in bfloat16: of a gradient that is one sum of terms that cancel, rounding may leave no
-    more than that.
+    In bfloat16 if none is a sum: of terms that cancel, rounding may leave no more than that.
     """
     module, args, wanted = call
+    x, y = args
+    elements = {t.numel() for t in (x, y, module.scale, module(x, y))}
+    assume(x.dtype != torch.bfloat16 or len(elements) == 1)
     factors = [1.0, 1.0, 1.0]
     factors[which] += sign * off
 

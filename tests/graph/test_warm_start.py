@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,28 +80,35 @@ def compile_model(repository: str, layer: str) -> None:
     )
 
 
+def twice(program: str, scratch: Path, *arguments: str) -> list[Any]:
+    """What a program prints at last in each of two processes with the same caches.
+
+    Its arguments are a repository of `KERNELS`, and the others.
+    """
+    files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
+    write_repository(scratch / "kernels", files)
+    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "KERNELGRAPH_CACHE_DIR": "kernelgraph"}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(scratch / "kernels"), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **{k: str(scratch / v) for k, v in caches.items()}},
+        ).stdout
+        for _ in range(2)
+    ]
+    return [json.loads(out.splitlines()[-1]) for out in printed]
+
+
 @pytest.mark.parametrize(
     ("layer", "gradient"),
     [("WithBackward", "kernel"), ("WithoutBackward", "reference: it has no backward")],
 )
 def test_the_second_process_compiles_nothing(tmp_path: Path, layer: str, gradient: str) -> None:
-    files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
-    write_repository(tmp_path / "kernels", files)
-    program = f"t.compile_model({str(tmp_path / 'kernels')!r}, {layer!r})"
-    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "KERNELGRAPH_CACHE_DIR": "kernelgraph"}
-    cold, warm = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", f"from tests.graph import test_warm_start as t; {program}"],
-                check=True,
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).parents[2],
-                env={**os.environ, **{k: str(tmp_path / v) for k, v in caches.items()}},
-            ).stdout
-        )
-        for _ in range(2)
-    )
+    imported = "import sys; from tests.graph.test_warm_start import compile_model"
+    cold, warm = twice(f"{imported}; compile_model(*sys.argv[1:])", tmp_path, layer)
     assert cold["autograd"] == [0, 2]
     assert warm["autograd"] == [2, 0]
     assert cold["graphs"][0] == warm["graphs"][1] == 0
@@ -142,22 +150,7 @@ print(json.dumps({
 
 def test_the_second_process_measures_nothing(tmp_path: Path) -> None:
     """It traces once, with what the first has chosen, and compiles nothing."""
-    files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
-    write_repository(tmp_path / "kernels", files)
-    caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "KERNELGRAPH_CACHE_DIR": "kernelgraph"}
-    cold, warm = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", FASTEST, str(tmp_path / "kernels")],
-                check=True,
-                capture_output=True,
-                text=True,
-                cwd=Path(__file__).parents[2],
-                env={**os.environ, **{k: str(tmp_path / v) for k, v in caches.items()}},
-            ).stdout.splitlines()[-1]
-        )
-        for _ in range(2)
-    )
+    cold, warm = twice(FASTEST, tmp_path)
     assert cold["measured"] == ["Scale"]
     assert warm["measured"] == []
     assert warm["misses"] == [0, 0]
