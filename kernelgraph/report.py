@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kernelgraph.last import OfLast
+
 logger = logging.getLogger("kernelgraph")
 
 
@@ -172,8 +174,7 @@ def publish(report: Report) -> None:
         )
 
 
-_of_graphs: tuple[weakref.ref[object] | None, Report] = (None, Report("torch.compile"))
-"""The report of the last model to be compiled, and what it was compiled by."""
+_of_graphs: OfLast[Report] = OfLast()
 
 
 def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
@@ -186,18 +187,13 @@ def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
         decisions: The decisions.
         compile_call: Stands for the call of ``torch.compile``; None: it is not known.
     """
-    global _of_graphs
     decisions = list(decisions)
-    compiled, report = _of_graphs
-    known = compile_call is not None and compiled is not None and compiled() is compile_call
+    earlier = _of_graphs.get(compile_call)
     anew = {decision.path for decision in decisions}
-    kept = [d for d in report.decisions if d.path not in anew] if known else []
-    together = tuple(dict.fromkeys((*kept, *decisions)))
-    if known and report is _last and report.decisions == together:
-        return
-    report = replace(report, decisions=together)
-    _of_graphs = (None if compile_call is None else weakref.ref(compile_call), report)
-    publish(report)
+    kept = [d for d in earlier.decisions if d.path not in anew] if earlier else []
+    report = Report("torch.compile", tuple(dict.fromkeys((*kept, *decisions))))
+    if earlier is None or earlier is not _last or earlier != report:
+        publish(_of_graphs.put(compile_call, report))
 
 
 class Notes:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import types
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from kernelgraph.graph.paths import read
 from kernelgraph.graph.state import State, describe
 from kernelgraph.graph.trial import kernel_key, layer_key, source_of, versions
 from kernelgraph.kernel import Kernel
+from kernelgraph.last import OfLast
 
 OP, NATIVE, REFERENCE = "op", "native", "reference"
 """Ways to compute a call: a kernel as a custom op; a kernel that is traced; the layer itself."""
@@ -83,27 +82,17 @@ class Session:
 
 
 _choices: dict[str, Choice] = {}
-_session: tuple[Callable[[], Any], Session] | None = None
-"""The last, and what leads to the call of ``torch.compile`` that it is of."""
+_sessions: OfLast[Session] = OfLast()
 
 
-def session_of(compile_call: Any, seconds: float) -> Session:
+def session_of(compile_call: object, seconds: float) -> Session:
     """The session of a call of ``torch.compile``."""
-    global _session
-    if compile_call is None:
-        return Session(seconds)
-    bound = isinstance(compile_call, types.MethodType)  # one is made each time it is looked up
-    last = _session and _session[0]()
-    if _session is None or not (last is compile_call or (bound and last == compile_call)):
-        leads = weakref.WeakMethod(compile_call) if bound else weakref.ref(compile_call)
-        _session = (leads, Session(seconds))
-    return _session[1]
+    return _sessions.get(compile_call) or _sessions.put(compile_call, Session(seconds))
 
 
 def forget() -> None:
     """Have everything decided anew, from what is on disk."""
-    global _session
-    _session = None
+    _sessions.clear()
     _choices.clear()
 
 
