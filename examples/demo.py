@@ -32,7 +32,6 @@ from kernelgraph import (
     last_report,
     use_kernel_mapping,
 )
-from kernelgraph.report import because
 
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
 MODELS = {
@@ -76,9 +75,8 @@ def show(title: str, model: Decoder, input_ids: Tensor) -> None:
     kernelized = kernelize(copy.deepcopy(model), mode=Mode.INFERENCE)
     errors = layer_errors(model, kernelized, input_ids)
     for decision in report.decisions:
-        what = decision.kernel or f"reference: {because(decision.reason, decision.detail)}"
         error = f"error {errors[decision.path]:.1e}" if decision.kernel else ""
-        print(f"  {decision.path:<24}{decision.layer:<12}{what}  {error}")
+        print(f"  {decision.path:<24}{decision.layer:<12}{decision.outcome}  {error}")
     expected = model(input_ids)
     difference = (compiled(input_ids) - expected).norm() / expected.norm()
     print(f"  difference of the logits, by norm: {difference.item():.1e}")

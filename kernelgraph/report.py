@@ -64,6 +64,13 @@ class Decision(NamedTuple):
     def uses_kernel(self) -> bool:
         return self.reason is Reason.KERNEL
 
+    @property
+    def outcome(self) -> str:
+        """What runs and why, in words."""
+        if self.kernel:
+            return f"{self.kernel} ({self.detail})" if self.detail else self.kernel
+        return f"reference: {because(self.reason, self.detail)}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -92,7 +99,7 @@ class Report:
         rows: list[tuple[str, ...]] = []
         for d, paths in alike.items():
             place = ("", "") if one_place else (d.device, d.mode)
-            rest = (d.layer, *place, _outcome(d), d.gradient, d.op)
+            rest = (d.layer, *place, d.outcome, d.gradient, d.op)
             rows.extend((path or "(model)", *rest) for path in _merged(paths))
         return "\n".join([head, *table(header, rows)])
 
@@ -100,12 +107,6 @@ class Report:
 def because(reason: Reason, detail: str) -> str:
     """Why a layer keeps its reference, in words."""
     return f"{reason.value} ({detail})" if detail else reason.value
-
-
-def _outcome(decision: Decision) -> str:
-    if decision.kernel:
-        return f"{decision.kernel} ({decision.detail})" if decision.detail else decision.kernel
-    return f"reference: {because(decision.reason, decision.detail)}"
 
 
 def _merged(paths: Iterable[str]) -> list[str]:
@@ -169,7 +170,7 @@ def publish(report: Report) -> None:
             d.path or "(model)",
             d.device,
             d.mode,
-            _outcome(d),
+            d.outcome,
             d.gradient and f"; gradient: {d.gradient}",
         )
 

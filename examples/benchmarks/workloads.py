@@ -64,7 +64,7 @@ from programs import (
 from torch import nn
 
 from kernelgraph import Mode, kernelize, last_report
-from kernelgraph.report import Report, because
+from kernelgraph.report import Report
 
 
 class Workload(NamedTuple):
@@ -190,10 +190,7 @@ def use_caches(root: Path, backend: str) -> None:
 
 def chosen(report: Report) -> list[str]:
     """What was decided, a line for each kind of layer."""
-    alike = Counter(
-        (d.layer, f"{d.kernel} ({d.detail})" if d.kernel else because(d.reason, d.detail))
-        for d in report.decisions
-    )
+    alike = Counter((d.layer, d.outcome) for d in report.decisions)
     return [f"{layer}, {count}: {outcome}" for (layer, outcome), count in alike.items()]
 
 
