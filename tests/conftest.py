@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis  # while CI is set, where it is: there each run tries the same examples
+import hypothesis
 import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
@@ -25,6 +25,11 @@ os.environ["KERNELGRAPH_POLICY"] = "always"
 os.environ.pop("CI", None)
 
 import torch  # noqa: E402 (it reads some of these as it is imported)
+
+# A run fails for what has changed, and not by its luck or on a slow machine.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 class _Random:

@@ -35,7 +35,7 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(), values)
 def test_what_is_written_is_read(key, value):
     """Under any text, any JSON value is read as it was written last."""

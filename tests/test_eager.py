@@ -949,7 +949,7 @@ def added(module: nn.Module) -> float:
     return module(torch.zeros(())).item()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees(), st.sampled_from([INFERENCE, TRAINING]), MAPPINGS, MAPPINGS)
 def test_any_model_runs_what_the_rules_say(
     model: nn.Module, mode: Mode, mapping: Any, earlier: Any

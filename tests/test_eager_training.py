@@ -411,7 +411,7 @@ def arguments(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(draw(st.booleans())), y.requires_grad_(draw(st.booleans()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(KERNELS),
     arguments(),

@@ -335,7 +335,7 @@ def oracle(mappings, layer, target, asked):
     return Reason.NO_MODE
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(mappings=st.lists(MAPPINGS, max_size=6), target=TARGETS, asked=st.sampled_from(ASKED))
 def test_select_agrees_with_the_oracle(mappings, target, asked):
     mapping = parsed(*mappings)
@@ -352,7 +352,6 @@ def test_select_agrees_with_the_oracle(mappings, target, asked):
             assert (outcome.device.type, bounds) == expected[2]
 
 
-@settings(deadline=None)
 @given(mappings=st.lists(MAPPINGS, max_size=4))
 def test_merging_is_associative(mappings):
     parts = [KernelMapping.parse(mapping) for mapping in mappings]
@@ -487,7 +486,6 @@ def test_empty_dicts_are_accepted_everywhere():
     assert current_mapping() == parsed({"N": {"cpu": {}}, "M": {}})
 
 
-@settings(deadline=None)
 @given(mapping=MAPPINGS)
 def test_the_callers_dicts_are_neither_changed_nor_aliased(mapping):
     def shape(value):
@@ -880,7 +878,7 @@ class Scopes(RuleBasedStateMachine):
 
 
 TestScopes = Scopes.TestCase
-TestScopes.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestScopes.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 # -- without torch ----------------------------------------------------------------------------

@@ -31,14 +31,14 @@ some_dtype = st.sampled_from(DTYPES)
 some_width = st.integers(1, 70) | st.sampled_from([1023, 4096])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(0, 40), n=some_width, dtype=some_dtype)
 def test_rms_norm_matches(cpu: ModuleType, rows: int, n: int, dtype: torch.dtype) -> None:
     inputs = norm_inputs(rows, n, dtype=dtype)
     assert_matches(kernel_rms_norm(cpu), rms_norm, inputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(0, 40), d=some_width, dtype=some_dtype)
 def test_silu_and_mul_matches(cpu: ModuleType, rows: int, d: int, dtype: torch.dtype) -> None:
     inputs = (3 * torch.randn(rows, 2 * d).to(dtype),)

@@ -107,7 +107,7 @@ def same(one: Any, other: Any) -> bool:
 # --- leaves -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES)
 def test_putting_leaves_undoes_taking_them(value):
     leaves: list[Any] = []

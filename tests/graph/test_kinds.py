@@ -121,7 +121,7 @@ ATTRIBUTES: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.permutations(range(len(ATTRIBUTES))))
 def test_layers_that_differ_in_what_they_read_are_told_apart(order: list[int]) -> None:
     kinds: Kinds[int] = Kinds()

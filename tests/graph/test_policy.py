@@ -630,7 +630,7 @@ class TestKept:
 SECONDS = st.sampled_from([0.1, 0.5, 0.97, 1.0, 1.03, 2.0, 9.0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(SECONDS, st.booleans()), min_size=1, max_size=5), SECONDS, st.booleans())
 def test_each_layer_takes_its_kernel_just_where_that_is_faster(layers, seconds, dynamic):
     """By the times of both, whatever else is in the model, and whatever was chosen before."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -64,7 +64,6 @@ CONSTANTS = st.recursive(
 
 
 @given(CONSTANTS)
-@settings(deadline=None, derandomize=True)
 def test_constants_come_back(value: Any) -> None:
     """A constant read from its JSON is the constant that was written, its type included."""
     made = constant_from_json(json.loads(json.dumps(constant_to_json(value), allow_nan=False)))
@@ -72,7 +71,6 @@ def test_constants_come_back(value: Any) -> None:
 
 
 @given(st.sets(st.integers() | st.text(), max_size=4))
-@settings(deadline=None, derandomize=True)
 def test_sets_come_back_in_one_order(value: Any) -> None:
     for kind in (set, frozenset):
         data = constant_to_json(kind(value))

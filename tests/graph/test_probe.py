@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
@@ -97,7 +97,6 @@ def explicable(draw: Any) -> tuple[str, tuple[int, ...], int, int]:
     return kind, terms, constant, count
 
 
-@settings(deadline=None)
 @given(explicable(), st.lists(st.integers(1, 200), min_size=4, max_size=4))
 @example(("product", (0, 1), 1, 2), [9, 12, 1, 1])
 def test_a_probe_tells_what_the_kernel_gives_at_any_sizes(formula, sizes):
@@ -137,7 +136,6 @@ def test_what_no_formula_gives_is_refused(name):
         probed((0, 0), (1, 0))
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=2), min_size=1), st.data())
 def test_an_explanation_holds_in_every_run(runs, data):
     """`explain` gives no formula that one of its runs contradicts, and the shortest there is."""

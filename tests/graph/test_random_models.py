@@ -21,12 +21,9 @@ from tests.graph.toy_models import on_cpu
 
 
 def examples(count: int) -> Any:
-    """Settings for so many examples, the same at each run."""
+    """Settings for so many examples."""
     return settings(
         max_examples=count,
-        derandomize=True,
-        deadline=None,
-        database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.generate],
     )

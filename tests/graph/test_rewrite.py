@@ -411,7 +411,7 @@ PARTS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(PARTS)), st.integers(0, 20)), min_size=1, max_size=12)
 )

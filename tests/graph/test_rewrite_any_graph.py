@@ -199,7 +199,7 @@ def description(value: Any) -> Any:
     return tuple(map(description, value)) if isinstance(value, (tuple, list)) else value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(STEPS)
 def test_any_graph(steps):
     """The rewritten graph computes what the kernels do; each node that was there is the node

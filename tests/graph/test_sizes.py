@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 @given(
     rows=st.integers(1, 9), columns=st.integers(1, 9), others=st.tuples(*[st.integers(1, 9)] * 2)
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_sizes_are_those_of_the_function(name, rows, columns, others):
     """Whatever the sizes, the recorded ones are the function's own, or a condition is not met."""
     function = FUNCTIONS[name]

@@ -28,7 +28,7 @@ class Constants(dict[str, Any]):
         return f"c{len(self) - 1}"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES)
 def test_an_expression_makes_what_was_taken_apart(value: Any) -> None:
     """What an expression evaluates to is what `put_leaves` makes."""

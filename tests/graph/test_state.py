@@ -788,7 +788,7 @@ modules = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(modules, st.booleans())
 def test_a_forward_gives_the_same_on_the_shell(module, whole):
     module.eval()

@@ -1060,7 +1060,7 @@ def calls(draw, *dtypes):
     return Gate(width, dtype), args, wanted
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(calls(torch.float64, torch.float32, torch.bfloat16))
 def test_whoever_computes_the_layer_by_other_means_may_train(call):
     """A kernel that computes what the layer does, by other means, is never refused."""
@@ -1070,7 +1070,7 @@ def test_whoever_computes_the_layer_by_other_means_may_train(call):
     assert found == Verdict(found.own)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     calls(torch.float64, torch.float32, torch.bfloat16),
     st.integers(0, 2),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -286,7 +286,6 @@ def outputs(*tensors: Tensor) -> list[Output]:
     return made
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(sorted(TOLERANCES, key=str)),
     st.floats(-1, 1.5),  # eight bits hold no more

@@ -7,13 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import _tree_cache, close_session, constants
-from hypothesis import settings
 
 from kernelgraph.hub import fetching
 from tests.hub.loopback import LoopbackHub
-
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture

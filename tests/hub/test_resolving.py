@@ -211,7 +211,6 @@ clauses = st.builds(
 
 @settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.sets(tags, max_size=6), st.lists(clauses, min_size=1, max_size=2).map(",".join))

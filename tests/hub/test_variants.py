@@ -318,7 +318,7 @@ def oracle_better(a, b) -> bool:
     return a[2] == "" and b[2] != ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(parts, max_size=12, unique=True), systems)
 def test_against_oracle(builds, described):
     fitting = [build for build in builds if oracle_fits(build, described)]
