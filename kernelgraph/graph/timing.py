@@ -92,7 +92,7 @@ def fastest(measured: Mapping[str, Measured], reference: str) -> str:
     """The program to use: the fastest, but ``reference`` wherever that may be as fast.
 
     Another one is used if it is faster than the reference by more than the errors of both and
-    `MARGIN`. Of several others, the first of those which may be as fast as the fastest.
+    `MARGIN`. Of several others, the first of those which may be as fast as each of them.
 
     Args:
         measured: The programs, those that are preferred first.
@@ -104,5 +104,5 @@ def fastest(measured: Mapping[str, Measured], reference: str) -> str:
     faster = [n for n in measured if n != reference and measured[n].most < floor]
     if not faster:
         return reference
-    best = min((measured[name] for name in faster), key=lambda m: m.seconds)
-    return next(name for name in faster if measured[name].least <= best.most)
+    least_of_most = min(measured[name].most for name in faster)
+    return next(name for name in faster if measured[name].least <= least_of_most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernelgraph.graph.timing import (
@@ -72,6 +72,7 @@ times = st.builds(Measured, st.floats(1e-6, 1.0), st.one_of(st.just(0.0), st.flo
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), times, min_size=1), st.booleans())
+@example({"a": Measured(2.0, 0.0), "b": Measured(1.0, 2.0), "c": Measured(1.0, 0.0)}, False)
 def test_what_is_chosen_was_not_measured_to_be_slower(measured, with_reference):
     """The choice may be as fast as each of the others, by what is known of them; and it is the
     reference unless another is faster for sure, by the margin."""
