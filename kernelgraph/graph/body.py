@@ -95,8 +95,15 @@ class Body:
             self._fail(error, operands)
         who = f"kernel {self._kernel}, called for {self._where(operands)},"
         check_unwritten(before, operands, self._call.names, who, self._copied)
-        spans = tuple(reach(operands[i]) for i in self._lent)
-        known = Known(self._told_sizes(operands), spans)
+        sizes = self._told_sizes(operands)
+        known = Known(
+            sizes,
+            tuple(reach(operands[i]) for i in self._lent),
+            tuple(
+                0 if size is None else max(size.numel() * dtype.itemsize, 1)
+                for size, (dtype, _, _) in zip(sizes, self._expected, strict=True)
+            ),
+        )
         made = self._fitted(result, known, operands)
         if form is not None:
             remember(self._known, form, known)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ def form_of(
         ends is None
         or len(ends) != len(tape.leaves)
         or any(v.numel() == 0 for v in given.values())
+        or any(v.is_complex() for v in made)  # whose conjugates are to be resolved
         or "vjp" in vars(function)
         or not catch(function)
     ):
@@ -230,7 +232,7 @@ class Direct:
         ranges = []
         for result, output, (shape, dtype, _) in zip(results, outputs, form.results, strict=True):
             fits = result is output and type(result) is Tensor and result.shape == shape
-            if not (fits and result.dtype is dtype and result.is_contiguous()):
+            if not (fits and result.dtype is dtype and result.is_contiguous()) or result.is_neg():
                 return None
             first = result.data_ptr()
             last = first + result.nbytes
@@ -238,7 +240,7 @@ class Direct:
                 if first < start + span and start < last:
                     return None
             ranges.append((first, last))
-        if len(ranges) > 1 and len({first for first, _ in ranges}) < len(ranges):
+        if len(ranges) > 1 and any(b > c for (_, b), (c, _) in pairwise(sorted(ranges))):
             return None
         saved, context.to_save = context.to_save, ()
         if len(saved) != len(form.saves) or not self._keep(saved, results, starts, ranges):

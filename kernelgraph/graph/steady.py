@@ -11,10 +11,11 @@ kernel. For a norm whose one result goes through no autograd it reads::
         known = table.get(form)
         if known is None:
             return checked(form, (a0, a1, a2, ))
-        (s0, ), (n0, n1, ) = known
+        (s0, ), (n0, n1, ), (m0, ) = known
         ...  # the call, see `Runner`
         if (type(result) is Tensor and result.shape == s0 and result.dtype is t0
-                and result.is_contiguous() and not result.requires_grad):
+                and result.is_contiguous() and not result.is_neg()
+                and not result.requires_grad):
             p0 = result.data_ptr()
             if not (0 <= p0 - a0.data_ptr() < n0 or 0 <= p0 - a1.data_ptr() < n1):
                 return result
@@ -39,8 +40,10 @@ class Known(NamedTuple):
 
     sizes: tuple[Any, ...]
     """The results' sizes; None where they cannot be told."""
-    spans: tuple[int, ...]
+    spans: tuple[int, ...] = ()
     """How many bytes each operand reaches over that no result may share memory with."""
+    lengths: tuple[int, ...] = ()
+    """How many bytes each result has, an empty one too; 0 where that cannot be told."""
 
 
 def steady_state(
@@ -108,18 +111,21 @@ def _quick_return(
     fits = []
     for k, r in enumerate(results):
         fits += [f"type({r}) is Tensor", f"{r}.shape == s{k}", f"{r}.dtype is t{k}"]
-        fits += [f"{r}.is_contiguous()", f"not {r}.requires_grad"]
+        fits += [f"{r}.is_contiguous()", f"not {r}.is_neg()", f"not {r}.requires_grad"]
         fits += [f"not {r}._is_view()"] if differentiable else []
     shared = [
         f"0 <= p{k} - {a}.data_ptr() < n{i}"
         for k in range(len(results))
         for i, a in enumerate(lent)
     ]
-    shared += [f"p{k} == p{m}" for k in range(len(results)) for m in range(k)]
+    for k in range(len(results)):
+        for j in range(k):
+            shared += [f"0 <= p{k} - p{j} < m{j}", f"0 <= p{j} - p{k} < m{k}"]
     given = results[0] if len(results) == 1 else f"({', '.join(results)})"
     lines = [
         f"{tuple_of(f's{k}' for k in range(len(results)))}, "
-        f"{tuple_of(f'n{i}' for i in range(len(lent)))} = known",
+        f"{tuple_of(f'n{i}' for i in range(len(lent)))}, "
+        f"{tuple_of(f'm{k}' for k in range(len(results)))} = known",
         f"if {' and '.join(fits)}:",
         *(f"    p{k} = {r}.data_ptr()" for k, r in enumerate(results)),
         f"    if not ({' or '.join(shared) or 'False'}):",

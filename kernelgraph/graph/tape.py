@@ -171,7 +171,8 @@ class Tape:
         if not result.requires_grad:
             raise NoGradient(f"result {number} has no gradient")
         if result.grad_fn is None or self._holds or result._is_view():
-            return get_gradient_edge(result)
+            with _torch.recording_gradients():
+                return get_gradient_edge(result)
         # As get_gradient_edge, which makes a view to keep the graph alive by; this is quicker.
         _hollow(result)
         return GradientEdge(result.grad_fn, result.output_nr, result)  # type: ignore[arg-type]
@@ -188,8 +189,10 @@ class Tape:
             if start < last and first < end:
                 self.seen.add(source)
                 known = self._sources is None or source in self._sources
-                inside = first <= start and end <= last and tensor.dtype == whole.dtype
-                if known and inside:
+                inside = first <= start and end <= last
+                # Of numbers there are others in the same memory: other parts, and conjugates.
+                same = _reading(tensor) == _reading(whole)
+                if known and inside and same:
                     saved.place(source, whole)
                 else:
                     saved.tensor = tensor.clone()
@@ -255,6 +258,11 @@ class Tape:
             return None
         edges = [(edge.node is node, edge.output_nr) for _, edge in self.roots]
         return node if edges == [(True, k) for k in range(len(edges))] else None
+
+
+def _reading(tensor: Tensor) -> tuple[torch.dtype, bool, bool]:
+    """How the memory of ``tensor`` is read."""
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _hollow(tensor: Tensor) -> None:

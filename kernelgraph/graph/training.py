@@ -203,7 +203,7 @@ class ByKernel(Differentiable):
         if before is not None:
             who = f"kernel {self._kernel}, called for {self._where(operands)},"
             check_unwritten(before, operands, self._call.names, who)
-            remember(self._known, sizes, Known(self._told_sizes(operands), ()))
+            remember(self._known, sizes, Known(self._told_sizes(operands)))
         tensors = self._tensors(result, self._known[sizes], operands)
         if self._own.holds:
             made = [contiguous_copy(tensor) for tensor in tensors]

@@ -57,6 +57,10 @@ def narrowed(t: Tensor) -> Tensor:
     return t.narrow(0, 0, (t.shape[0] + 1) // 2) if t.dim() else t
 
 
+def rest(t: Tensor) -> Tensor:
+    return t.narrow(0, t.shape[0] // 2, (t.shape[0] + 1) // 2) if t.dim() else t
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return (t.real if t.is_complex() and not dtype.is_complex else t).to(dtype)
 
@@ -119,6 +123,7 @@ RESULTS = {  # what a leaf of the output is
     "other": "total * 2",
     "turned": "turned(total * 3)",
     "narrowed": "narrowed(total)",
+    "rest": "rest(total)",
     "summed": "total.sum()",
     "input": "x",
     "view of input": "turned(x)",

@@ -266,6 +266,7 @@ ALIASES = {
     "its expanded weight": lambda self, x: self.weight.expand(3, 4),
     "permuted": lambda self, x: (x + 1).t(),
     "a negative": lambda self, x: torch.complex(x, x).conj().imag,
+    "a negative number": lambda self, x: torch.complex(x, x).conj().imag[:1, :1],
     "a conjugate": lambda self, x: torch.complex(x, x).conj(),
     "empty": lambda self, x: x[:0],
 }
@@ -278,6 +279,7 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
     module = layer(forward, weight=nn.Parameter(torch.ones(4)))
     x = torch.randn(3, 4, requires_grad=training)
     op = lowered(module, kernel(forward), x, training=training)
+    op()  # after which there is less to check
     made, expected = op(), forward(module, x)
     torch.testing.assert_close(made, expected)
     results = made if isinstance(made, tuple) else (made,)
@@ -288,7 +290,10 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
         assert result.is_contiguous()
         assert not result.is_conj()
         assert not result.is_neg()
-        assert (result.shape, result.stride()) == (fake.shape, fake.stride())
+        assert result.shape == fake.shape
+        # What step there is where there is nothing to step to is nobody's business.
+        steps = zip(result.shape, result.stride(), fake.stride(), strict=True)
+        assert all(made == told for n, made, told in steps if n > 1)
     with torch.no_grad():
         for result in results:
             others = [t for t in (*results, *op.operands) if t is not result]

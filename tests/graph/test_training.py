@@ -630,6 +630,137 @@ def test_a_call_that_is_not_as_the_first_goes_the_long_way(change):
         del y
 
 
+class Conjugates(torch.autograd.Function):
+    """Of ``x * weight``; what it returns is yet to be conjugated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x * weight).conj()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad.conj() * weight.conj(), (grad.conj() * x.conj()).sum(0)
+
+
+class Signs(torch.autograd.Function):
+    """Of ``x * weight``; what it returns is yet to be negated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.complex(x, x * weight).conj().imag
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return -grad * weight, -(grad * x).sum(0)
+
+
+@pytest.mark.parametrize("function", [Conjugates, Signs])
+def test_results_whose_signs_are_yet_to_be_put_into_their_memory(function):
+    class Signed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            dtype = torch.complex64 if function is Conjugates else torch.float32
+            self.weight = nn.Parameter(torch.full((1,), 1.5, dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.weight
+            return y.conj_physical() if x.is_complex() else -y
+
+    module = Signed()
+    x = torch.randn(1, 1, dtype=module.weight.dtype, requires_grad=True)
+    forward = kernel(lambda self, x: function.apply(x, self.weight))
+    op = lowered(module, forward, x, own=Own((0, 1), (), (True,)))
+    for _ in range(3):
+        y, expected = op.overload(x, module.weight)[0], module(x)
+        assert not y.is_conj()
+        assert not y.is_neg()
+        torch.testing.assert_close(y, expected)
+        wanted = (x, module.weight)
+        made = torch.autograd.grad(y.abs().sum(), wanted)
+        torch.testing.assert_close(made, torch.autograd.grad(expected.abs().sum(), wanted))
+
+
+class Twice(torch.autograd.Function):
+    """``x * weight``, and a part of that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        y = x * weight
+        return y, y[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_part: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = torch.cat([grad[:1], grad[1:] + of_part])
+        return grad * weight, (grad * x).sum(0)
+
+
+def test_results_of_a_function_that_share_memory():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((4,), 1.5))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.weight, x[1:] * self.weight
+
+    module, x = Scaled(), torch.randn(3, 4, requires_grad=True)
+    forward = kernel(lambda self, x: Twice.apply(x, self.weight))
+    op = lowered(module, forward, x, own=Own((0, 1), (), (True, True)))
+    for _ in range(3):
+        whole, part = op.overload(x, module.weight)[:2]
+        expected = module(x)
+        torch.testing.assert_close((whole, part), expected)
+        wanted = (x, module.weight)
+        made = torch.autograd.grad(whole.sum() + part.square().sum(), wanted)
+        summed = expected[0].sum() + expected[1].square().sum()
+        torch.testing.assert_close(made, torch.autograd.grad(summed, wanted))
+        before = part.clone()
+        whole.data.fill_(99)
+        assert torch.equal(part, before)
+
+
+def test_conjugates_are_saved_as_such():
+    """In the same memory as an operand, and not the same numbers."""
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.conj_physical() * y
+
+    x, y = (torch.randn(3, dtype=torch.complex64, requires_grad=True) for _ in range(2))
+    forward = kernel(lambda self, x, y: x.conj() * y)
+    op = lowered(Product(), forward, x, y, own=Own((0, 1), (), (True,)))
+    for _ in range(2):
+        made = torch.autograd.grad(op.overload(x, y)[0].abs().sum(), (x, y))
+        expected = torch.autograd.grad((x.conj() * y).abs().sum(), (x, y))
+        torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_an_operand_that_is_given_back(backend):
+    class Residual(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x
+
+    own = Own((), (), (True, True))
+    op = lowered(Residual(), kernel(lambda self, x: (x * 2, x)), torch.ones(3), own=own)
+
+    def run(x: Tensor) -> Tensor:
+        doubled, same = op.overload(x.sin())[:2]
+        return doubled.square() + same
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    x = torch.randn(3, requires_grad=True)
+    (made,) = torch.autograd.grad(compiled(x).sum(), x)
+    (expected,) = torch.autograd.grad((4 * x.sin().square() + x.sin()).sum(), x)
+    torch.testing.assert_close(made, expected)
+
+
 def test_a_function_that_is_caught_is_nobody_elses_business():
     op = norm()
     for _ in range(2):
