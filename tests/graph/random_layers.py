@@ -57,7 +57,7 @@ def narrowed(t: Tensor) -> Tensor:
     return t.narrow(0, 0, (t.shape[0] + 1) // 2) if t.dim() else t
 
 
-def rest(t: Tensor) -> Tensor:
+def ended(t: Tensor) -> Tensor:
     return t.narrow(0, t.shape[0] // 2, (t.shape[0] + 1) // 2) if t.dim() else t
 
 
@@ -123,7 +123,7 @@ RESULTS = {  # what a leaf of the output is
     "other": "total * 2",
     "turned": "turned(total * 3)",
     "narrowed": "narrowed(total)",
-    "rest": "rest(total)",
+    "ended": "ended(total)",
     "summed": "total.sum()",
     "input": "x",
     "view of input": "turned(x)",
