@@ -100,7 +100,7 @@ class Body:
             sizes,
             tuple(reach(operands[i]) for i in self._lent),
             tuple(
-                0 if size is None else max(size.numel() * dtype.itemsize, 1)
+                0 if size is None else size.numel() * dtype.itemsize
                 for size, (dtype, _, _) in zip(sizes, self._expected, strict=True)
             ),
         )

@@ -12,7 +12,11 @@ from torch import Tensor
 
 def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """``tensors`` as an op may return them: contiguous, and sharing no memory with ``inputs``
-    nor with each other; copied only where they are not."""
+    nor with each other; copied only where they are not.
+
+    Those that are empty always are: autograd sees a write into them too, and by no address of
+    theirs (it is 0) can one tell whose memory they have.
+    """
     taken = [extent(t) for t in inputs]
     made = []
     for tensor in tensors:
@@ -23,11 +27,9 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         start, end = extent(tensor)
-        for s, e in taken:
-            if start < e and s < end:
-                tensor = tensor.clone()
-                start, end = extent(tensor)
-                break
+        if start == end or any(start < e and s < end for s, e in taken):
+            tensor = tensor.clone()
+            start, end = extent(tensor)
         taken.append((start, end))
         made.append(tensor)
     return made
@@ -42,14 +44,11 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the memory that ``tensor`` reaches, on whatever device.
 
     By address and not by storage: an array from another library, over the same memory, comes
-    back in a storage of its own. An empty tensor counts as a byte: autograd sees a write into it,
-    and it shall not be handed on as a result either.
+    back in a storage of its own.
     """
     start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + (tensor.nbytes or 1)
-    if tensor.numel() == 0:
-        return start, start + 1
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.itemsize
 

@@ -17,7 +17,7 @@ kernel. For a norm whose one result goes through no autograd it reads::
                 and result.is_contiguous() and not result.is_neg()
                 and not result.requires_grad):
             p0 = result.data_ptr()
-            if not (0 <= p0 - a0.data_ptr() < n0 or 0 <= p0 - a1.data_ptr() < n1):
+            if p0 and not (0 <= p0 - a0.data_ptr() < n0 or 0 <= p0 - a1.data_ptr() < n1):
                 return result
         return fitted(result, known, (a0, a1, a2, ))
 """
@@ -43,7 +43,7 @@ class Known(NamedTuple):
     spans: tuple[int, ...] = ()
     """How many bytes each operand reaches over that no result may share memory with."""
     lengths: tuple[int, ...] = ()
-    """How many bytes each result has, an empty one too; 0 where that cannot be told."""
+    """How many bytes each result has; 0 where that cannot be told."""
 
 
 def steady_state(
@@ -121,6 +121,7 @@ def _quick_return(
     for k in range(len(results)):
         for j in range(k):
             shared += [f"0 <= p{k} - p{j} < m{j}", f"0 <= p{j} - p{k} < m{k}"]
+    there = " and ".join(f"p{k}" for k in range(len(results)))  # an empty one is nowhere
     given = results[0] if len(results) == 1 else f"({', '.join(results)})"
     lines = [
         f"{tuple_of(f's{k}' for k in range(len(results)))}, "
@@ -128,7 +129,7 @@ def _quick_return(
         f"{tuple_of(f'm{k}' for k in range(len(results)))} = known",
         f"if {' and '.join(fits)}:",
         *(f"    p{k} = {r}.data_ptr()" for k, r in enumerate(results)),
-        f"    if not ({' or '.join(shared) or 'False'}):",
+        f"    if {there} and not ({' or '.join(shared) or 'False'}):",
         f"        return {given}",
     ]
     if not several:

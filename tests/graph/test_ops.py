@@ -269,6 +269,7 @@ ALIASES = {
     "a negative number": lambda self, x: torch.complex(x, x).conj().imag[:1, :1],
     "a conjugate": lambda self, x: torch.complex(x, x).conj(),
     "empty": lambda self, x: x[:0],
+    "one and its empty part": lambda self, x: (y := x + 1, y[:0]),
 }
 
 
@@ -283,6 +284,8 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
     made, expected = op(), forward(module, x)
     torch.testing.assert_close(made, expected)
     results = made if isinstance(made, tuple) else (made,)
+    memory = [t.untyped_storage().data_ptr() for t in (*results, *op.operands)]
+    assert len({p for p in memory if p}) == sum(p != 0 for p in memory)
     mode = FakeTensorMode()
     with mode:
         fakes = op.overload(*(mode.from_tensor(o) for o in op.operands))
