@@ -11,7 +11,6 @@ import pickle
 import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1080,17 +1079,13 @@ class TestUnchanged:
         torch.testing.assert_close(gradients(copied, x, y), gradients(reference, x, y))
 
     @by_name("kernel", [kernel_of(Honest), Detached])
-    def test_data_parallel_training(self, kernel: Any, tmp_path: Path) -> None:
+    @pytest.mark.usefixtures("one_process")
+    def test_data_parallel_training(self, kernel: Any) -> None:
         layer, reference, (x, y) = kernelized(kernel), Gate(), inputs()
-        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            parallel = nn.parallel.DistributedDataParallel(layer)
-            for _ in range(2):
-                square(parallel(x, y)).backward()
-                square(reference(x, y)).backward()
-        finally:
-            torch.distributed.destroy_process_group()
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        for _ in range(2):
+            square(parallel(x, y)).backward()
+            square(reference(x, y)).backward()
         torch.testing.assert_close(layer.weight.grad, reference.weight.grad)
 
     def test_threads(self) -> None:

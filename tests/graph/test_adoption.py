@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -194,14 +194,6 @@ class TestWrapped:
         model[1](model[0](x) + 20).sum().backward()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, trained[name].grad)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 SIZE = 600

@@ -702,14 +702,6 @@ def test_a_session_is_known_again_by_a_bound_method():
     assert choosing.session_of(Compiler().compile, 3.0) is not session
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(("seconds", "reason"), [(0.5, Reason.KERNEL), (2.0, Reason.SLOWER)])
 def test_a_graph_that_comes_in_parts(seconds, reason):

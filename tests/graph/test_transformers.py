@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 transformers: Any = pytest.importorskip("transformers")
@@ -358,19 +358,15 @@ class TestTraining:
         assert_all_kernels()
         assert_same_step(step, training_step(model, model, tokens))
 
-    def test_distributed_data_parallel(self, kernel: Path, tmp_path: Path) -> None:
-        store = distributed.FileStore(str(tmp_path / "store"), 1)
-        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            model, tokens = build("Llama").train(), inputs("Llama")
-            expected = training_step(model, model, tokens)
-            with same(kernel):
-                parallel = torch.compile(DistributedDataParallel(model), **ours("aot_eager"))
-                step = training_step(model, parallel, tokens)
-            assert_all_kernels()
-            assert_same_step(step, expected)
-        finally:
-            distributed.destroy_process_group()
+    @pytest.mark.usefixtures("one_process")
+    def test_distributed_data_parallel(self, kernel: Path) -> None:
+        model, tokens = build("Llama").train(), inputs("Llama")
+        expected = training_step(model, model, tokens)
+        with same(kernel):
+            parallel = torch.compile(DistributedDataParallel(model), **ours("aot_eager"))
+            step = training_step(model, parallel, tokens)
+        assert_all_kernels()
+        assert_same_step(step, expected)
 
     def test_lora(self, kernel: Path) -> None:
         peft = pytest.importorskip("peft")
