@@ -199,6 +199,33 @@ class Call:
         return tuple(i for i, t in enumerate(self.types) if t == "Tensor")
 
     @property
+    def first_state(self) -> int:
+        """How many of the operands are arguments; the state's follow."""
+        return len(self.types) - len(self.state.operands)
+
+    def counterparts(
+        self, operands: Sequence[Any], make: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> list[Any]:
+        """What ``make(i, tensor)`` gives for each tensor among ``operands``, others as they are.
+
+        Weights that are tied have one counterpart, for a forward that goes over its parameters().
+        Arguments have one each: what autograd tells apart, such as ``x`` and ``x.detach()``, is
+        the same tensor in a compiled graph.
+        """
+        tied: dict[int, torch.Tensor] = {}
+        made: list[Any] = []
+        for i, value in enumerate(operands):
+            if not isinstance(value, torch.Tensor):
+                made.append(value)
+            elif i >= self.first_state and id(value) in tied:
+                made.append(tied[id(value)])
+            else:
+                made.append(make(i, value))
+                if i >= self.first_state:
+                    tied[id(value)] = made[-1]
+        return made
+
+    @property
     def argument_paths(self) -> list[Path]:
         """The paths from ``(args, kwargs)`` to each operand that is an argument."""
         return paths_of(self.arguments)

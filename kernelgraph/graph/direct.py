@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.memory import reach
+from kernelgraph.graph.memory import ALIGNMENT, reach
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.source import tuple_of
 from kernelgraph.graph.tape import Source, Tape, laid_out
@@ -75,7 +75,7 @@ def form_of(
         sources: What the backward is given.
     """
     node: Any = tape.node()
-    if node is None or len(tape.roots) != len(made):
+    if node is None or tape.tied or len(tape.roots) != len(made):
         return None
     given = {("operand", i): v for i, v in enumerate(operands) if isinstance(v, Tensor)}
     given |= {("result", k): v for k, v in enumerate(made)}
@@ -235,6 +235,8 @@ class Direct:
             if not (fits and result.dtype is dtype and result.is_contiguous()) or result.is_neg():
                 return None
             first = result.data_ptr()
+            if result.storage_offset() or first % ALIGNMENT:
+                return None
             last = first + result.nbytes
             for start, span in zip(starts, form.spans, strict=True):
                 if first < start + span and start < last:

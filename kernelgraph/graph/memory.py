@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16
+"""In bytes; what Inductor takes for granted of an op's results."""
+
 
 def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` as an op may return them: contiguous, and sharing no memory with ``inputs``
-    nor with each other; copied only where they are not.
+    """``tensors`` as an op may return them: contiguous, aligned, at the start of their storage,
+    and sharing no memory with ``inputs`` nor with each other; copied only where they are not.
 
-    Those that are empty always are: autograd sees a write into them too, and by no address of
-    theirs (it is 0) can one tell whose memory they have.
+    Compilers take the first three from fake tensors, which are so. Empty ones are copied always:
+    autograd sees a write into them too, and by no address of theirs (it is 0) can one tell whose
+    memory they have.
     """
     taken = [extent(t) for t in inputs]
     made = []
@@ -27,7 +31,8 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         start, end = extent(tensor)
-        if start == end or any(start < e and s < end for s, e in taken):
+        placed = start < end and not tensor.storage_offset() and start % ALIGNMENT == 0
+        if not placed or any(start < e and s < end for s, e in taken):
             tensor = tensor.clone()
             start, end = extent(tensor)
         taken.append((start, end))

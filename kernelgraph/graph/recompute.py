@@ -50,14 +50,9 @@ class Recompute:
             needs: Of which operands gradients are wanted.
         """
         with torch.enable_grad(), _torch.recording_gradients():
-            # Weights that are tied stay so, for a reference that goes over its parameters().
-            own: dict[int, Tensor] = {}
-            leaves = [
-                own.setdefault(id(v), v.detach().requires_grad_(needed))
-                if isinstance(v, Tensor)
-                else v
-                for v, needed in zip(operands, needs, strict=True)
-            ]
+            leaves = self._call.counterparts(
+                operands, lambda i, v: v.detach().requires_grad_(needs[i])
+            )
             wanted = [v for v, needed in zip(leaves, needs, strict=True) if needed]
             made = self._differentiate(leaves, operands, grads, wanted)
         whole = [
@@ -73,11 +68,7 @@ class Recompute:
         there is none."""
         with torch.enable_grad():
             # Of views: of the operands themselves it would be more, where one is made of another.
-            own: dict[int, Tensor] = {}
-            views = [
-                own.setdefault(id(v), v.view_as(v)) if isinstance(v, Tensor) else v
-                for v in operands
-            ]
+            views = self._call.counterparts(operands, lambda i, v: v.view_as(v))
             wanted = [v for v, needed in zip(views, needs, strict=True) if needed]
             made = self._differentiate(views, operands, grads, wanted, create_graph=True)
         return _once(made, wanted)
@@ -109,15 +100,9 @@ class Recompute:
 
     def _results(self, leaves: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
         # Not of the leaves themselves: a reference may write into what it is given.
-        views: dict[int, Tensor] = {}
-        inputs = [
-            v.clone()
-            if i in self._returned
-            else views.setdefault(id(v), v.view_as(v))
-            if isinstance(v, Tensor)
-            else v
-            for i, v in enumerate(leaves)
-        ]
+        inputs = self._call.counterparts(
+            leaves, lambda i, v: v.clone() if i in self._returned else v.view_as(v)
+        )
         before = versions(operands)
         results: list[Any] = []
         take_tensors(self._run(inputs), results)
@@ -128,7 +113,7 @@ class Recompute:
 
 
 def _once(made: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients ``made``: of a tensor that is passed twice, the whole goes to the first."""
+    """The gradients ``made``: of weights that are tied, the whole goes to the first."""
     first = {id(v): k for k, v in reversed(list(enumerate(wanted)))}
     pairs = zip(made, wanted, strict=True)
     return [g if first[id(v)] == k else None for k, (g, v) in enumerate(pairs)]

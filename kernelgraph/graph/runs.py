@@ -151,7 +151,7 @@ class OnTape:
         self._trial, self._seed = trial, seed
         self._before = trial.maker.make(seed)
         self._operands = [_copy(v) if isinstance(v, Tensor) else v for v in self._before]
-        self.tape = Tape(self._operands, trial.wanted, sources, holds=holds)
+        self.tape = Tape(trial.call, self._operands, trial.wanted, sources, holds=holds)
         results: list[Any] = []
         take_tensors(self.tape.run(trial.kernel_runner.observe), results)
         self.flows = tuple(result.requires_grad for result in results)

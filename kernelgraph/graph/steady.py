@@ -15,9 +15,11 @@ kernel. For a norm whose one result goes through no autograd it reads::
         ...  # the call, see `Runner`
         if (type(result) is Tensor and result.shape == s0 and result.dtype is t0
                 and result.is_contiguous() and not result.is_neg()
-                and not result.requires_grad):
+                and not result.storage_offset() and not result.requires_grad):
             p0 = result.data_ptr()
-            if p0 and not (0 <= p0 - a0.data_ptr() < n0 or 0 <= p0 - a1.data_ptr() < n1):
+            if p0 and not (
+                p0 % 16 or 0 <= p0 - a0.data_ptr() < n0 or 0 <= p0 - a1.data_ptr() < n1
+            ):
                 return result
         return fitted(result, known, (a0, a1, a2, ))
 """
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph.call import Template
+from kernelgraph.graph.memory import ALIGNMENT
 from kernelgraph.graph.runner import Runner
 from kernelgraph.graph.source import tuple_of
 
@@ -111,8 +114,10 @@ def _quick_return(
     fits = []
     for k, r in enumerate(results):
         fits += [f"type({r}) is Tensor", f"{r}.shape == s{k}", f"{r}.dtype is t{k}"]
-        fits += [f"{r}.is_contiguous()", f"not {r}.is_neg()", f"not {r}.requires_grad"]
+        fits += [f"{r}.is_contiguous()", f"not {r}.is_neg()", f"not {r}.storage_offset()"]
+        fits += [f"not {r}.requires_grad"]
         fits += [f"not {r}._is_view()"] if differentiable else []
+    misplaced = [f"p{k} % {ALIGNMENT}" for k in range(len(results))]
     shared = [
         f"0 <= p{k} - {a}.data_ptr() < n{i}"
         for k in range(len(results))
@@ -129,7 +134,7 @@ def _quick_return(
         f"{tuple_of(f'm{k}' for k in range(len(results)))} = known",
         f"if {' and '.join(fits)}:",
         *(f"    p{k} = {r}.data_ptr()" for k, r in enumerate(results)),
-        f"    if {there} and not ({' or '.join(shared) or 'False'}):",
+        f"    if {there} and not ({' or '.join(misplaced + shared)}):",
         f"        return {given}",
     ]
     if not several:

@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from kernelgraph.graph import _torch
+from kernelgraph.graph.call import Call
 from kernelgraph.graph.memory import contiguous_copy, extent
 
 Source = tuple[str, int]
@@ -91,6 +92,7 @@ class Tape:
     """One run of a forward.
 
     Args:
+        call: The form of the call.
         operands: What the forward is to be called with.
         wanted: Of which operands gradients are wanted.
         sources: The operands and results that the backward will be given; what else the kernel
@@ -100,6 +102,7 @@ class Tape:
 
     def __init__(
         self,
+        call: Call,
         operands: Sequence[Any],
         wanted: Sequence[bool],
         sources: frozenset[Source] | None,
@@ -112,24 +115,27 @@ class Tape:
         self._sources = sources
         self._holds = holds
         self._lent: list[tuple[Source, Tensor]] = []
-        self.inputs: list[Any] = []
-        """What to call the forward with."""
         self.saves: list[_Saved] = []
         """What the kernel saved."""
         self.roots: list[tuple[int, GradientEdge]] = []
         """The results that a gradient flows through, and where it goes from each."""
         self.leaves: dict[int, Tensor] = {}
-        """The operands that gradients are wanted of."""
-        for i, (value, needed) in enumerate(zip(operands, wanted, strict=True)):
-            if isinstance(value, Tensor):
-                if holds:
-                    value = contiguous_copy(value)
-                else:
-                    self._lent.append((("operand", i), value))
-                    value = value.detach()
-                if needed:
-                    self.leaves[i] = value.requires_grad_()
-            self.inputs.append(value)
+        """The operands that gradients are wanted of; of weights that are tied the first."""
+
+        def own(i: int, operand: Tensor) -> Tensor:
+            made = contiguous_copy(operand) if holds else operand.detach()
+            if wanted[i]:
+                self.leaves[i] = made.requires_grad_()
+            return made
+
+        self.inputs = call.counterparts(operands, own)
+        """What to call the forward with."""
+        tensors = [v for v in self.inputs if isinstance(v, Tensor)]
+        self.tied = len({id(v) for v in tensors}) < len(tensors)
+        """Whether some of the weights are."""
+        if not holds:
+            given = enumerate(operands)
+            self._lent += [(("operand", i), v) for i, v in given if isinstance(v, Tensor)]
 
     @property
     def kept(self) -> list[Tensor]:

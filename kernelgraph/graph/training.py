@@ -193,7 +193,9 @@ class ByKernel(Differentiable):
         ):
             made = self._checked(None, operands)  # whose gradient nobody can ask for
             return (*(made if self.count > 1 else (made,)), handle())
-        tape = Tape(operands, self.wanted, frozenset(self._sources), holds=self._own.holds)
+        tape = Tape(
+            self._call, operands, self.wanted, frozenset(self._sources), holds=self._own.holds
+        )
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
         before = versions(operands) if sizes not in self._known else None
         try:

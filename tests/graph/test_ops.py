@@ -270,7 +270,16 @@ ALIASES = {
     "a conjugate": lambda self, x: torch.complex(x, x).conj(),
     "empty": lambda self, x: x[:0],
     "one and its empty part": lambda self, x: (y := x + 1, y[:0]),
+    "two halves": lambda self, x: (x + 1).view(2, 6).unbind(),
+    "the end": lambda self, x: (x + 1)[1:],
+    "not aligned": lambda self, x: misaligned(x + 1),
 }
+
+
+def misaligned(t):
+    """The same numbers, where a storage of their own begins, one number past what is aligned."""
+    storage = torch.cat([t.new_zeros(1), t.reshape(-1)]).untyped_storage()
+    return torch.empty(0).set_(storage[t.itemsize :]).view(t.shape)
 
 
 @pytest.mark.parametrize("what", ALIASES)
@@ -293,6 +302,8 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
         assert result.is_contiguous()
         assert not result.is_conj()
         assert not result.is_neg()
+        assert result.storage_offset() == 0
+        assert result.data_ptr() % 16 == 0
         assert result.shape == fake.shape
         # What step there is where there is nothing to step to is nobody's business.
         steps = zip(result.shape, result.stride(), fake.stride(), strict=True)

@@ -725,6 +725,90 @@ def test_results_of_a_function_that_share_memory():
         assert torch.equal(part, before)
 
 
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.count = count
+        return x * weight * count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return grad * weight * ctx.count, (grad * x).sum(0) * ctx.count, None
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = self.other = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * (self.other * 0 + 1) * len(list(self.parameters()))
+
+
+TIED = {
+    "autograd": (Tied.forward, Own((0, 1, 2), (), (True,))),
+    "holds": (Tied.forward, Own((0, 1, 2), (), (True,), holds=True)),
+    "function": (
+        lambda self, x: Counted.apply(
+            x, self.weight, len(list(self.parameters())) * (self.other is self.weight)
+        ),
+        Own((0, 1), (), (True,)),
+    ),
+    "reference": (lambda self, x: Tied.forward(self, x.detach()), None),
+}
+
+
+class Product(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y + y.sin()
+
+
+PRODUCTS = {
+    "autograd": (Product.forward, Own((0, 1), (), (True,))),
+    "reference": (lambda self, x, y: (x * y + y.sin()).detach(), None),
+}
+
+
+SPLITS = {
+    "first": lambda x: (x.detach(), x),
+    "second": lambda x: (x, x.detach()),
+    "none": lambda x: (x, x),
+}
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+@pytest.mark.parametrize("stopped", SPLITS)
+def test_one_tensor_that_autograd_tells_apart(how, stopped):
+    """In a compiled graph ``x`` and ``x.detach()`` are the same tensor."""
+    forward, own = PRODUCTS[how]
+    module, split = Product(), SPLITS[stopped]
+    x = torch.randn(3, requires_grad=True)
+    op = lowered(module, kernel(forward), *split(x), training=True, own=own)
+
+    def total(product: Any, x: Tensor) -> Tensor:
+        return product(*split(x.sin())).square().sum()
+
+    compiled = torch.compile(total, backend="inductor", fullgraph=True)
+    for _ in range(2):
+        made = torch.autograd.grad(compiled(op, x), x)
+        torch.testing.assert_close(made, torch.autograd.grad(total(module, x), x))
+
+
+@pytest.mark.parametrize("how", TIED)
+def test_tied_weights_are_one_parameter(how):
+    module, x = Tied(), torch.randn(3, 4, requires_grad=True)
+    forward, own = TIED[how]
+    op = lowered(module, kernel(forward), x, training=True, own=own)
+    for _ in range(3):
+        y, expected = op(), module(x)
+        torch.testing.assert_close(y, expected)
+        wanted = (x, module.weight)
+        made = torch.autograd.grad(y.square().sum(), wanted)
+        torch.testing.assert_close(made, torch.autograd.grad(expected.square().sum(), wanted))
+
+
 def test_conjugates_are_saved_as_such():
     """In the same memory as an operand, and not the same numbers."""
 
