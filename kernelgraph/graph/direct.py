@@ -232,7 +232,7 @@ class Direct:
         ranges = []
         for result, output, (shape, dtype, _) in zip(results, outputs, form.results, strict=True):
             fits = result is output and type(result) is Tensor and result.shape == shape
-            if not (fits and result.dtype is dtype and result.is_contiguous()) or result.is_neg():
+            if not (fits and result.dtype is dtype and result.is_contiguous()):
                 return None
             first = result.data_ptr()
             if result.storage_offset() or first % ALIGNMENT:
