@@ -212,18 +212,18 @@ class Call:
         Arguments have one each: what autograd tells apart, such as ``x`` and ``x.detach()``, is
         the same tensor in a compiled graph.
         """
-        tied: dict[int, torch.Tensor] = {}
-        made: list[Any] = []
-        for i, value in enumerate(operands):
+        first, tied = self.first_state, {}
+
+        def counterpart(i: int, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
-                made.append(value)
-            elif i >= self.first_state and id(value) in tied:
-                made.append(tied[id(value)])
-            else:
-                made.append(make(i, value))
-                if i >= self.first_state:
-                    tied[id(value)] = made[-1]
-        return made
+                return value
+            if i < first:
+                return make(i, value)
+            if id(value) not in tied:
+                tied[id(value)] = make(i, value)
+            return tied[id(value)]
+
+        return [counterpart(i, value) for i, value in enumerate(operands)]
 
     @property
     def argument_paths(self) -> list[Path]:
