@@ -24,18 +24,21 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     taken = [extent(t) for t in inputs]
     made = []
     for tensor in tensors:
-        if tensor.requires_grad or tensor._is_view():
-            tensor = tensor.detach()
-        if tensor.is_conj() or tensor.is_neg():  # a sign that is yet to be put into the memory
-            tensor = tensor.resolve_conj().resolve_neg()
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
         start, end = extent(tensor)
-        placed = start < end and not tensor.storage_offset() and start % ALIGNMENT == 0
-        if not placed or any(start < e and s < end for s, e in taken):
-            tensor = tensor.clone()
-            start, end = extent(tensor)
-        taken.append((start, end))
+        fits = (
+            tensor.is_contiguous()
+            and start < end
+            and start % ALIGNMENT == 0
+            and not tensor.storage_offset()
+            # A sign that is yet to be put into the memory.
+            and not (tensor.is_conj() or tensor.is_neg())
+            and not any(start < e and s < end for s, e in taken)
+        )
+        if not fits:
+            tensor = contiguous_copy(tensor)
+        elif tensor.requires_grad or tensor._is_view():
+            tensor = tensor.detach()
+        taken.append(extent(tensor))
         made.append(tensor)
     return made
 

@@ -304,10 +304,7 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
         assert not result.is_neg()
         assert result.storage_offset() == 0
         assert result.data_ptr() % 16 == 0
-        assert result.shape == fake.shape
-        # What step there is where there is nothing to step to is nobody's business.
-        steps = zip(result.shape, result.stride(), fake.stride(), strict=True)
-        assert all(made == told for n, made, told in steps if n > 1)
+        assert (result.shape, result.stride()) == (fake.shape, fake.stride())
     with torch.no_grad():
         for result in results:
             others = [t for t in (*results, *op.operands) if t is not result]
