@@ -144,17 +144,14 @@ def _flows(
         UnsupportedValue: If it writes into operands or sets attributes, draws random numbers, or
             returns what an op does not, or no tensor.
     """
-    own: dict[int, Tensor] = {}
     devices = {v.device for v in operands if isinstance(v, Tensor)}
     with samples.apart(operands), torch.enable_grad():
         before = _random_states(devices)
-        copies = [
+        copies = call.counterparts(
+            operands,
             # Not a leaf, so that a write into it shows and raises nothing.
-            own.setdefault(id(v), v.detach().clone().requires_grad_(v.requires_grad).clone())
-            if isinstance(v, Tensor)
-            else v
-            for v in operands
-        ]
+            lambda i, v: v.detach().clone().requires_grad_(v.requires_grad).clone(),
+        )
         told, results = observe(Runner(forward, call), copies)
         drawn = not all(map(torch.equal, before, _random_states(devices)))
     if told.written:

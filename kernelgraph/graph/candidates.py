@@ -73,7 +73,7 @@ class Pending:
     @property
     def _numbers(self) -> dict[str, Any]:
         """The whole numbers and constants among the arguments, by name."""
-        arguments = self.operands[: len(self.call.argument_paths)]
+        arguments = self.operands[: self.call.first_state]
         given = zip(self.call.names, arguments, strict=False)
         numbers = {n: _torch.hint(v) for n, v in given if not isinstance(v, (Tensor, float))}
         return {**numbers, **constants_in(self.call.arguments, self.site.layer)}
@@ -195,7 +195,7 @@ def _weight(pending: Pending, operand: int) -> Tensor | None:
     Raises:
         Unmeasurable: It has no memory, and so there is no knowing whether there is enough.
     """
-    state = operand - len(pending.call.argument_paths)
+    state = operand - pending.call.first_state
     if not 0 <= state < len(pending.call.state.tensors):
         return None
     weight: Tensor = read(pending.site.module, pending.call.state.tensors[state])
@@ -210,7 +210,7 @@ def _index_bounds(pending: Pending, given: Sequence[Any]) -> dict[int, int]:
     Raises:
         Unmeasurable: Nothing tells them: what takes zeros for indices says nothing.
     """
-    count = len(pending.call.argument_paths)
+    count = pending.call.first_state
     there = [
         i
         for i, v in enumerate(pending.operands[:count])

@@ -42,7 +42,7 @@ class Operands:
         self._trial = trial
         self._weights: dict[int, Tensor] = {}
         self._made_up = list(operands)
-        self._first = len(call.argument_paths)
+        self._first = call.first_state
         for i, path in enumerate(call.state.tensors, self._first):
             value: Tensor = read(module, path)
             if not _torch.is_fake(value) and value.device.type != "meta":
