@@ -701,15 +701,11 @@ class Twice(torch.autograd.Function):
 
 
 def test_results_of_a_function_that_share_memory():
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.full((4,), 1.5))
-
+    class Parted(Scaled):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x * self.weight, x[1:] * self.weight
 
-    module, x = Scaled(), torch.randn(3, 4, requires_grad=True)
+    module, x = Parted(), torch.randn(3, 4, requires_grad=True)
     forward = kernel(lambda self, x: Twice.apply(x, self.weight))
     op = lowered(module, forward, x, own=Own((0, 1), (), (True, True)))
     for _ in range(3):
@@ -760,6 +756,19 @@ TIED = {
 }
 
 
+@pytest.mark.parametrize("how", TIED)
+def test_tied_weights_are_one_parameter(how):
+    module, x = Tied(), torch.randn(3, 4, requires_grad=True)
+    forward, own = TIED[how]
+    op = lowered(module, kernel(forward), x, training=True, own=own)
+    for _ in range(3):
+        y, expected = op(), module(x)
+        torch.testing.assert_close(y, expected)
+        wanted = (x, module.weight)
+        made = torch.autograd.grad(y.square().sum(), wanted)
+        torch.testing.assert_close(made, torch.autograd.grad(expected.square().sum(), wanted))
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x * y + y.sin()
@@ -796,29 +805,16 @@ def test_one_tensor_that_autograd_tells_apart(how, stopped):
         torch.testing.assert_close(made, torch.autograd.grad(total(module, x), x))
 
 
-@pytest.mark.parametrize("how", TIED)
-def test_tied_weights_are_one_parameter(how):
-    module, x = Tied(), torch.randn(3, 4, requires_grad=True)
-    forward, own = TIED[how]
-    op = lowered(module, kernel(forward), x, training=True, own=own)
-    for _ in range(3):
-        y, expected = op(), module(x)
-        torch.testing.assert_close(y, expected)
-        wanted = (x, module.weight)
-        made = torch.autograd.grad(y.square().sum(), wanted)
-        torch.testing.assert_close(made, torch.autograd.grad(expected.square().sum(), wanted))
-
-
 def test_conjugates_are_saved_as_such():
     """In the same memory as an operand, and not the same numbers."""
 
-    class Product(nn.Module):
+    class Conjugated(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x.conj_physical() * y
 
     x, y = (torch.randn(3, dtype=torch.complex64, requires_grad=True) for _ in range(2))
     forward = kernel(lambda self, x, y: x.conj() * y)
-    op = lowered(Product(), forward, x, y, own=Own((0, 1), (), (True,)))
+    op = lowered(Conjugated(), forward, x, y, own=Own((0, 1), (), (True,)))
     for _ in range(2):
         made = torch.autograd.grad(op.overload(x, y)[0].abs().sum(), (x, y))
         expected = torch.autograd.grad((x.conj() * y).abs().sum(), (x, y))
