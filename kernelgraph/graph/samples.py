@@ -22,7 +22,8 @@ def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
     """Run code for real in the middle of a trace, and leave nothing of it behind.
 
     No gradient is recorded, and the random numbers that it draws, on the CPU and on the devices
-    of ``operands``, are drawn again by whoever comes next.
+    of ``operands``, are drawn again by whoever comes next. A backward runs in this thread, not in
+    the device's: it may compile, and this thread has the lock of compilers while it traces.
 
     Args:
         operands: What the code works on.
@@ -33,6 +34,7 @@ def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
         stack.enter_context(_torch.for_real())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in ("cuda", "xpu"):
             indices = sorted({device.index or 0 for device in devices if device.type == kind})

@@ -363,6 +363,34 @@ class TestTraining:
         out.sum().backward()
         assert model[0].weight.grad is not None
 
+    def test_a_backward_that_is_tried_or_timed_runs_in_the_thread_that_traces(self):
+        """A device's own thread would wait for the lock that the tracing one has, if it compiles."""
+        apart: list[bool] = []
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+                ctx.save_for_backward(x, weight)
+                return x * weight + 1
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Any:
+                apart.append(not torch._C._is_multithreading_enabled())
+                x, weight = ctx.saved_tensors
+                return grad * weight, (grad * x).sum(0)
+
+        class Kernel(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return Function.apply(x, self.weight)
+
+        with mapping(Work=Kernel):
+            out = compiled(stack(1.0)[:1], inner="aot_eager")(torch.randn(3, 4))
+        assert apart
+        assert all(apart)
+        apart.clear()
+        out.sum().backward()
+        assert apart == [False]
+
     def test_a_kernel_that_wins_trains(self):
         torch.manual_seed(0)
         model = stack(1.0)[:1]

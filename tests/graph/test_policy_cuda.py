@@ -101,8 +101,53 @@ def test_what_wins_is_used_and_what_loses_is_not():
     assert [d.reason for d in report.decisions] == [Reason.KERNEL, Reason.SLOWER]
 
 
+class Halves(nn.Module):
+    """Has a backward that is compiled when it first runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Half.apply(x)
+
+
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return double(grad)
+
+
+@torch.compile
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@pytest.mark.parametrize("policy", ["always", "fastest"])
+def test_training(policy):
+    """A device's own thread runs the backward, and would wait there for the thread that traces."""
+    own = model(Twice()).train()
+    x = torch.randn(64, 64, device="cuda")
+    own(x).square().sum().backward()
+    expected = [p.grad for p in own.parameters()]
+    own.zero_grad()
+    options = {"policy": policy}
+    with use_kernel_mapping({"Twice": {"cuda": Repository(Halves)}}, inherit_mapping=False):
+        compiled = torch.compile(own, backend="hubkernels", fullgraph=True, options=options)
+        compiled(x).square().sum().backward()
+    report = last_report()
+    assert report is not None
+    assert [d.reason in (Reason.KERNEL, Reason.SLOWER) for d in report.decisions] == [True]
+    assert "not measured" not in report.decisions[0].detail
+    for parameter, gradient in zip(own.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
+
+
 def test_the_memory_that_measuring_takes(monkeypatch):
-    """Weights are those of the layer; what is made up and computed is a few copies of the call."""
+    """Weights are those of the layer; what is made up and computed is a few copies of the call.
+
+    Inductor clears the cache by a buffer of its size while it chooses among its own kernels.
+    """
 
     @use_kernel_forward_from_hub("Heavy")
     class Heavy(nn.Module):
@@ -134,4 +179,5 @@ def test_the_memory_that_measuring_takes(monkeypatch):
     with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
         torch.compile(heavy, backend="hubkernels", options={"policy": "fastest"})(x)
     assert len(peaks) == 1
-    assert peaks[0] <= 4 * x.numel() * x.element_size() + 2**20
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    assert peaks[0] - cache <= 4 * x.numel() * x.element_size() + 2**20
