@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
 import statistics
 import sys
 import time
@@ -146,7 +147,8 @@ def median_ms(
     programs: dict[str, Program], input_ids: Tensor, rounds: int, limit_s: float
 ) -> dict[str, float]:
     """The median time of each program's step in milliseconds. They take turns, the slow ones
-    fewer, so that a machine which is slower for a while is slower for all.
+    fewer, so that a machine which is slower for a while is slower for all; in another order each
+    time, since a device runs slower after what made it hot.
 
     Args:
         programs: By name.
@@ -156,10 +158,11 @@ def median_ms(
     """
     times = {name: [seconds(program, input_ids)] for name, program in programs.items()}
     turns = {name: max(3, min(rounds, int(limit_s / first))) for name, (first,) in times.items()}
+    order = random.Random(0)
     for turn in range(rounds):
-        for name, program in programs.items():
-            if turn % (rounds // turns[name]) == 0:
-                times[name].append(seconds(program, input_ids))
+        due = [name for name in programs if turn % (rounds // turns[name]) == 0]
+        for name in order.sample(due, len(due)):
+            times[name].append(seconds(programs[name], input_ids))
     return {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()}
 
 

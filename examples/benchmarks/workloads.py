@@ -23,7 +23,9 @@ others; for experts hubkernels at most 0.9 of kernelized, and inductor at least 
 A first call is that of a new process which has compiled nothing before, and includes what is
 imported for it. With cold caches each of the two backends has caches of its own; the call of the
 second process finds them warm. Target: hubkernels at most 1.05 of inductor in the second process.
-``--no-second`` leaves out the second processes, ``--no-first`` all that only make a first call.
+``--no-second`` leaves out the second processes, ``--no-first`` all that only make a first call;
+the caches are then the same for all, which saves time, and where two columns have one graph, they
+have one program, of the same choices of Inductor's.
 
 Elsewhere than on a GPU it is a tiny version without CUDA graphs; with ``--no-first`` it takes two
 minutes on two cores, and else five, since each cold cache of Inductor starts with C++ headers.
@@ -160,7 +162,7 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
         # Hubkernels is the first, since its first call is to be that of a new process.
         for name in sorted(parsed.columns, key="hubkernels".__ne__):
             column = COLUMNS[name]
-            use_caches(parsed.child, column.backend or "hubkernels")
+            use_caches(parsed.child / ("" if parsed.no_first else column.backend))
             try:
                 made = program(column, model, kernels, workload.training, parsed.policy)
                 took = [seconds(made, input_ids) for _ in range(WARM_UP)]
@@ -182,10 +184,10 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
     return done
 
 
-def use_caches(root: Path, backend: str) -> None:
-    """Have what is compiled from here on kept in the backend's folder in ``root``."""
+def use_caches(folder: Path) -> None:
+    """Have what is compiled from here on kept in ``folder``."""
     for name in CACHES:
-        os.environ[name] = str(root / backend / name.lower())
+        os.environ[name] = str(folder / name.lower())
 
 
 def chosen(report: Report) -> list[str]:
@@ -199,6 +201,7 @@ def child(
 ) -> subprocess.Popen[str]:
     """A process that measures ``columns`` of the workload ``name``."""
     policy = ["--policy", parsed.policy] if parsed.policy else []
+    only += ("--no-first",) if parsed.no_first else ()
     return subprocess.Popen(
         [
             *(sys.executable, __file__, name, "--columns", *columns),
