@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -254,3 +256,22 @@ def _gpu_target(kind: str, index: int | None) -> Target:
         raise ValueError(f'there is no device "{kind}:{index}": torch sees {count}, from 0')
     major, minor = torch.cuda.get_device_capability(index)
     return Target(kind, major * 10 + minor)
+
+
+NVML = "libnvidia-ml.so.1"
+"""NVIDIA's management library, a part of the driver."""
+
+
+@functools.cache
+def driver_version() -> str:
+    """The version of NVIDIA's driver, such as 580.159.04; empty where none says so.
+
+    From NVML (``nvmlSystemGetDriverVersion``), since torch does not tell.
+    """
+    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    try:
+        nvml = ctypes.CDLL(NVML)
+        failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    except (OSError, AttributeError):  # no such library, or one without these
+        return ""
+    return "" if failed else text.value.decode()

@@ -2,15 +2,18 @@
 
 import pickle
 import re
+import subprocess
 
 import pytest
 
+from kernelgraph import devices
 from kernelgraph.devices import (
     DEVICE_TYPES,
     CUDAProperties,
     Device,
     ROCMProperties,
     Target,
+    driver_version,
     target_of,
 )
 
@@ -278,3 +281,39 @@ class TestTargetOf:
         major, minor = torch.cuda.get_device_capability(0)
         kind = "cuda" if torch.version.hip is None else "rocm"
         assert target_of("cuda:0") == Target(kind, major * 10 + minor)
+
+
+NVML = """
+#include <cstring>
+
+extern "C" int nvmlInit_v2() { return %d; }
+
+extern "C" int nvmlSystemGetDriverVersion(char* version, unsigned int length) {
+  if (length < 80) return 7;  // NVML_ERROR_INSUFFICIENT_SIZE
+  std::strcpy(version, "580.159.04");
+  return %d;
+}
+"""
+
+
+class TestDriverVersion:
+    @pytest.fixture(autouse=True)
+    def _asked_anew(self):
+        driver_version.cache_clear()
+        yield
+        driver_version.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("codes", "version"), [((0, 0), "580.159.04"), ((9, 0), ""), ((0, 9), "")]
+    )
+    def test_what_the_driver_says(self, tmp_path, monkeypatch, codes, version):
+        source, library = tmp_path / "nvml.cpp", tmp_path / "libnvidia-ml.so.1"
+        source.write_text(NVML % codes)
+        subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
+        monkeypatch.setattr(devices, "NVML", str(library))
+        assert driver_version() == version
+
+    @pytest.mark.parametrize("library", ["libkernelgraph-none.so.1", None], ids=["none", "other"])
+    def test_where_there_is_none(self, monkeypatch, library):
+        monkeypatch.setattr(devices, "NVML", library)  # without a name it is the program itself
+        assert driver_version() == ""

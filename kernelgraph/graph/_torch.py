@@ -781,10 +781,3 @@ def store_of_group() -> Any:
     if torch.distributed.get_world_size() == 1:
         return None
     return torch.distributed.distributed_c10d._get_default_store()
-
-
-def driver_version() -> str:
-    """The versions of CUDA or HIP that torch was built with and that the driver has."""
-    built = torch.version.cuda or torch.version.hip or ""
-    get = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return f"{built}/{get() if get and torch.cuda.is_available() else ''}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph import cache
+from kernelgraph.devices import driver_version
 from kernelgraph.graph import _torch, ranks, samples
 from kernelgraph.graph.call import UnsupportedValue, take_leaves, template_text
 from kernelgraph.graph.choice import Site
@@ -126,7 +127,7 @@ def kind_of(
         (
             (_VERSION, *versions()),
             sorted({device_name(v.device) for v in (*tensors, *held)}),
-            _torch.driver_version() if site.target.type != "cpu" else torch.get_num_threads(),
+            torch.get_num_threads() if site.target.type == "cpu" else _toolkit(),
             layer_key(layer),
             [*map(kernel_key, kernels)],
             [source_of(layer, k) for k in kernels],
@@ -157,6 +158,11 @@ def _form(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, Tensor):
         return numbers
     return numbers, str(value.dtype), value.device.type, value.requires_grad
+
+
+def _toolkit() -> tuple[str | None, ...]:
+    """What torch was built with for GPUs, and what drives them."""
+    return torch.version.cuda, torch.version.hip, driver_version()
 
 
 def _compiler_text(options: Options) -> str:

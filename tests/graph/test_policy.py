@@ -364,7 +364,7 @@ class TestTraining:
         assert model[0].weight.grad is not None
 
     def test_a_backward_that_is_tried_or_timed_runs_in_the_thread_that_traces(self):
-        """A device's own thread would wait for the lock that the tracing one has, if it compiles."""
+        """A device's own thread would wait for the lock that this one has, if it compiles."""
         apart: list[bool] = []
 
         class Function(torch.autograd.Function):
@@ -647,7 +647,7 @@ class TestKept:
             if of == "triton":
                 monkeypatch.setattr(trial, "_triton_version", lambda: "99")
             elif of == "driver":
-                monkeypatch.setattr(choosing._torch, "driver_version", lambda: "99")
+                monkeypatch.setattr(choosing, "driver_version", lambda: "99")
             else:
                 monkeypatch.setattr({"torch": torch, "kernelgraph": kernelgraph}[of],
                                     "__version__", "99.0")  # fmt: skip

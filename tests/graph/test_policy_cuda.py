@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph import last_report, use_kernel_forward_from_hub, use_kernel_mapping
+from kernelgraph.devices import driver_version
 from kernelgraph.graph import choosing, policy
 from kernelgraph.report import Reason
 from tests.graph.toy_models import Repository
@@ -141,6 +143,16 @@ def test_training(policy):
     assert "not measured" not in report.decisions[0].detail
     for parameter, gradient in zip(own.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_a_choice_is_kept_for_this_driver():
+    kernels = {"Twice": {"cuda": Repository(Same)}}
+    options = {"verify": False, "policy": "fastest"}
+    with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
+        compiled = torch.compile(model(Twice()), backend="hubkernels", options=options)
+        compiled(torch.randn(64, 64, device="cuda"))
+    assert re.fullmatch(r"\d+(\.\d+)+", driver_version())
+    assert [repr(driver_version()) in kind for kind in choosing._choices] == [True]
 
 
 def test_the_memory_that_measuring_takes(monkeypatch):
