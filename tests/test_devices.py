@@ -16,6 +16,7 @@ from kernelgraph.devices import (
     driver_version,
     target_of,
 )
+from tests.examples.sources import import_example
 
 TYPES = "there are cpu, cuda, rocm, mps, npu, xpu, neuron, tpu (metal means mps)"
 PROPERTIES = pytest.mark.parametrize("properties", [CUDAProperties, ROCMProperties])
@@ -309,7 +310,8 @@ class TestDriverVersion:
     def test_what_the_driver_says(self, tmp_path, monkeypatch, codes, version):
         source, library = tmp_path / "nvml.cpp", tmp_path / "libnvidia-ml.so.1"
         source.write_text(NVML % codes)
-        subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
+        compiler = import_example("kernels/build").find_compiler()[0]
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
         monkeypatch.setattr(devices, "NVML", str(library))
         assert driver_version() == version
 

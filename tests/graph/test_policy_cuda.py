@@ -131,10 +131,8 @@ def test_training(policy):
     own(x).square().sum().backward()
     expected = [p.grad for p in own.parameters()]
     own.zero_grad()
-    options = {"policy": policy}
-    with use_kernel_mapping(
-        {"Twice": {"cuda": Repository(CompilesItsBackward)}}, inherit_mapping=False
-    ):
+    kernels, options = {"Twice": {"cuda": Repository(CompilesItsBackward)}}, {"policy": policy}
+    with use_kernel_mapping(kernels, inherit_mapping=False):
         compiled = torch.compile(own, backend="hubkernels", fullgraph=True, options=options)
         compiled(x).square().sum().backward()
     report = last_report()
