@@ -158,10 +158,11 @@ def median_ms(
     """
     times = {name: [seconds(program, input_ids)] for name, program in programs.items()}
     turns = {name: max(3, min(rounds, int(limit_s / first))) for name, (first,) in times.items()}
-    order = random.Random(0)
+    chance = random.Random(0)
     for turn in range(rounds):
         due = [name for name in programs if turn % (rounds // turns[name]) == 0]
-        for name in order.sample(due, len(due)):
+        chance.shuffle(due)
+        for name in due:
             times[name].append(seconds(programs[name], input_ids))
     return {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()}
 

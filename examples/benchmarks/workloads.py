@@ -29,7 +29,7 @@ the caches are then the same for all, which saves time, and where two columns ha
 have one program, of the same choices of Inductor's.
 
 Elsewhere than on a GPU it is a tiny version without CUDA graphs; with ``--no-first`` it takes two
-minutes on two cores, and else five, since each cold cache of Inductor starts with C++ headers.
+minutes on two cores, and else six, since each cold cache of Inductor starts with C++ headers.
 """
 
 from __future__ import annotations
