@@ -25,13 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE / "kernels")]
 from build import build
 from decoder import Decoder, DecoderConfig
 
-from kernelgraph import (
-    LocalLayerRepository,
-    Mode,
-    kernelize,
-    last_report,
-    use_kernel_mapping,
-)
+from kernelgraph import LocalLayerRepository, Mode, kernelize, last_report, use_kernel_mapping
 
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
 MODELS = {

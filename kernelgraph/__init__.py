@@ -9,69 +9,73 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kernelgraph._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from kernelgraph.devices import CUDAProperties, Device, ROCMProperties
+    from kernelgraph.archive import aot_compile, aot_load, load, save
+    from kernelgraph.builds import get_kernel_dep
     from kernelgraph.eager import kernelize
-    from kernelgraph.graph.archive import aot_compile, aot_load, load, save
-    from kernelgraph.graph.export import export
-    from kernelgraph.graph.rewrite import rewrite
-    from kernelgraph.graph.tracer import Tracer
-    from kernelgraph.hub.importing import get_kernel_dep
-    from kernelgraph.hub.kernels import (
-        get_kernel,
-        get_local_kernel,
-        get_locked_kernel,
-        has_kernel,
-    )
-    from kernelgraph.hub.repositories import (
+    from kernelgraph.graph.fx import Tracer, rewrite
+    from kernelgraph.hub import (
         FuncRepository,
         LayerRepository,
         LocalFuncRepository,
         LocalLayerRepository,
         LockedLayerRepository,
+        get_kernel,
+        get_local_kernel,
+        get_locked_kernel,
+        has_kernel,
     )
     from kernelgraph.layers import (
         replace_kernel_forward_from_hub,
         use_kernel_forward_from_hub,
         use_kernelized_func,
     )
-    from kernelgraph.mapping import register_kernel_mapping, use_kernel_mapping
-    from kernelgraph.modes import KernelizeFallback, Mode
+    from kernelgraph.programs import export
     from kernelgraph.report import last_report
+    from kernelgraph.selection import (
+        CUDAProperties,
+        Device,
+        KernelizeFallback,
+        Mode,
+        ROCMProperties,
+        register_kernel_mapping,
+        use_kernel_mapping,
+    )
 
 _HOMES = {
-    "CUDAProperties": "devices",
-    "Device": "devices",
-    "FuncRepository": "hub.repositories",
-    "KernelizeFallback": "modes",
-    "LayerRepository": "hub.repositories",
-    "LocalFuncRepository": "hub.repositories",
-    "LocalLayerRepository": "hub.repositories",
-    "LockedLayerRepository": "hub.repositories",
-    "Mode": "modes",
-    "ROCMProperties": "devices",
-    "Tracer": "graph.tracer",
-    "aot_compile": "graph.archive",
-    "aot_load": "graph.archive",
-    "export": "graph.export",
-    "get_kernel": "hub.kernels",
-    "get_kernel_dep": "hub.importing",
-    "get_local_kernel": "hub.kernels",
-    "get_locked_kernel": "hub.kernels",
-    "has_kernel": "hub.kernels",
+    "CUDAProperties": "selection",
+    "Device": "selection",
+    "FuncRepository": "hub",
+    "KernelizeFallback": "selection",
+    "LayerRepository": "hub",
+    "LocalFuncRepository": "hub",
+    "LocalLayerRepository": "hub",
+    "LockedLayerRepository": "hub",
+    "Mode": "selection",
+    "ROCMProperties": "selection",
+    "Tracer": "graph.fx",
+    "aot_compile": "archive",
+    "aot_load": "archive",
+    "export": "programs",
+    "get_kernel": "hub",
+    "get_kernel_dep": "builds",
+    "get_local_kernel": "hub",
+    "get_locked_kernel": "hub",
+    "has_kernel": "hub",
     "kernelize": "eager",
     "last_report": "report",
-    "load": "graph.archive",
-    "register_kernel_mapping": "mapping",
+    "load": "archive",
+    "register_kernel_mapping": "selection",
     "replace_kernel_forward_from_hub": "layers",
-    "rewrite": "graph.rewrite",
-    "save": "graph.archive",
+    "rewrite": "graph.fx",
+    "save": "archive",
     "use_kernel_forward_from_hub": "layers",
-    "use_kernel_mapping": "mapping",
+    "use_kernel_mapping": "selection",
     "use_kernelized_func": "layers",
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "CUDAProperties",
     "Device",

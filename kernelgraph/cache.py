@@ -158,3 +158,10 @@ def _complain(path: Path) -> None:
         path,
     )
     _complained = True
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> None:
+    """Put ``value`` into a table that never grows beyond ``most`` entries."""
+    if len(known) >= most:
+        known.clear()
+    known[key] = value

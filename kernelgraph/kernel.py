@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kernelgraph.layers import Extensible, check_hub_layer
-from kernelgraph.mapping import KernelMapping, Rejection, Selection, selections
-from kernelgraph.modes import Mode
 from kernelgraph.report import Reason
+from kernelgraph.selection import KernelMapping, Mode, Rejection, Selection, selections
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kernelgraph.devices import Target
-    from kernelgraph.hub.loading import Origin
+    from kernelgraph.builds import Origin
+    from kernelgraph.selection import Target
 
 
 logger = logging.getLogger("kernelgraph")
@@ -150,7 +149,7 @@ def _kernel(
     if Mode.TRAINING in mode and not getattr(hub_layer, "has_backward", True):
         return Rejection(Reason.NO_BACKWARD, str(selection.repository))
 
-    from kernelgraph.hub.loading import origin_of
+    from kernelgraph.builds import origin_of
 
     return Kernel(hub_layer, origin_of(hub_layer), selection)
 
@@ -169,8 +168,8 @@ def decide_again(
 
 
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
-    from kernelgraph.hub.foreign import load_foreign
-    from kernelgraph.hub.repositories import Repository
+    from kernelgraph.builds import load_foreign
+    from kernelgraph.hub import Repository
 
     repository = selection.repository
     if isinstance(repository, Repository):  # ours know builds for several devices

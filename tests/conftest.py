@@ -28,6 +28,8 @@ os.environ.pop("CI", None)
 
 import torch  # noqa: E402 (it reads some of these as it is imported)
 
+pytest_plugins = ["tests.support.hub"]
+
 # A run fails for what has changed, and not by its luck or on a slow machine.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", derandomize=False, deadline=None)
@@ -83,7 +85,7 @@ def theirs(request: pytest.FixtureRequest) -> Any:
     """Another package that tags layers: one for tests and, where it is installed, ``kernels``."""
     if request.param == "kernels":
         return pytest.importorskip("kernels")
-    from tests import foreign
+    from tests.support import other_package as foreign
 
     return foreign
 

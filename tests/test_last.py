@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from kernelgraph.last import OfLast
+from kernelgraph.report import OfLast
 
 
 class Owner:

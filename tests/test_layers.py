@@ -25,7 +25,7 @@ from kernelgraph.layers import (
     reference_of,
     tagged_subclasses,
 )
-from tests.toys import Plain, Plus10, Scale, Shift, Shift10, only, result
+from tests.support.toys import Plain, Plus10, Scale, Shift, Shift10, only, result
 
 T = TypeVar("T")
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.hub.loopback import LoopbackHub
-from tests.hub.toy_repository import variant_files
+from tests.support.loopback import LoopbackHub
+from tests.support.toy_repository import variant_files
 
 ROUNDS = 60
 VARIANTS = 40
@@ -59,8 +59,8 @@ def main() -> None:
 
 def measure_loading(hub: LoopbackHub) -> None:
     from kernelgraph import LayerRepository
-    from kernelgraph.devices import Target
     from kernelgraph.hub.client import Hub, Resolved
+    from kernelgraph.selection.devices import Target
 
     hub.organisation("org", trusted=True)
     repository = hub.repository("org/toy")
@@ -108,7 +108,7 @@ def median(call: Callable[[], object], forget: str | None) -> float:
 
 
 def measure_digests(directory: Path) -> None:
-    from kernelgraph.hub.metadata import digest_files
+    from kernelgraph.builds.metadata import digest_files
 
     content = os.urandom(1 << 20) * (DIGESTED >> 22)
     for i in range(4):

@@ -29,11 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import kernelgraph
-from kernelgraph.graph.choice import Choices
-from kernelgraph.graph.options import Options
-from kernelgraph.graph.plan import plan
-from kernelgraph.graph.rewrite import replace_layers
-from kernelgraph.mapping import current_mapping
+from kernelgraph.graph.fx.planner import plan
+from kernelgraph.graph.fx.rewriter import replace_layers
+from kernelgraph.graph.lowering.options import Options
+from kernelgraph.graph.lowering.sites import Choices
+from kernelgraph.selection.mapping import current_mapping
 
 NODES = (12_500, 25_000, 50_000)
 COMPILED = {"aot_eager": 2_000, "inductor": 500}

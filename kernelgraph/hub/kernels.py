@@ -9,16 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from kernelgraph.devices import Target, target_of
+from kernelgraph.builds import (
+    Checked,
+    Wanted,
+    below,
+    check_archs,
+    check_repo_id,
+    check_variant,
+    default_target,
+    gfx_of,
+    import_checked,
+    read_metadata,
+    variant_at,
+)
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.fetching import read_remote_metadata
-from kernelgraph.hub.finding import Finder
-from kernelgraph.hub.importing import Checked, import_checked
-from kernelgraph.hub.loading import check_variant, default_target, variant_at
+from kernelgraph.hub.fetcher import read_remote_metadata
+from kernelgraph.hub.finder import Finder
 from kernelgraph.hub.lockfile import Locks, find_locks
-from kernelgraph.hub.metadata import check_archs, gfx_of, read_metadata
-from kernelgraph.hub.revisions import Wanted, below, check_repo_id
 from kernelgraph.hub.trust import Trust, allowed
+from kernelgraph.selection import Target, target_of
 
 _UserAgent = str | Mapping[str, str] | None
 

@@ -18,14 +18,16 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernelgraph.devices import type_name
-from kernelgraph.hub.metadata import read_wanted
-from kernelgraph.hub.revisions import Wanted, is_commit
+from kernelgraph.builds import METADATA, Wanted, below, is_commit, read_wanted
+from kernelgraph.hub.client import Hub
+from kernelgraph.hub.fetcher import content_digest, list_build, read_remote_metadata
+from kernelgraph.hub.resolver import resolve
+from kernelgraph.selection import type_name
 
 LOCKFILE = "kernels.lock"
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
@@ -212,3 +214,42 @@ def _of_caller() -> tuple[str, str] | None:
         if (text := importlib.metadata.distribution(name).read_text(LOCKFILE)) is not None:
             return f"{LOCKFILE} of {name}", text
     return None
+
+
+def lock(hub: Hub, dependencies: Iterable[Wanted]) -> Locks:
+    """Lock what a project depends on, and, after that, the kernels that those use.
+
+    Of the files only each variant's metadata is downloaded. Every variant is locked, whatever
+    system this one is.
+
+    Raises:
+        FileNotFoundError: There is no such repository or revision.
+        ValueError: No version fits, metadata cannot be understood, or kernels use each other.
+        OSError: The Hub could not be asked.
+    """
+    dependencies = tuple(dependencies)
+    found: dict[Wanted, Lock] = {}
+    for wanted in dependencies:
+        _add_lock(hub, wanted, (), found)
+    order = [*dependencies, *(wanted for wanted in found if wanted not in dependencies)]
+    return Locks(tuple(found[wanted] for wanted in order))
+
+
+def _add_lock(
+    hub: Hub, wanted: Wanted, above: tuple[Wanted, ...], found: dict[Wanted, Lock]
+) -> None:
+    above = below(above, wanted)
+    if wanted in found:
+        return
+    kernel = resolve(hub, wanted, anew=True)
+    digests = []
+    used: dict[Wanted, None] = {}
+    for variant, files in sorted(list_build(hub, kernel).items()):
+        if not files:
+            raise OSError(f"{kernel}: cannot be locked without the Hub, only read from the cache")
+        metadata, sha256 = read_remote_metadata(hub, kernel, variant, files)
+        digests.append((variant, content_digest(files, {METADATA: sha256} if sha256 else {})))
+        used |= dict.fromkeys(metadata.kernel_depends)
+    found[wanted] = Lock(wanted, kernel.commit, tuple(digests))
+    for dependency in used:
+        _add_lock(hub, dependency, above, found)

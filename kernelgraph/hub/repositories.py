@@ -9,13 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
-from kernelgraph.devices import Target, type_name
+from kernelgraph.builds import (
+    Wanted,
+    check_name,
+    check_repo_id,
+    default_target,
+    take_function,
+    take_layer,
+)
 from kernelgraph.hub.kernels import load, load_from_disk
-from kernelgraph.hub.loading import default_target
 from kernelgraph.hub.lockfile import Locks, find_locks
-from kernelgraph.hub.members import take_function, take_layer
-from kernelgraph.hub.revisions import Wanted, check_name, check_repo_id
 from kernelgraph.hub.trust import allowed
+from kernelgraph.selection import Target, type_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kernelgraph.builds import check_repo_id
 from kernelgraph.hub.client import Hub, Resolved, asking
-from kernelgraph.hub.revisions import check_repo_id
 
 Trust = bool | Sequence[str]
 """What `trust_remote_code` may be."""

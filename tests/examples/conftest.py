@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from kernelgraph import get_local_kernel
-from tests.examples.sources import import_example
+from tests.support.sources import import_example
 
 
 @pytest.fixture(scope="session")

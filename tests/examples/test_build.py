@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from kernelgraph.hub.metadata import digest_files, read_metadata
-from kernelgraph.hub.variants import parse
-from tests.examples.sources import EXAMPLES, import_file
+from kernelgraph.builds.metadata import digest_files, read_metadata
+from kernelgraph.builds.variants import parse
+from tests.support.sources import EXAMPLES, import_file
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.examples.reference import (
+from tests.support.reference import (
     EPS,
     assert_matches,
     call,

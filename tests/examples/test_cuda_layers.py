@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernelgraph import get_local_kernel
-from tests.examples.reference import (
+from tests.support.reference import (
     assert_matches,
     kernel_moe_experts,
     kernel_rms_norm,
@@ -24,7 +24,7 @@ from tests.examples.reference import (
     rms_norm,
     silu_and_mul,
 )
-from tests.examples.sources import import_example
+from tests.support.sources import import_example
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -189,7 +189,7 @@ def test_interpreted(triton_repository: Path) -> None:
     """The same kernels run by Triton's interpreter, which is chosen when triton is imported."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.examples.interpreted", str(triton_repository)],
+        [sys.executable, "-m", "tests.support.interpreted", str(triton_repository)],
         cwd=root,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kernelgraph import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
-from tests.examples.reference import assert_matches, moe_experts, moe_inputs, rms_norm, silu_and_mul
-from tests.examples.sources import import_example
+from tests.support.reference import assert_matches, moe_experts, moe_inputs, rms_norm, silu_and_mul
+from tests.support.sources import import_example
 
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraph.graph import trial
-from kernelgraph.graph.gradient import wanted_of
-from tests.examples.sources import import_example
-from tests.graph.lowering import call_of, kernel_of, layer_of
+from kernelgraph.graph.gradients.gradient import wanted_of
+from kernelgraph.graph.verify import trial
+from tests.support.op_calls import call_of, kernel_of, layer_of
+from tests.support.sources import import_example
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from kernelgraph import get_kernel
-from tests.hub.loopback import Fault
-from tests.hub.toy_repository import layer_files, variant_files
+from tests.support.loopback import Fault
+from tests.support.toy_repository import layer_files, variant_files
 
 FILES = {**layer_files(), "_ops.so": b"\x7fELF" * 50}
 

@@ -9,14 +9,14 @@ import warnings
 import pytest
 
 from kernelgraph import get_kernel, get_kernel_dep, get_local_kernel, get_locked_kernel, has_kernel
-from kernelgraph.devices import Target
+from kernelgraph.builds.importing import module_origin
+from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.finding import local_kernels
-from kernelgraph.hub.importing import module_origin
+from kernelgraph.hub.finder import local_kernels
 from kernelgraph.hub.kernels import load
-from kernelgraph.hub.locking import lock
-from kernelgraph.hub.revisions import Wanted
-from tests.hub.toy_repository import METADATA, layer_files, variant_files, write_repository
+from kernelgraph.hub.lockfile import lock
+from kernelgraph.selection.devices import Target
+from tests.support.toy_repository import METADATA, layer_files, variant_files, write_repository
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ class TestGet:
         seen = []
         answer = hub.answer
         monkeypatch.setattr(hub, "answer", lambda url: seen.append(url) or answer(url))
-        from tests.hub import loopback
+        from tests.support import loopback
 
         agents = []
         serve = loopback._Handler._serve

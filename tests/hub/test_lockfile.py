@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernelgraph import get_locked_kernel
+from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.lockfile import Lock, Locks, find_locks, parse_locks, read_dependencies
-from kernelgraph.hub.locking import lock
-from kernelgraph.hub.revisions import Wanted
-from tests.hub.toy_repository import METADATA, layer_files, variant_files
+from kernelgraph.hub.lockfile import Lock, Locks, find_locks, lock, parse_locks, read_dependencies
+from tests.support.toy_repository import METADATA, layer_files, variant_files
 
 COMMIT = "0123456789" * 4
 

@@ -14,8 +14,8 @@ import pytest
 
 from kernelgraph import get_kernel
 from kernelgraph.hub.client import Hub, Resolved
-from kernelgraph.hub.fetching import compare, list_build
-from tests.hub.toy_repository import layer_files, variant_files
+from kernelgraph.hub.fetcher import compare, list_build
+from tests.support.toy_repository import layer_files, variant_files
 
 FILES = {**layer_files(), **{f"data/{i}.bin": bytes([i]) * 5000 for i in range(6)}}
 

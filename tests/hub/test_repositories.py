@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from kernelgraph.devices import Target
-from kernelgraph.hub.loading import origin_of
+from kernelgraph.builds.check import origin_of
+from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.lockfile import Lock, Locks
 from kernelgraph.hub.repositories import (
     FuncRepository,
@@ -21,8 +21,8 @@ from kernelgraph.hub.repositories import (
     LockedLayerRepository,
     Repository,
 )
-from kernelgraph.hub.revisions import Wanted
-from tests.hub.toy_repository import layer_files, variant_files, write_repository
+from kernelgraph.selection.devices import Target
+from tests.support.toy_repository import layer_files, variant_files, write_repository
 
 FUNCTIONS = """
 import math

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from kernelgraph import get_kernel, has_kernel
+from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.resolving import resolve
-from kernelgraph.hub.revisions import Wanted
+from kernelgraph.hub.resolver import resolve
 from kernelgraph.hub.trust import allowed, check_trust
-from tests.hub.toy_repository import layer_files, variant_files
+from tests.support.toy_repository import layer_files, variant_files
 
 
 @pytest.fixture

@@ -1,0 +1,273 @@
+"""Having the kernels of a saved program again, where it is loaded.
+
+Each is had
+
+1. from the program's own file, if it was put into it: the files are unpacked to a place in the
+   cache that is named by their content, and used from there as a local repository is; also by
+   other programs that have noted the same content;
+2. from the Hub or its cache, at the commit that it was exported with;
+3. if it came from a disk, from where it was, if that is still there.
+
+Whichever it is, every file has to be what was noted when the program was saved, or of a build that
+was not at hand then, what the Hub lists for that commit as it did then. Nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernelgraph.builds import (
+    Checked,
+    System,
+    Wanted,
+    check_variant,
+    choose,
+    encoded_digest,
+    hash_files,
+    no_variant,
+    parse,
+)
+from kernelgraph.hub import (
+    REPO_TYPES,
+    Finder,
+    Hub,
+    Lock,
+    Locks,
+    Trust,
+    check,
+    check_on_disk,
+    check_trust,
+    compare,
+    content_digest,
+    list_build,
+    resolve,
+)
+from kernelgraph.programs import Baked, Build, hex_of
+from kernelgraph.selection import Target
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Where the kernels of one program are had from.
+
+    Args:
+        kernels: The program's kernels, by key.
+        blobs: The content of files in the program's own file, by its hex sha256.
+        trust_remote_code: What the user vouches for.
+        source: What errors call the program.
+        hub: The Hub, and the cache.
+    """
+
+    kernels: Mapping[str, Baked]
+    blobs: Mapping[str, bytes]
+    trust_remote_code: Trust
+    source: str
+    hub: Hub = field(default_factory=Hub)
+
+    def bundled(self, baked: Baked) -> dict[str, Build]:
+        """The variants that are in the program's file."""
+        return {
+            variant: build
+            for variant, build in baked.builds.items()
+            if all(hex_of(digest) in self.blobs for digest in build.sha256.values())
+        }
+
+    def _at_hand(self, baked: Baked) -> dict[str, Build]:
+        """Those, and the ones that were unpacked from any program's file before."""
+        unpacked = {
+            variant: build
+            for variant, build in baked.builds.items()
+            if _is_whole(self._place(variant, build), build)
+        }
+        return unpacked | self.bundled(baked)
+
+    def fits(self, baked: Baked, system: System, *, listed: bool = False) -> bool:
+        """Whether a build that is at hand fits, by its name; or of those that the Hub lists."""
+        if listed:
+            return choose(baked.digests, system).best is not None
+        return _best(self._at_hand(baked), system) is not None
+
+    def on_disk(self, baked: Baked, system: System) -> bool:
+        """Whether a build that fits is where the kernel was loaded from, by its name."""
+        path = Path(baked.repository)
+        there = {v: b for v, b in baked.builds.items() if (path / "build" / v).is_dir()}
+        if path.is_dir() and path.name in baked.builds:
+            there[path.name] = baked.builds[path.name]
+        return _best(there, system) is not None
+
+    def check(self, key: str, target: Target) -> Checked:
+        """Have a kernel and those that it uses on the disk, checked, and nothing of them run.
+
+        Raises:
+            FileNotFoundError: There is no build of it that fits, or it is nowhere to be had.
+            ValueError: Nobody vouches for it, it is for other devices, or it is not what the
+                program says.
+            ImportError: A Python package that it needs is not installed.
+            OSError: The Hub could not be asked.
+        """
+        baked = self.kernels[key]
+        bundled = self._at_hand(baked)
+        best = _best(bundled, System.detect(target.type))
+        if best is not None:
+            checked = self._unbundled(baked, best, bundled[best], target)
+        elif baked.commit is not None:
+            finder = Finder(self.hub, self.trust_remote_code, self._locks())
+            checked = check(Wanted(baked.repository, baked.commit), target, finder)
+        else:
+            checked = self._from_disk(baked, bundled, target)
+        self._compare(baked, checked)
+        return checked
+
+    def _unbundled(self, baked: Baked, variant: str, build: Build, target: Target) -> Checked:
+        directory = self.unpack(variant, build)
+        self._check_trust(baked, directory, build)
+        used = dict(baked.uses)
+
+        def dependency(wanted: Wanted) -> Checked:
+            if wanted not in used:
+                raise ValueError(
+                    f"{self.source}: kernel {baked} wants {wanted}, which is not in it"
+                )
+            return self.check(used[wanted], target)
+
+        return check_variant(
+            directory,
+            target,
+            repository=baked.repository,
+            name=baked.name,
+            revision=baked.commit,
+            package_name=build.package or None,
+            dependency=dependency,
+        )
+
+    def _check_trust(self, baked: Baked, directory: Path, build: Build) -> None:
+        """The Hub vouches for what it lists; for anything else in a file, only the user does.
+
+        That a content is what the Hub lists for a commit is kept, as its word for the owner is.
+        """
+        trust = self.trust_remote_code
+        if trust is True or (not isinstance(trust, bool) and baked.repository in trust):
+            return
+        if baked.commit is None:
+            raise ValueError(
+                f"{self.source}: loading it runs the code of kernel {baked}, which came from a "
+                "disk, so that only you can vouch for it: pass trust_remote_code=True"
+            )
+        question = f"content {build.content} of {baked.commit}, a trusted publisher's"
+        notes = {t: self.hub.note(baked.repository, t, question) for t in REPO_TYPES}
+        if any(note.read() for note in notes.values()):
+            return
+        try:
+            kernel = resolve(self.hub, Wanted(baked.repository, baked.commit))
+        except OSError as error:
+            raise ValueError(
+                f"{self.source}: loading it runs the code of kernel {baked}, and whether to trust "
+                f"its owner could not be asked ({error}): pass trust_remote_code=True if you do"
+            ) from error
+        check_trust(self.hub, kernel, trust)
+        files = list_build(self.hub, kernel).get(directory.name)
+        damage = compare(directory, files)[0] if files else "it lists no such build"
+        if damage:
+            raise ValueError(
+                f"{self.source}: its copy of kernel {kernel}, variant {directory.name}, is not "
+                f"what the Hub vouches for ({damage}): pass trust_remote_code=True if you do"
+            )
+        notes[kernel.repo_type].write(directory.name)
+
+    def _from_disk(self, baked: Baked, bundled: Mapping[str, Build], target: Target) -> Checked:
+        if bundled:
+            system = System.detect(target.type)
+            raise no_variant(f"{baked} in {self.source}", choose(bundled, system), system)
+        if self.trust_remote_code is not True:
+            raise ValueError(
+                f"{self.source}: loading it runs the code of kernel {baked} on this machine's "
+                "disk: pass trust_remote_code=True if that is what you want"
+            )
+        path = Path(baked.repository).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{self.source}: kernel {baked} came from a disk and is not in the file, nor is "
+                "there such a directory here: save the program with bundle=True"
+            )
+        finder = Finder(self.hub, True, self._locks())
+        return check_on_disk(path.absolute(), target, finder, baked.repository)
+
+    def _locks(self) -> Locks:
+        commits = {key: b.commit for key, b in self.kernels.items() if b.commit is not None}
+        wanted = {Wanted(self.kernels[key].repository, c): c for key, c in commits.items()}
+        for baked in self.kernels.values():
+            wanted |= {used: commits[key] for used, key in baked.uses if key in commits}
+        return Locks(tuple(Lock(w, commit) for w, commit in wanted.items()), self.source)
+
+    def _compare(self, baked: Baked, checked: Checked) -> None:
+        """Refuse a kernel that is not what was noted when the program was saved."""
+        variant = checked.origin.variant
+        if (build := baked.builds.get(variant)) is not None:
+            same = build.content == checked.content
+        elif baked.commit is None:
+            same = False
+        else:
+            kernel = resolve(self.hub, Wanted(baked.repository, baked.commit))
+            files = list_build(self.hub, kernel).get(variant) or {}
+            same = not baked.digests or baked.digests.get(variant) == content_digest(files, {})
+        if not same:
+            raise ValueError(
+                f"{self.source}: kernel {baked}, variant {variant}, is not what the program was "
+                f"saved with (it is in {checked.directory})"
+            )
+
+    # --- unpacking ------------------------------------------------------------------------------
+
+    def unpack(self, variant: str, build: Build) -> Path:
+        """Have a variant that is in the program's file in the cache, by its content.
+
+        Raises:
+            ValueError: A file is not what the program says.
+        """
+        directory = self._place(variant, build)
+        place = directory.parent
+        if _is_whole(directory, build):
+            return directory
+        place.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=place, prefix="."))
+        try:
+            for name, digest in build.sha256.items():
+                content = self.blobs[hex_of(digest)]
+                if encoded_digest(content) != digest:
+                    raise ValueError(
+                        f"{self.source}: {name} of variant {variant} was changed in it"
+                    )
+                path = made / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            shutil.rmtree(directory, ignore_errors=True)
+            try:
+                os.replace(made, directory)
+            except OSError:  # another process was faster
+                if not _is_whole(directory, build):
+                    raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return directory
+
+    def _place(self, variant: str, build: Build) -> Path:
+        cache = self.hub.directory / "kernelgraph" / "unpacked"
+        return cache / build.content / "build" / variant
+
+
+def _is_whole(directory: Path, build: Build) -> bool:
+    try:
+        return directory.is_dir() and hash_files(directory) == dict(build.sha256)
+    except (OSError, ValueError):
+        return False
+
+
+def _best(builds: Mapping[str, Build], system: System) -> str | None:
+    if len(builds) == 1 and parse(name := next(iter(builds))) is None:
+        return name  # whatever it is called, nothing else can be meant
+    return choose(builds, system).best

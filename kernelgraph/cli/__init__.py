@@ -1,0 +1,7 @@
+"""TODO."""
+
+from kernelgraph.cli.commands import main
+
+__all__ = [
+    "main",
+]

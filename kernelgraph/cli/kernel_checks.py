@@ -1,0 +1,165 @@
+"""Looking at kernels without running them: what there is, what fits, and whether it is intact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelgraph.builds import (
+    METADATA,
+    UNLISTED,
+    System,
+    Wanted,
+    below,
+    builds_at,
+    choose,
+    digest_files,
+    read_metadata,
+    verify,
+)
+from kernelgraph.hub import (
+    Finder,
+    Hub,
+    Lock,
+    Locks,
+    Resolved,
+    compare,
+    content_digest,
+    list_build,
+    resolve,
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A variant, and whether it fits a system."""
+
+    variant: str
+    fits: bool
+    why: str
+    """Why not; or of the variants that fit, which comes first."""
+
+
+def fits(names: Iterable[str], system: System) -> list[Fit]:
+    """What becomes of each variant on a system: those that fit, the best first, then the rest."""
+    choice = choose(names, system)
+    found = [Fit(name, True, "best" if i == 0 else "") for i, name in enumerate(choice.fitting)]
+    return found + [Fit(refusal.name, False, refusal.why) for refusal in choice.refused]
+
+
+def download(
+    finder: Finder,
+    wanted: Wanted,
+    backend: str | None,
+    above: tuple[Wanted, ...] = (),
+) -> Iterator[tuple[Wanted, str, Path]]:
+    """Download a kernel and those that it uses, without importing any.
+
+    Args:
+        finder: How they are found.
+        wanted: The kernel.
+        backend: The device type that they are for; None for every variant.
+        above: The kernels that use it.
+
+    Yields:
+        What was wanted, the variant, and where it is.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: As `Finder` raises, and where a build is not what
+            its metadata says.
+    """
+    above = below(above, wanted)
+    found = finder.find(wanted)
+    names = sorted(found.variants) if backend is None else [finder.best(found, backend)]
+    used: dict[Wanted, None] = {}
+    for variant in names:
+        fetched = finder.fetch(found, variant)
+        metadata = read_metadata(fetched.directory)
+        files = {name: digest for name, digest in fetched.sha256.items() if name not in UNLISTED}
+        verify(fetched.directory, metadata, files)
+        used |= dict.fromkeys(metadata.kernel_depends)
+        yield wanted, variant, fetched.directory
+    for dependency in used:
+        yield from download(finder, dependency, backend, above)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of checking one variant."""
+
+    repository: str
+    revision: str
+    variant: str
+    problem: str = ""
+    """Empty where there is none."""
+    by: str = ""
+    """What its files were held against."""
+
+
+def verify_on_disk(path: Path, shown: str) -> Iterator[Verified]:
+    """Hold each variant of a repository on this machine against its metadata.
+
+    Raises:
+        FileNotFoundError: There is no repository.
+    """
+    for directory in builds_at(path, shown):
+        yield _verified(directory, shown, "", "")
+
+
+def verify_in_cache(hub: Hub, wanted: Wanted, locks: Locks | None = None) -> Iterator[Verified]:
+    """Hold each variant of a kernel in the cache against the Hub's listing, the lock and itself.
+
+    Nothing is downloaded, nor mended.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: As `resolve` raises, and where it is not locked.
+    """
+    lock = locks.get(wanted) if locks else None
+    kernel = resolve(hub, Wanted(wanted.repo_id, lock.commit) if lock else wanted)
+    build = hub.snapshot(kernel) / "build"
+    # Of some variants there is only the metadata, which `info` and `lock` read of each.
+    names = [
+        path.name
+        for path in (sorted(build.iterdir()) if build.is_dir() else ())
+        if not path.is_dir() or [inside.name for inside in path.iterdir()] != [METADATA]
+    ]
+    if not names:
+        yield Verified(wanted.repo_id, kernel.commit, "", "nothing of it is in the cache")
+        return
+    for name in names:
+        problem, by = _held_against_the_hub(hub, kernel, build / name, lock)
+        yield _verified(build / name, wanted.repo_id, kernel.commit, by, problem)
+
+
+def _held_against_the_hub(
+    hub: Hub, kernel: Resolved, directory: Path, lock: Lock | None
+) -> tuple[str, str]:
+    variants = list_build(hub, kernel)
+    files = variants.get(directory.name)
+    if files is None:
+        return "the Hub lists no such variant", ""
+    damage, sha256 = compare(directory, files)
+    if damage:
+        return f"not as the Hub lists it: {damage}", ""
+    if not files:
+        return "", ""
+    if lock is None or not lock.digests:
+        return "", "listing"
+    if dict(lock.digests).get(directory.name) != content_digest(files, sha256):
+        return "not the content that is locked", ""
+    return "", "listing, lock"
+
+
+def _verified(
+    directory: Path, repository: str, revision: str, by: str, problem: str = ""
+) -> Verified:
+    if not problem:
+        try:
+            metadata = read_metadata(directory)
+            verify(directory, metadata, digest_files(directory))
+            by = ", ".join(filter(None, [by, "digest" if metadata.digest else ""]))
+            problem = "" if by else "nothing to hold its files against"
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    return Verified(repository, revision, directory.name, problem, by)

@@ -1,0 +1,310 @@
+"""What kernelgraph uses of torch beyond its public API, and nothing else uses.
+
+Each entry names the versions that it was tried on; a new torch is tried against this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
+from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
+from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_metrics_context
+from torch._dynamo.variables import ConstantVariable
+from torch._dynamo.variables.builder import SourcelessBuilder
+from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._guards import Guard, TracingContext
+from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from kernelgraph.graph._torch.fakes import running_on
+from kernelgraph.graph.calls import Path, field_names, is_named_tuple, read, same
+
+GraphFunction = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def at_trace_time(function: F) -> F:
+    """Have Dynamo run ``function`` when it traces a call of it, and keep the result."""
+    mark: Any = torch.compiler.assume_constant_result
+    return mark(function)  # type: ignore[no-any-return]
+
+
+class Frame:
+    """The innermost frame that Dynamo is tracing, seen from a function it runs at trace time.
+
+    Such a function is marked ``torch.compiler.assume_constant_result``; its caller is this frame.
+    The module of a traced frame is read from here and not passed as an argument: as an argument
+    Dynamo would guard on its identity, and one compiled block could no longer serve all its
+    siblings. Tried on 2.11, 2.13, 2.14.
+    """
+
+    def __init__(self) -> None:
+        self._tx: Any = InstructionTranslator.current_tx().output.current_tx
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """A dict that belongs to the graph being traced, and lives as long as its trace."""
+        return _notes(self._tx.output)
+
+    def value(self, name: str) -> Any:
+        """The real object behind a local variable that holds a module."""
+        return self._tx.symbolic_locals[name].realize().value
+
+    def set_callable(self, name: str, value: Callable[..., Any]) -> None:
+        """Give a local variable an op or a Python function for its value; nothing guards it."""
+        self._tx.symbolic_locals[name] = SourcelessBuilder.create(self._tx, value)
+
+    def fakes(self, name: str) -> Any:
+        """A local variable with its tensors as fakes, and everything in it guarded.
+
+        Raises:
+            NotImplementedError: If it holds something that no graph node can take.
+        """
+        try:
+            return self._fake(self._tx.symbolic_locals[name])
+        except NotImplementedError as error:
+            what = f"{name} hold what is neither a tensor nor a constant: {error}"
+            raise NotImplementedError(what) from None
+
+    def _fake(self, variable: Any) -> Any:
+        variable = variable.realize()
+        cls = variable.python_type()
+        if (parts := _parts_in(self._tx, variable)) is not None:
+            return _made(cls, {key: self._fake(part) for key, part in parts})
+        if variable.is_python_constant():
+            return variable.as_python_constant()
+        value = variable.as_proxy().node.meta["example_value"]
+        # The value of a number that varies becomes guarded by this: an op takes no symbol for it.
+        return float(value) if isinstance(value, torch.SymFloat) else value
+
+    def guard(self, name: str, path: Path, value: Any) -> None:
+        """Trace anew when what is at ``path`` of a local variable is not ``value`` any more.
+
+        A number that traced code reads may become symbolic once it has changed, and an op's
+        schema takes no symbolic float; a guard alone keeps it a constant.
+        """
+        if isinstance(value, (tuple, list, dict, set, frozenset, functools.partial)):
+            # Dynamo's own compares by ==, for which 1 and True are alike; partials by identity.
+            self.guard_check(name, path, functools.partial(same, value))
+            return
+        by_identity = isinstance(value, enum.Enum) or callable(value)
+        kind = GuardBuilder.ID_MATCH if by_identity else GuardBuilder.CONSTANT_MATCH
+        install_guard(self._source(name, path).make_guard(kind))
+
+    def guard_identity(self, name: str) -> None:
+        """Trace anew when a local variable is another object."""
+        install_guard(self._source(name, ()).make_guard(GuardBuilder.ID_MATCH))
+
+    def guard_type(self, name: str, path: Path) -> None:
+        """Trace anew when what is at ``path`` of a local variable has another type."""
+        install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))
+
+    def guard_check(self, name: str, path: Path, check: Callable[[Any], bool]) -> None:
+        """Trace anew when ``check`` is not true of what is at ``path`` of a local variable.
+
+        Tried on 2.11, 2.13, 2.14.
+        """
+
+        def KERNELGRAPH_CHECK(builder: GuardBuilder, guard: Guard) -> None:  # noqa: N802
+            text = f"{check}({guard.name})"
+            # By way of an accessor: Dynamo does not run what guards a module or dict itself while
+            # that has the attributes and keys that it had, whatever has changed inside of these.
+            result = builder.get_guard_manager(guard).lambda_manager(
+                python_lambda=check,
+                source=text,
+                example_value=True,
+                guard_manager_enum=GuardManagerType.GUARD_MANAGER,
+            )
+            result.add_lambda_guard(bool, [text], guard.user_stack)
+
+        install_guard(self._source(name, path).make_guard(KERNELGRAPH_CHECK))
+
+    def _source(self, name: str, path: Path) -> Any:
+        variable = self._tx.symbolic_locals[name]
+        source = variable.source
+        if source is None:
+            raise NotImplementedError(f"{name} was made inside the graph")
+        value = variable.realize().value
+        for step in path:
+            if isinstance(step, str):
+                source = AttrSource(source, step)
+            elif isinstance(value, dict):
+                source = DictGetItemSource(source, step[0])
+            else:
+                source = GetItemSource(source, step[0])
+            value = read(value, (step,))
+        return source
+
+    def peek(self, name: str) -> Any:
+        """A local variable as it is known, without having Dynamo look at it.
+
+        What Dynamo looks at becomes an input of the graph, in that order, and is guarded.
+        """
+        return _peek(self._tx, self._tx.symbolic_locals[name])
+
+    @property
+    def is_root(self) -> bool:
+        """Whether Dynamo traces it for itself, and not where it is called."""
+        return self._tx.parent is None
+
+    @property
+    def module_stack(self) -> dict[str, tuple[str, type]]:
+        """What FX nodes carry as ``nn_module_stack``."""
+        return self._tx.nn_module_stack  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def fake_mode(self) -> Iterator[None]:
+        """Run code on this trace's fake tensors, as Dynamo itself does."""
+        with running_on(self._tx.fake_mode):
+            yield
+
+    @property
+    def backend(self) -> tuple[GraphFunction, Mapping[str, Any]]:
+        """The backend function that will get the graph, and its keyword arguments."""
+        return unwrap_backend(self._tx.output.compiler_fn)
+
+    def backend_error(self, error: Exception) -> Exception:
+        """``error`` as Dynamo reports what a backend raises."""
+        return BackendCompilerFailed(self.backend[0], error, None).with_traceback(
+            error.__traceback__
+        )
+
+
+def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a container and their keys or names; None of anything else.
+
+    Got as Dynamo traces code that reads them. Tried on 2.11, 2.13, 2.14.
+    """
+    cls = variable.python_type()
+    names = cls._fields if is_named_tuple(cls) else field_names(cls)
+    if names is not None:
+        return [(n, _call(tx, getattr, variable, ConstantVariable.create(n))) for n in names]
+    if cls in (tuple, list, torch.Size):
+        return list(enumerate(variable.unpack_var_sequence(tx)))
+    if cls in (dict, OrderedDict):
+        keys = variable.unpack_var_sequence(tx)
+        return [(k.as_python_constant(), _call(tx, operator.getitem, variable, k)) for k in keys]
+    return None
+
+
+def _call(tx: Any, function: Any, *arguments: Any) -> Any:
+    """The result of a builtin function, as Dynamo traces a call of it."""
+    return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
+
+
+def _peek(tx: Any, variable: Any) -> Any:
+    if isinstance(variable, LazyVariableTracker):
+        if not variable.is_realized():
+            return variable.peek_value()
+        variable = variable.realize()
+    try:
+        if (parts := _parts_in(tx, variable)) is not None:
+            return _made(variable.python_type(), {key: _peek(tx, part) for key, part in parts})
+        if variable.is_python_constant():
+            return variable.as_python_constant()
+        value = variable.as_proxy().node.meta.get("example_value")
+        return value.node.hint if isinstance(value, torch.SymFloat) else value
+    except NotImplementedError:  # it has no type that Python could tell, or is in no graph
+        return None
+
+
+def _made(cls: Any, parts: dict[Any, Any]) -> Any:
+    """The inverse of `_parts_in`."""
+    if cls in (tuple, list, torch.Size):
+        return cls(parts.values())
+    return cls(parts) if cls in (dict, OrderedDict) else cls(**parts)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a nested value, dataclasses included."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        cls: type = type(leaf)
+        for name in field_names(cls) or ():
+            yield from tensors_in(getattr(leaf, name))
+
+
+def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
+    """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
+    kwargs: dict[str, Any] = {}
+    compiler = _given_backend(compiler)
+    while True:
+        if isinstance(compiler, functools.partial):
+            kwargs = {**compiler.keywords, **kwargs}
+            compiler = compiler.func
+        elif hasattr(compiler, "_torchdynamo_orig_backend"):
+            compiler = compiler._torchdynamo_orig_backend
+        elif hasattr(compiler, "compiler_fn"):
+            kwargs = {**getattr(compiler, "kwargs", {}), **kwargs}
+            compiler = compiler.compiler_fn
+        else:
+            return compiler, kwargs
+
+
+def _given_backend(compiler: Any) -> Any:
+    """What torch.compile gave to Dynamo, which for a DistributedDataParallel has one of its own
+    around it, made for each compile, to hand it the graph in parts. Tried on 2.11, 2.13, 2.14."""
+    return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
+
+
+def current_graph() -> tuple[dict[str, Any], object]:
+    """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
+    for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
+    if TracingContext.try_get() is None:
+        return {}, None
+    graph = InstructionTranslator.current_tx().output
+    return _notes(graph), _given_backend(graph.compiler_fn)
+
+
+def _notes(graph: Any) -> dict[str, Any]:
+    # On the graph itself: Dynamo may trace a frame anew, each time with another graph, and
+    # makes no promise of when the old one goes.
+    return vars(graph).setdefault("kernelgraph_notes", {})  # type: ignore[no-any-return]
+
+
+def trace_again() -> NoReturn:
+    """From a backend: have Dynamo trace the frame anew, in the same compile.
+
+    What changed must change the trace, or it goes on for ever. Tried on 2.11, 2.13, 2.14.
+    """
+    # Without this Dynamo takes the new trace for one that diverged from the first.
+    InstructionTranslator.current_tx().speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="kernelgraph has decided")
+
+
+def named_backend(name: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """A backend that is registered with Dynamo."""
+    return lookup_backend(name)
+
+
+@contextlib.contextmanager
+def compiling_apart() -> Iterator[None]:
+    """Compile another graph, or its backward, in the middle of a compile: what Dynamo notes of
+    that, each thing once, stays as it is. Tried on 2.11, 2.13, 2.14."""
+    context = get_metrics_context()
+    before, context._metrics = context._metrics, {}
+    try:
+        yield
+    finally:
+        context._metrics = before
+
+
+def full_graph() -> bool:
+    """Whether Dynamo may not break the graph that a backend is being given. Tried on 2.11, 2.13,
+    2.14."""
+    translator: Any = InstructionTranslator.current_tx()
+    return bool(translator.one_graph or translator.error_on_graph_break)

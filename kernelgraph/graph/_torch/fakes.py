@@ -1,0 +1,174 @@
+"""Fake tensors and their modes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import nn
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kernelgraph.graph._torch.symbols import hint
+
+
+@contextlib.contextmanager
+def for_real() -> Iterator[None]:
+    """Run code on real tensors in the middle of a trace, as if nothing were traced.
+
+    What the code compiles by itself must not find the trace around it either. Tried on 2.11,
+    2.13, 2.14.
+    """
+    with tracing(None), _disable_current_modes(), no_python_dispatcher():
+        yield
+
+
+@contextlib.contextmanager
+def out_of_export() -> Iterator[None]:
+    """Run code in the middle of a non-strict export which that does not see.
+
+    It records, for one, each change of the grad mode. Tried on 2.11, 2.13, 2.14.
+    """
+    with for_real(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def running_on(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fakes of ``mode``."""
+    with mode, enable_python_dispatcher():
+        yield
+
+
+@contextlib.contextmanager
+def no_data_pointers() -> Iterator[None]:
+    """Have fakes of the mode that is on raise where something asks for their memory."""
+    mode: Any = detect_fake_mode()
+    allowed = mode._allow_unsafe_data_ptr_access
+    mode._allow_unsafe_data_ptr_access = False
+    try:
+        yield
+    finally:
+        mode._allow_unsafe_data_ptr_access = allowed
+
+
+@contextlib.contextmanager
+def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
+    """Run code on fakes of a mode of its own, whose sizes may be symbols of those in ``like``.
+
+    Not in the mode that is tracing: a kernel with threads, say, leaves one in no state to go on.
+    Asking such a fake for its memory raises. Tried on 2.11, 2.13, 2.14.
+    """
+    mode: Any = detect_fake_mode(like)
+    if all(tensor.layout is torch.strided for tensor in like):  # others cannot be made anew
+        mode = FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=getattr(mode, "shape_env", None)
+        )
+    with for_real(), running_on(mode), no_data_pointers():
+        yield
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    found: FakeTensorMode | None = detect_fake_mode(list(values))
+    return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+def symbolic_like(
+    operands: Sequence[Any], everything: bool
+) -> tuple[list[Any], dict[sympy.Symbol, tuple[int, int]], ShapeEnv]:
+    """Operands like those given, as fakes of a mode of their own whose sizes are symbols.
+
+    No symbol is taken for another because they are equal now, nor for 0 or 1 because it is that
+    now. Tried on 2.11, 2.13, 2.14.
+
+    Args:
+        operands: Tensors and numbers.
+        everything: Whether each size of each tensor becomes a symbol; else only those sizes and
+            ints that are symbolic.
+
+    Returns:
+        The operands; for each symbol the operand that it is in, and which of its sizes it is (0
+        for an int); and what the guards are noted in.
+    """
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    places: dict[sympy.Symbol, tuple[int, int]] = {}
+
+    def symbol(value: Any, operand: int, dim: int) -> Any:
+        source = ConstantSource(f"operand_{operand}_{dim}")
+        known = hint(value)
+        made = env.create_unspecified_symbol(known, source, DimDynamic.DYNAMIC)
+        places[made] = (operand, dim)
+        return env.create_symintnode(made, hint=known, source=source)
+
+    symbolic: Any = torch.SymInt
+    found = []
+    with for_real(), running_on(FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)):
+        for i, value in enumerate(operands):
+            if isinstance(value, torch.Tensor):
+                sizes = [
+                    symbol(size, i, dim) if everything or isinstance(size, symbolic) else size
+                    for dim, size in enumerate(value.shape)
+                ]
+                strides = _strides_like(value, sizes)
+                device = value.device
+                made: Any = torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
+                found.append(made.requires_grad_(value.requires_grad))
+            else:
+                found.append(symbol(value, i, 0) if isinstance(value, symbolic) else value)
+    return found, places, env
+
+
+def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
+    """The strides of a tensor of other sizes that lies in memory as ``tensor`` does, if that is
+    one piece of it; else those that it has now."""
+    now = [int(hint(n)) for n in tensor.stride()]
+    order = sorted(range(len(now)), key=lambda dim: (now[dim], -dim))
+    strides: list[Any] = [None] * len(now)
+    step: Any = 1
+    dense = 1
+    for dim in order:
+        size = int(hint(tensor.shape[dim]))
+        if size > 1 and now[dim] != dense:
+            return now
+        strides[dim], step, dense = step, step * sizes[dim], dense * max(size, 1)
+    return strides
+
+
+def fakes_for_export(operands: Sequence[Any]) -> list[Any]:
+    """Fakes like ``operands`` that ``torch.export`` takes for example inputs: symbolic sizes are
+    what they are now. Tried on 2.11, 2.13, 2.14."""
+    env = ShapeEnv(tracked_fakes=[])
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return hint(value)
+        size, stride = map(hint, value.shape), map(hint, value.stride())
+        made = torch.empty_strided(
+            tuple(size), tuple(stride), dtype=value.dtype, device=value.device
+        )
+        return made.requires_grad_(value.requires_grad)
+
+    with for_real(), FakeTensorMode(shape_env=env, allow_non_fake_inputs=True):
+        return [fake(value) for value in operands]

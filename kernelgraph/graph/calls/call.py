@@ -1,0 +1,169 @@
+"""One call of a layer as data: which of its values are operands, and how to make it again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import keyword
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernelgraph.graph.calls.state import State, describe
+from kernelgraph.graph.calls.trees import (
+    Path,
+    Template,
+    _ends,
+    path_name,
+    paths_of,
+    take_leaves,
+    template_text,
+)
+from kernelgraph.layers import Extensible
+
+
+def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
+    """The constants among the arguments of a call, by the names of a layer's parameters."""
+    parameters = _parameters(layer.reference)
+    ends = [(path, value) for path, (kind, value) in _ends(arguments, ()) if kind == "const"]
+    return {_argument_name(path, parameters): value for path, value in ends}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The form of a call: all that one custom op's overload has in common."""
+
+    state: State
+    arguments: Template
+    """Of ``(args, kwargs)``; its leaves are the first operands, the state's the rest."""
+    names: tuple[str, ...]
+    """The operands' names in the op's schema."""
+    types: tuple[str, ...]
+    """The operands' types in the op's schema."""
+    autocast: tuple[str, torch.dtype] | None = None
+    """The device type and dtype of the autocast region around the call. The graph that is
+    compiled runs outside of it, and the layer must not notice."""
+
+    @classmethod
+    def of(
+        cls, state: State, values: Sequence[Any], layer: Extensible, args: Any, kwargs: Any
+    ) -> tuple[Call, list[Any]]:
+        """The form of a call, and its operands.
+
+        Args:
+            state: The state it reads.
+            values: The values of ``state.tensors``.
+            layer: The layer that is called, for the names of its parameters.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            UnsupportedValue: If an argument can be neither an operand nor a constant.
+        """
+        operands: list[Any] = []
+        parameters = _parameters(layer.reference)
+        arguments = take_leaves((tuple(args), dict(kwargs)), operands)
+        names = [_argument_name(path, parameters) for path in paths_of(arguments)]
+        names += [path_name(path) for path in state.operands]
+        operands += [*values, *(number for _, number in state.numbers)]
+        types = tuple(_schema_type(value) for value in operands)
+        return cls(state, arguments, _unique(names), types, _autocast(operands)), operands
+
+    @property
+    def schema(self) -> str:
+        """The operands as they stand in the op's schema."""
+        return ", ".join(f"{t} {n}" for t, n in zip(self.types, self.names, strict=True))
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Which of the operands are tensors."""
+        return tuple(i for i, t in enumerate(self.types) if t == "Tensor")
+
+    @property
+    def first_state(self) -> int:
+        """How many of the operands are arguments; the state's follow."""
+        return len(self.types) - len(self.state.operands)
+
+    def counterparts(
+        self, operands: Sequence[Any], make: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> list[Any]:
+        """What ``make(i, tensor)`` gives for each tensor among ``operands``, others as they are.
+
+        Weights that are tied have one counterpart, for a forward that goes over its parameters().
+        Arguments have one each: what autograd tells apart, such as ``x`` and ``x.detach()``, is
+        the same tensor in a compiled graph.
+        """
+        first, tied = self.first_state, {}
+
+        def counterpart(i: int, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if i < first:
+                return make(i, value)
+            if id(value) not in tied:
+                tied[id(value)] = make(i, value)
+            return tied[id(value)]
+
+        return [counterpart(i, value) for i, value in enumerate(operands)]
+
+    @property
+    def argument_paths(self) -> list[Path]:
+        """The paths from ``(args, kwargs)`` to each operand that is an argument."""
+        return paths_of(self.arguments)
+
+    def describe(self) -> str:
+        """Text that is the same for the same form of call in every process."""
+        return repr(
+            (describe(self.state), template_text(self.arguments), self.schema, self.autocast)
+        )
+
+
+def _autocast(operands: Sequence[Any]) -> tuple[str, torch.dtype] | None:
+    for value in operands:
+        if isinstance(value, torch.Tensor):
+            kind = value.device.type
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                return kind, torch.get_autocast_dtype(kind)
+            return None
+    return None
+
+
+def _schema_type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    return "float" if isinstance(value, float) else "SymInt"
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's positional parameters after ``self``."""
+    found = inspect.signature(forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in found if p.kind in positional)[1:]
+
+
+def _argument_name(path: Path, parameters: Sequence[str]) -> str:
+    where, first = path[0][0], path[1][0]
+    if where == 0 and isinstance(first, int):
+        first = parameters[first] if first < len(parameters) else f"arg{first}"
+    return path_name((str(first), *path[2:]))
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Distinct identifiers like ``names`` that the schema parser takes."""
+    made: list[str] = []
+    for name in names:
+        plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or "x"
+        plain = f"x_{plain}" if plain[0].isdigit() else plain
+        plain = f"{plain}_" if keyword.iskeyword(plain) or plain in _RESERVED else plain
+        candidate, n = plain, 2
+        while candidate in made:
+            candidate, n = f"{plain}_{n}", n + 1
+        made.append(candidate)
+    return tuple(made)
+
+
+# A name that torch's op wrappers use, and a type that the schema parser has no argument called by.
+_RESERVED = frozenset({"self", "out", "NoneType"})

@@ -1,0 +1,93 @@
+"""An object that stands in for a layer in a call of its kernel."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from kernelgraph.graph.calls.constants import copy_of, is_named_tuple, parts_of
+from kernelgraph.graph.calls.state import Container, State, blank, contents_of
+from kernelgraph.graph.calls.trees import Path
+
+
+class Shell(NamedTuple):
+    """The classes and constants of a layer in a call, and no tensors."""
+
+    module: Any
+    """What plays ``self``."""
+    objects: tuple[Any, ...]
+    """It, and all that hangs on it."""
+    slots: list[tuple[Any, Any]]
+    """For each of the state's operands the container and key where its value goes."""
+
+    def contents(self) -> dict[tuple[int, str], Any]:
+        """What each attribute is, by identity: whatever a call sets shows in it."""
+        return {
+            (number, name): _identity(value)
+            for number, item in enumerate(self.objects)
+            for name, value in contents_of(item).items()
+        }
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, (tuple, list, set, dict)):
+        return id(value), *map(_identity, parts_of(value))
+    return id(value)
+
+
+class _Tuple:
+    """A tuple whose parts can be set: each time it makes the tuple anew."""
+
+    def __init__(self, form: Container, container: Any, key: Any) -> None:
+        self._make = form.type._make if is_named_tuple(form.type) else form.type
+        self._parts: list[Any] = [None] * len(form.keys)
+        self._container, self._key = container, key
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self._parts[index] = value
+        self._container[self._key] = self._make(self._parts)
+
+
+def new_shell(state: State) -> Shell:
+    """An object that stands in for a layer in a call."""
+    objects: dict[Path, Any] = {}
+    homes = dict(state.registered)
+
+    def slot(path: Path, value: Any = None) -> tuple[Any, Any]:
+        owner, step = objects[path[:-1]], path[-1]
+        if not isinstance(step, str):
+            return owner, step[0]
+        if isinstance(value, nn.Module) and isinstance(owner, nn.Module):
+            return owner._modules, step
+        return vars(owner)[homes[path]] if path in homes else vars(owner), step
+
+    for path, kind in state.nodes:
+        node: Any
+        if isinstance(kind, Container):
+            container, key = slot(path)
+            if issubclass(kind.type, tuple):
+                node = _Tuple(kind, container, key)  # puts itself there once it has parts
+            else:
+                node = (
+                    [None] * len(kind.keys) if kind.type is list else kind.type.fromkeys(kind.keys)
+                )
+                container[key] = node
+        else:
+            node = blank(kind or types.SimpleNamespace)
+            if isinstance(node, nn.Module):
+                nn.Module.__init__(node)
+            if path:
+                container, key = slot(path, node)
+                container[key] = node
+        objects[path] = node
+    for path, home in state.registered:  # parameters() goes by their order
+        vars(objects[path[:-1]])[home][path[-1]] = None
+    for path, value in state.constants:
+        container, key = slot(path)
+        container[key] = copy_of(value)
+    attributed = tuple(
+        objects[path] for path, kind in state.nodes if not isinstance(kind, Container)
+    )
+    return Shell(objects[()], attributed, [slot(path) for path in state.operands])

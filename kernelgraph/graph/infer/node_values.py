@@ -1,0 +1,146 @@
+"""The fake values of a graph's nodes: those that it carries, or those of a run on fakes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.calls import UnsupportedValue
+
+VALUES = ("val", "example_value")
+"""Where nodes carry their values: as FX passes and torch.export have it, and as Dynamo has it."""
+
+
+class NoValue(UnsupportedValue):
+    """A node carries no fake value."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value that a node carries.
+
+    Raises:
+        NoValue: If it carries none.
+    """
+    for key in VALUES:
+        if key in node.meta:
+            return node.meta[key]
+    raise NoValue(f"node {node} carries no fake value")
+
+
+def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
+    """A node's arguments in Python's own containers, and ``each`` node in them replaced."""
+    if isinstance(value, fx.Node):
+        return each(value)
+    if isinstance(value, list):
+        return [plain(part, each) for part in value]
+    if type(value) is tuple:
+        return tuple([plain(part, each) for part in value])
+    if isinstance(value, dict):
+        return {key: plain(part, each) for key, part in value.items()}
+    return value
+
+
+Forwards = Callable[[fx.Node, nn.Module], Callable[..., Any]]
+"""What to call for a node that calls a module; the module is given, with fakes for tensors."""
+
+
+def propagate(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    values: dict[fx.Node, Any],
+    forward_of: Forwards,
+) -> None:
+    """The value of each node of a graph, and of the graph modules in it, in a run on fakes.
+
+    The run is on a copy of the modules, in which each tensor is a fake: nothing of the caller's
+    is written into, not even by a module that sets its own attributes.
+
+    Args:
+        graph_module: The graph.
+        example_inputs: Its inputs. Where some are fakes, the values are of the same mode.
+        values: Where to put each value.
+        forward_of: What each node that calls a module calls in this run.
+
+    Raises:
+        ValueError: If the inputs do not fit the graph.
+        RuntimeError: If a node does not run on fakes.
+        Exception: What ``forward_of`` raises.
+    """
+    inputs = graph_module.graph.process_inputs(*example_inputs)
+    _check_count(graph_module, len(inputs))
+    mode = _torch.fake_mode_for(inputs)
+    fakes = [_torch.to_fake(mode, v) if isinstance(v, Tensor) else v for v in inputs]
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _torch.running_on(mode),
+        _torch.no_data_pointers(),
+    ):
+        copy = _torch.fake_copy(graph_module, mode)
+        _Run(graph_module, copy, forward_of, values).run(*fakes, enable_io_processing=False)
+
+
+def _check_count(graph_module: fx.GraphModule, given: int) -> None:
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if any(str(node.target).startswith("*") for node in placeholders):
+        return
+    needed = sum(not node.args for node in placeholders)  # the others have a default
+    if not needed <= given <= len(placeholders):
+        names = ", ".join(str(node.target) for node in placeholders)
+        raise ValueError(f"example_inputs are {given} values, and the graph takes ({names})")
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph with the modules of a fake copy of its graph module."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        copy: nn.Module,
+        forward_of: Forwards,
+        values: dict[fx.Node, Any],
+    ) -> None:
+        super().__init__(copy, graph=graph_module.graph)
+        self.extra_traceback = False  # the error below says all of it
+        self._original, self._forward_of, self._values = graph_module, forward_of, values
+
+    def run_node(self, n: fx.Node) -> Any:
+        inner = self._original.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(inner, fx.GraphModule):
+            value = self._run_inside(inner, n)
+        else:
+            run = self._run_of(n)
+            try:
+                value = run()
+            except Exception as error:
+                raise RuntimeError(
+                    f"node {n} ({n.target}) does not run on fake tensors of example_inputs: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        # As of now: a later node may change its shape in place.
+        self._values[n] = pytree.tree_map_only(Tensor, lambda t: t.detach(), value)
+        return value
+
+    def _run_inside(self, inner: fx.GraphModule, node: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        inputs = inspect.signature(inner.forward).bind(*args, **kwargs)
+        inputs.apply_defaults()
+        copy = self.fetch_attr(str(node.target))
+        return _Run(inner, copy, self._forward_of, self._values).run(*inputs.args)
+
+    def _run_of(self, node: fx.Node) -> Callable[[], Any]:
+        if node.op == "call_module":
+            module = self.fetch_attr(str(node.target))
+        elif node.op == "call_function" and isinstance(node.target, nn.Module):
+            module = node.target  # an extensible function, which holds no tensor
+        else:
+            return functools.partial(super().run_node, node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return functools.partial(self._forward_of(node, module), *plain(args), **plain(kwargs))

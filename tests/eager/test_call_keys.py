@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kernelgraph.eager.call_keys import _MOST_FORMS, Kinds
+from kernelgraph.graph.calls.state import State
+
+
+class Layer(nn.Module):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.eps, self.extra, self.inner = 1e-6, None, None
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is not None:
+            return self.inner.weight
+        return self.weight, self.eps, self.extra
+
+
+class Pair(NamedTuple):
+    one: Any
+    other: Any
+
+
+def put(kinds: Kinds[Any], layer: Layer, args: Any, kwargs: Any, value: Any) -> None:
+    kinds.put(layer, State.of(layer, [Layer.forward]), args, kwargs, value)
+
+
+X = torch.ones(2, 3)
+
+CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((), {}),
+    ((X,), {}),
+    ((X, X), {}),
+    (((X, X),), {}),
+    (([X, X],), {}),
+    ((Pair(X, X),), {}),
+    (({"a": X},), {}),
+    ((OrderedDict(a=X),), {}),
+    (({"b": X},), {}),
+    ((), {"x": X}),
+    ((), {"y": X}),
+    ((X.double(),), {}),
+    ((X.clone().requires_grad_(),), {}),
+    ((nn.Parameter(X, requires_grad=False),), {}),
+    ((X[:1],), {}),
+    ((X.t().contiguous().t(),), {}),
+    ((X.flatten(),), {}),
+    ((X.to_sparse(),), {}),
+    ((X.to("meta"),), {}),
+    ((1,), {}),
+    ((1.0,), {}),
+    ((True,), {}),
+    (("1",), {}),
+    ((None,), {}),
+    ((torch.float32,), {}),
+    ((torch.relu,), {}),
+    ((torch.sigmoid,), {}),
+    (({1},), {}),
+]
+
+
+def test_calls_that_differ_in_anything_are_of_different_kinds() -> None:
+    kinds: Kinds[int] = Kinds()
+    layer = Layer()
+    for number, (args, kwargs) in enumerate(CALLS):
+        assert kinds.get(layer, args, kwargs) is None
+        put(kinds, layer, args, kwargs, number)
+    for number, (args, kwargs) in enumerate(CALLS):
+        assert kinds.get(layer, args, kwargs) == number
+
+
+def test_values_in_tensors_do_not_count() -> None:
+    kinds: Kinds[str] = Kinds()
+    put(kinds, Layer(), (X,), {}, "found")
+    assert kinds.get(Layer(weight=nn.Parameter(torch.zeros(3))), (X + 1,), {}) == "found"
+
+
+@pytest.mark.parametrize("kind", ["cpu"])
+def test_an_autocast_region_counts(kind: str) -> None:
+    kinds: Kinds[Any] = Kinds()
+    layer = Layer()
+    put(kinds, layer, (X,), {}, None)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(kind, dtype):
+            assert kinds.get(layer, (X,), {}) is None
+            put(kinds, layer, (X,), {}, dtype)
+    with torch.autocast(kind, torch.bfloat16):
+        assert kinds.get(layer, (X,), {}) is torch.bfloat16
+        with torch.autocast(kind, enabled=False):
+            assert kinds.get(layer, (X,), {}) is None
+
+
+ATTRIBUTES: list[dict[str, Any]] = [
+    {},
+    {"eps": 1e-5},
+    {"eps": 1},
+    {"extra": 1},
+    {"extra": True},
+    {"extra": torch.ones(3)},
+    {"extra": torch.ones(3, requires_grad=True)},
+    {"extra": [torch.ones(3)]},
+    {"extra": [torch.ones(3), 1]},
+    {"extra": [1, 2]},
+    {"extra": {"a": 1}},
+    {"weight": nn.Parameter(torch.ones(4))},
+    {"weight": nn.Parameter(torch.ones(3), requires_grad=False)},
+    {"inner": nn.Linear(2, 3)},
+    {"inner": nn.Linear(3, 2)},
+    {"inner": nn.Bilinear(2, 3, 3)},
+]
+
+
+@settings(max_examples=50)
+@given(st.permutations(range(len(ATTRIBUTES))))
+def test_layers_that_differ_in_what_they_read_are_told_apart(order: list[int]) -> None:
+    kinds: Kinds[int] = Kinds()
+    layers = [Layer(**attributes) for attributes in ATTRIBUTES]
+    for number in order:
+        assert kinds.get(layers[number], (X,), {}) is None
+        put(kinds, layers[number], (X,), {}, number)
+    for number, attributes in enumerate(ATTRIBUTES):
+        for layer in (layers[number], Layer(**attributes)):
+            assert kinds.get(layer, (X,), {}) == number
+
+
+def test_a_change_of_a_layer_counts() -> None:
+    kinds: Kinds[str] = Kinds()
+    layer = Layer()
+    put(kinds, layer, (X,), {}, "found")
+    layer.eps = 2.0
+    assert kinds.get(layer, (X,), {}) is None
+    layer.eps = 1e-6
+    assert kinds.get(layer, (X,), {}) == "found"
+    layer.weight.requires_grad_(False)
+    assert kinds.get(layer, (X,), {}) is None
+    layer.weight.requires_grad_(True)
+    layer.double()
+    assert kinds.get(layer, (X,), {}) is None
+    del layer.weight
+    assert kinds.get(layer, (X,), {}) is None
+
+
+def test_a_table_is_bounded() -> None:
+    kinds: Kinds[int] = Kinds()
+    layer = Layer()
+    for number in range(3000):
+        put(kinds, layer, (number,), {}, number)
+    assert sum(len(form.values) for form in kinds._forms) <= 1024
+    assert kinds.get(layer, (2999,), {}) == 2999
+    for number in range(3 * _MOST_FORMS):
+        other = Layer(inner=type(f"Inner{number}", (nn.Linear,), {})(3, 3))
+        put(kinds, other, (X,), {}, number)
+    assert len(kinds._forms) <= _MOST_FORMS
+
+
+def test_what_no_call_can_be_made_of_counts_by_its_type() -> None:
+    class Odd:
+        tensor: Tensor = X
+
+    kinds: Kinds[str] = Kinds()
+    layer = Layer()
+    put(kinds, layer, (Odd(),), {}, "odd")
+    assert kinds.get(layer, (Odd(),), {}) == "odd"
+    assert kinds.get(layer, (object(),), {}) is None

@@ -1,0 +1,134 @@
+"""The body of an op: a call made again."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernelgraph.graph.calls.runner import Runner
+from kernelgraph.graph.calls.trees import UnsupportedValue
+from tests.graph.calls.test_call import Layer, X
+from tests.support.op_calls import call_of
+
+
+def test_a_runner_makes_the_call_again():
+    layer = Layer()
+    call, operands = call_of(layer, X, {"a": [X]}, scale=2.0)
+    runner = Runner(Layer.forward, call)
+    for factor in (1.0, 3.0):
+        given = [o * factor if isinstance(o, Tensor) else o for o in operands]
+        assert torch.equal(runner(given), torch.relu(X * factor * factor + 0.5) * 2)
+
+
+class Joined(nn.Module):
+    def forward(self, x, xs, table, flags=()):
+        xs.append(x)
+        table["new"] = x
+        flags.append("seen")
+        return (len(xs), sorted(table), len(flags))
+
+
+def test_containers_among_the_arguments_are_new_for_each_call():
+    call, operands = call_of(Joined(), X, [X], {"a": X}, flags=["f"])
+    runner = Runner(Joined.forward, call)
+    assert [runner(operands) for _ in range(3)] == [(2, ["a", "new"], 2)] * 3
+    call, operands = call_of(Joined(), X, [], {}, flags=[])  # no leaf in a container
+    runner = Runner(Joined.forward, call)
+    assert [runner(operands) for _ in range(3)] == [(1, ["new"], 1)] * 3
+
+
+def test_threads_do_not_see_each_other():
+    barrier = threading.Barrier(8)
+
+    def forward(self, x, *rest, scale=1.0, **more):
+        barrier.wait()  # all are inside now
+        return x * self.weight * scale
+
+    call, (x, _, weight, *numbers) = call_of(Layer(), X, scale=2.0, forward=forward)
+    runner = Runner(forward, call)
+
+    def run(i):
+        return runner([x * i, 2.0 * i, weight * i, *numbers])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            results = list(pool.map(run, range(8)))
+            assert [r[0].item() for r in results] == [2.0 * i**3 for i in range(8)]
+
+
+def test_a_forward_may_call_itself():
+    def forward(self, x, *rest, scale=1.0, **more):
+        if scale > 0:
+            inner = runner([x + 1, scale - 1, *operands[2:]])
+            return inner + x * self.weight
+        return x * self.weight
+
+    call, operands = call_of(Layer(), X, scale=2.0)
+    runner = Runner(forward, call)
+    assert runner(operands)[0].item() == 1 + 2 + 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_runner_keeps_no_tensor(fails, nested):
+    def forward(self, *args, **kwargs):
+        if fails:
+            raise ValueError("toy")
+        return torch.zeros(1)
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+        def forward(self, x, y=None):
+            return self.inner(x) + next(iter(self.parameters()))
+
+    x = torch.ones(2)
+    call, operands = call_of(Held(), x, y=[x + 1] if nested else x + 1)
+    runner = Runner(forward, call)
+    references = [weakref.ref(o) for o in operands if isinstance(o, Tensor)]
+    assert len(references) > 6
+    for _ in range(2):
+        try:
+            runner(operands)
+        except ValueError:
+            assert fails
+    del operands, x
+    gc.collect()
+    assert [r() for r in references] == [None] * len(references)
+
+
+def test_observing_a_call_tells_what_it_sets():
+    def helper(layer):
+        layer.inner.cache = 1
+        layer.count = 2
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            helper(self)
+            return x
+
+    call, operands = call_of(Outer(), X)
+    with pytest.raises(UnsupportedValue, match=r"Outer\.forward sets cache, count of the layer"):
+        Runner(Outer.forward, call).observe(operands)
+
+
+def test_a_runner_works_in_the_autocast_region_of_its_call():
+    layer = nn.Linear(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        call, operands = call_of(layer, X)
+    assert Runner(nn.Linear.forward, call)(operands).dtype is torch.bfloat16
+    call, operands = call_of(layer, X)
+    assert Runner(nn.Linear.forward, call)(operands).dtype is torch.float32

@@ -1,0 +1,341 @@
+"""Layers that another package tagged, in compiled models, with no call of the user's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn.parallel import DistributedDataParallel
+
+import kernelgraph
+from kernelgraph import Mode, last_report, register_kernel_mapping, use_kernel_mapping
+from kernelgraph.report import Decision
+from tests.support.other_package import write_kernel
+from tests.support.toy_models import Chain, OpaqueScale, Scale, TraceableScale, on_cpu
+
+
+class Counter:
+    """A backend that runs graphs as they are, and counts how many it was given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph_module.forward
+
+
+class CountingAot(Counter):
+    """The same by way of AOTAutograd."""
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        super().__call__(graph_module, inputs)
+        run: Callable[..., Any] = lookup_backend("aot_eager")(graph_module, inputs)
+        return run
+
+
+def ours(inner: Any) -> dict[str, Any]:
+    # The toys add 10, which a kernel that is verified before it trains anything may not.
+    return {"backend": "hubkernels", "options": {"inner": inner, "verify_gradients": False}}
+
+
+def plain(inner: Any) -> dict[str, Any]:
+    return {"backend": inner}
+
+
+def decisions() -> tuple[Decision, ...]:
+    report = last_report()
+    assert report is not None
+    return report.decisions
+
+
+def scale_of(theirs: Any) -> type[nn.Module]:
+    """`Scale`, tagged by another package."""
+
+    class Theirs(Scale):
+        kernel_layer_name = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + self.shift + self.eps
+
+    tagged: type[nn.Module] = theirs.use_kernel_forward_from_hub("Scale")(Theirs)
+    return tagged
+
+
+class Block(nn.Module):
+    def __init__(self, scale: type[nn.Module]) -> None:
+        super().__init__()
+        self.scale, self.linear = scale(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.scale(x))
+
+
+@pytest.fixture(autouse=True)
+def mapping() -> Iterator[None]:
+    with use_kernel_mapping(on_cpu(Scale=OpaqueScale), inherit_mapping=False):
+        yield
+
+
+class TestClasses:
+    @torch.no_grad()
+    def test_are_found(self, theirs: Any) -> None:
+        block, x = Block(scale_of(theirs)), torch.randn(3, 4)
+        compiled = torch.compile(block, fullgraph=True, **ours("eager"))
+        torch.testing.assert_close(compiled(x), block.linear(block.scale(x) + 10))
+        assert [d.path for d in decisions() if d.uses_kernel] == ["scale"]
+
+    @torch.no_grad()
+    def test_blocks_compiled_one_by_one_share_a_graph(self, theirs: Any) -> None:
+        """As many graphs as without kernels: the condition that all get ties them to nothing."""
+        scale, x, counts = scale_of(theirs), torch.randn(3, 4), []
+        for backend in (plain, ours):
+            torch.compiler.reset()
+            counter = Counter()
+            for block in [Block(scale) for _ in range(4)]:
+                block.compile(fullgraph=True, **backend(counter))
+                block(x)
+            counts.append(counter.graphs)
+        assert counts == [1, 1]
+
+    @torch.no_grad()
+    def test_a_condition_that_must_be_asked_is_asked_of_each_block(self, theirs: Any) -> None:
+        scale, x = scale_of(theirs), torch.randn(3, 4)
+        scale.kernel_condition = staticmethod(lambda module: module.eps < 1)  # type: ignore[attr-defined]
+        blocks = [Block(scale) for _ in range(3)]
+        blocks[1].scale.eps = 2.0
+        for block, extra in zip(blocks, (10, 0, 10), strict=True):
+            block.compile(fullgraph=True, **ours("eager"))
+            torch.testing.assert_close(block(x), block.linear(block.scale(x) + extra))
+
+
+class TestFunctions:
+    @torch.no_grad()
+    def test_are_found(self, theirs: Any, tmp_path: Path) -> None:
+        @theirs.use_kernel_forward_from_hub("double")
+        def double(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @theirs.use_kernelized_func(double)
+        class Doubling(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return double(x) + 1
+
+        path, x = write_kernel(tmp_path / "kernel", result=10), torch.randn(3)
+        for repository in (
+            theirs.LocalFuncRepository(path, func_name="shifted"),
+            theirs.LocalLayerRepository(path, layer_name="Add"),
+            kernelgraph.LocalFuncRepository(path, func_name="shifted"),
+        ):
+            torch.compiler.reset()
+            with use_kernel_mapping({"double": {"cpu": {theirs.Mode.FALLBACK: repository}}}):
+                compiled = torch.compile(Doubling(), fullgraph=True, **ours("aot_eager"))
+                torch.testing.assert_close(compiled(x), x + 11)
+            (decision,) = decisions()
+            assert decision.kernel.startswith(f"{path}@")
+            assert decision.op.startswith("hubkernels::toy_")
+            assert decision.op.split("_")[1] == decision.kernel.split(": ")[1]
+
+    @torch.no_grad()
+    def test_two_functions_are_two_ops(self, theirs: Any, tmp_path: Path) -> None:
+        path, x = write_kernel(tmp_path / "kernel", result=10), torch.randn(3)
+
+        @theirs.use_kernel_forward_from_hub("first")
+        def first(x: Tensor) -> Tensor:
+            return x  # of this there is nothing in a graph
+
+        @theirs.use_kernel_forward_from_hub("second")
+        def second(x: Tensor) -> Tensor:
+            return -x
+
+        names = {"first": "shifted", "second": "plain"}
+        mapping = {
+            layer: {"cpu": theirs.LocalFuncRepository(path, func_name=name)}
+            for layer, name in names.items()
+        }
+        with use_kernel_mapping(mapping):
+            compiled = torch.compile(lambda x: (first(x), second(x)), **ours("eager"))
+            torch.testing.assert_close(compiled(x), (x + 10, x - 10))
+
+
+class TestWrapped:
+    def test_a_layer_in_an_adapter(self) -> None:
+        class Adapter(nn.Module):
+            """As for LoRA: the layer, and a product of two small matrices beside it."""
+
+            def __init__(self, base: nn.Module) -> None:
+                super().__init__()
+                self.base_layer = base.requires_grad_(False)
+                self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+            def __getattr__(self, name: str) -> Any:
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(super().__getattr__("base_layer"), name)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.base_layer(x) + self.up(self.down(x))
+
+        model, x = nn.Sequential(Adapter(Scale()), nn.Linear(4, 4)), torch.randn(3, 4)
+        with use_kernel_mapping(on_cpu(Scale=TraceableScale)):
+            compiled = torch.compile(model, fullgraph=True, **ours("aot_eager"))
+            compiled(x).sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad.clone() for name, p in trained.items()}
+        assert [d.path for d in decisions() if d.uses_kernel] == ["0.base_layer"]
+        model.zero_grad()
+        model[1](model[0](x) + 20).sum().backward()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, trained[name].grad)
+
+
+SIZE = 600
+"""Of a linear layer that is larger than a bucket of 1 MiB."""
+
+
+@pytest.mark.usefixtures("one_process")
+class TestDistributedDataParallel:
+    """Its own backend stands between Dynamo and ours, and hands us a graph in parts."""
+
+    @pytest.mark.parametrize("inside", [True, False], ids=["compiled-inside", "compiled-around"])
+    def test_gradients(self, inside: bool) -> None:
+        model, x = Chain(SIZE), torch.randn(3, SIZE)
+        if inside:
+            compiled = torch.compile(model, **ours(aot_eager := CountingAot()))
+            parallel: Any = DistributedDataParallel(compiled, bucket_cap_mb=1)
+        else:
+            parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+            parallel = torch.compile(parallel, **ours(aot_eager := CountingAot()))
+        out = parallel(x)
+        assert aot_eager.graphs > 1
+        out.sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        assert [d.path for d in decisions() if d.uses_kernel] == ["layers.0", "layers.2"]
+        model.zero_grad()
+        first, linear, last = model.layers
+        by_hand = last(linear(first(x) + 10)) + 10
+        by_hand.sum().backward()
+        torch.testing.assert_close(out, by_hand)
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+
+    def test_a_layer_that_was_tagged_late_is_in_the_last_part(self, theirs: Any) -> None:
+        model, x = Chain(SIZE), torch.randn(3, SIZE)
+        torch.compile(model, **ours("eager"))(x)  # what is there now has been adopted
+        model.layers.extend([nn.Linear(SIZE, SIZE), scale_of(theirs)(SIZE)])
+        parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+        out = torch.compile(parallel, **ours(aot_eager := CountingAot()))(x)
+        assert aot_eager.graphs > 1
+        paths = [d.path for d in decisions() if d.uses_kernel]
+        assert paths == ["layers.0", "layers.2", "layers.4"]
+        for layer, extra in zip(model.layers, (10, 0, 10, 0, 10), strict=True):
+            x = layer(x) + extra
+        torch.testing.assert_close(out, x)
+
+
+class TestMappingChanges:
+    """A compiled graph keeps its decision; ``torch.compiler.reset()`` has it made anew."""
+
+    @torch.no_grad()
+    def test_the_decision_is_kept_until_reset(self) -> None:
+        model, x = nn.Sequential(Scale()), torch.randn(3, 4)
+        reference, counter = model(x), Counter()
+        compiled = torch.compile(model, fullgraph=True, **ours(counter))
+        torch.testing.assert_close(compiled(x), reference + 10)
+        register_kernel_mapping(on_cpu(Scale=TraceableScale))
+        torch.testing.assert_close(compiled(x), reference + 10)
+        with use_kernel_mapping({}, inherit_mapping=False):
+            torch.testing.assert_close(compiled(x), reference + 10)
+        assert counter.graphs == 1
+        torch.compiler.reset()
+        torch.testing.assert_close(compiled(x), reference + 20)
+        torch.compiler.reset()
+        with use_kernel_mapping({}, inherit_mapping=False):
+            torch.testing.assert_close(compiled(x), reference)
+
+    @torch.no_grad()
+    def test_a_recompile_decides_by_the_mapping_of_its_time(self) -> None:
+        model, x = nn.Sequential(Scale()), torch.randn(3, 4)
+        reference = model(x)
+        compiled = torch.compile(model, dynamic=False, **ours("eager"))
+        compiled(x)
+        register_kernel_mapping(on_cpu(Scale=TraceableScale))
+        torch.testing.assert_close(compiled(x[:2]), reference[:2] + 20)
+        torch.testing.assert_close(compiled(x), reference + 10)
+
+
+class TestRecompiles:
+    """A model with kernels is compiled anew when it would be without, and at no other time."""
+
+    @staticmethod
+    def counts(run: Callable[[Any, Chain, Counter], list[int]], **options: Any) -> list[list[int]]:
+        made = []
+        for backend in (plain, ours):
+            torch.compiler.reset()
+            model, counter = Chain(), Counter()
+            compiled = torch.compile(model, fullgraph=True, **backend(counter), **options)
+            made.append(run(compiled, model, counter))
+        return made
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("dynamic", [None, True, False])
+    def test_other_sizes(self, dynamic: bool | None) -> None:
+        def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
+            counts = []
+            for size in ((3, 4), (3, 4), (5, 4), (7, 4), (3, 4), (2, 3, 4), (2, 5, 4), (9, 5, 4)):
+                compiled(torch.randn(size))
+                counts.append(counter.graphs)
+            return counts
+
+        without, with_kernels = self.counts(run, dynamic=dynamic)
+        assert with_kernels == without
+
+    @torch.no_grad()
+    def test_training_and_back(self) -> None:
+        def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
+            counts = []
+            for training, _ in itertools.product((True, False, True, False), range(2)):
+                model.train(training)
+                compiled(torch.randn(3, 4))
+                counts.append(counter.graphs)
+            return counts
+
+        without, with_kernels = self.counts(run)
+        assert with_kernels == without
+
+    def test_gradients_and_none(self) -> None:
+        def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
+            counts = []
+            for enabled, requires in itertools.product((True, False, True), (True, False)):
+                model.requires_grad_(requires)
+                with torch.set_grad_enabled(enabled):
+                    compiled(torch.randn(3, 4))
+                counts.append(counter.graphs)
+            return counts
+
+        without, with_kernels = self.counts(run)
+        assert with_kernels == without
+
+
+def test_the_mode_of_another_package_as_an_option(theirs: Any) -> None:
+    model, x = nn.Sequential(Scale()), torch.randn(3, 4)
+    options = {"inner": "eager", "kernel_mode": theirs.Mode.INFERENCE}
+    with torch.no_grad():
+        torch.compile(model, backend="hubkernels", options=options)(x)
+    assert decisions()[0].mode == str(Mode.INFERENCE | Mode.TORCH_COMPILE)
+
+
+@torch.no_grad()
+def test_the_mode_of_another_package_for_a_graph_of_ones_own(theirs: Any) -> None:
+    model, x = nn.Sequential(Scale()), torch.randn(3, 4)
+    graph_module = fx.GraphModule(model, kernelgraph.Tracer().trace(model))
+    kernelgraph.rewrite(graph_module, mode=theirs.Mode.INFERENCE, example_inputs=(x,))
+    assert [d.uses_kernel for d in decisions()] == [True]
+    torch.testing.assert_close(graph_module(x), model(x) + 10)

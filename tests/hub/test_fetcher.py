@@ -1,0 +1,247 @@
+"""Files: which are downloaded, and that each is what the Hub lists, or is replaced."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from kernelgraph import get_kernel
+from kernelgraph.builds.metadata import digest_files
+from kernelgraph.hub.client import Hub, Resolved
+from kernelgraph.hub.fetcher import compare, fetch, list_build
+from tests.support.toy_repository import layer_files, variant_files
+
+FILES = {**layer_files(), "data/weights.bin": b"\0" * 300, "_ops.so": b"\x7fELF"}
+UNIVERSAL = "build/torch-universal"
+
+
+@pytest.fixture
+def repository(hub):
+    repository = hub.repository("org/toy")
+    repository.commit(
+        {
+            **variant_files(FILES),
+            **variant_files(FILES, variant="torch-rocm"),
+            f"{UNIVERSAL}/__pycache__/layers.cpython-311.pyc": b"\0",
+            f"{UNIVERSAL}/old.pyc": b"\0",
+            "README.md": b"# Toy",
+        },
+        branch="v1",
+    )
+    return repository
+
+
+@pytest.fixture
+def kernel(repository):
+    return Resolved("org/toy", "kernel", repository.branches["v1"])
+
+
+@pytest.fixture
+def variant(kernel):
+    """Where the variant is, once it is in the cache."""
+    return fetched(kernel).directory
+
+
+def fetched(kernel):
+    hub = Hub()
+    return fetch(hub, kernel, "torch-universal", list_build(hub, kernel)["torch-universal"])
+
+
+def names(requests, method="GET"):
+    return sorted(r.split("/torch-universal/")[1] for r in requests if f"{method} /kernels" in r)
+
+
+class TestDownload:
+    def test_only_the_variant_and_no_bytecode(self, hub, kernel):
+        directory = fetched(kernel).directory
+        assert names(hub.asked()) == sorted([*FILES, "metadata.json"])
+        assert [path.name for path in directory.parent.iterdir()] == ["torch-universal"]
+        assert set(digest_files(directory)) == set(FILES)
+
+    def test_once(self, hub, kernel, variant):
+        hub.asked()
+        assert fetched(kernel).directory == variant
+        assert hub.asked() == []
+
+    def test_what_is_missing(self, hub, kernel, variant):
+        hub.asked()
+        (variant / "layers.py").unlink()
+        fetched(kernel)
+        assert names(hub.asked()) == []  # its content is still among the blobs
+        blob = (variant / "layers.py").resolve()
+        blob.unlink()
+        fetched(kernel)
+        assert names(hub.asked()) == ["layers.py"]
+
+    def test_digests(self, kernel):
+        found = fetched(kernel)
+        listed = digest_files(found.directory)
+        assert {name: found.sha256[name] for name in listed} == listed
+
+    def test_offline(self, kernel, variant, offline):
+        offline()
+        assert fetched(kernel).directory == variant
+
+    def test_offline_and_not_all_there(self, kernel, variant, offline):
+        (variant / "layers.py").unlink()
+        offline()
+        with pytest.raises(
+            OSError, match=r"^org/toy at \w+, variant torch-universal: cannot be loaded from the c"
+        ):
+            fetched(kernel)
+
+    def test_offline_without_a_listing(self, kernel, variant, offline, as_a_new_process):
+        """An older client has left none."""
+        shutil.rmtree(variant.parents[3] / "trees")
+        offline()
+        as_a_new_process()
+        assert list_build(Hub(), kernel) == {"torch-universal": {}}
+        assert fetched(kernel).directory == variant
+
+    def test_a_listing_that_leads_out(self, hub, repository, kernel):
+        repository.commits[kernel.commit] = {"build/torch-universal/../../../../x.py": b""}
+        with pytest.raises(ValueError, match=r"^org/toy at \w+: build/.*x.py is no path inside"):
+            list_build(Hub(), kernel)
+
+    def test_no_build(self, hub, repository, kernel):
+        repository.commits[kernel.commit] = {"README.md": b"#"}
+        assert list_build(Hub(), kernel) == {}
+
+    def test_blobs_that_repositories_share(self, kernel, variant):
+        """The client keeps what several repositories hold once, and links to it."""
+        blob = (variant / "_ops.so").resolve()
+        shared = blob.parents[2] / "blobs" / "ab" / "cdef"
+        shared.parent.mkdir(parents=True)
+        shutil.move(blob, shared)
+        blob.symlink_to(shared)
+        assert fetched(kernel).directory == variant
+
+    def test_a_link_to_anywhere_else(self, kernel, variant, tmp_path, offline):
+        (tmp_path / "elsewhere.so").write_bytes(FILES["_ops.so"])
+        (variant / "_ops.so").unlink()
+        (variant / "_ops.so").symlink_to(tmp_path / "elsewhere.so")
+        offline()
+        with pytest.raises(OSError, match=r"_ops\.so is a link that leads out of it"):
+            fetched(kernel)
+
+
+def change_content(variant):
+    (variant / "layers.py").resolve().write_text("poison")
+
+
+def change_large_file(variant):
+    (variant / "data/weights.bin").resolve().write_bytes(b"\1" * 300)
+
+
+def change_metadata(variant):
+    (variant / "metadata.json").resolve().write_text("{}")
+
+
+def replace_link(variant):
+    (variant / "layers.py").unlink()
+    (variant / "layers.py").write_text("poison")
+
+
+def cut_short(variant):
+    (variant / "__init__.py").resolve().write_text("")
+
+
+def add_file(variant):
+    (variant / "more.py").write_text("poison")
+
+
+def lead_out(variant):
+    (variant / "more.py").symlink_to("/etc/hostname")
+
+
+def break_link(variant):
+    (variant / "layers.py").resolve().unlink()
+
+
+def directory_for_file(variant):
+    (variant / "layers.py").unlink()
+    (variant / "layers.py").mkdir()
+    (variant / "layers.py" / "__init__.py").write_text("poison")
+
+
+def link_for_directory(variant):
+    shutil.move(variant, variant.parents[4] / "moved")
+    variant.symlink_to(variant.parents[4] / "moved")
+
+
+def corrupt_listing(variant):
+    (listing,) = (variant.parents[3] / "trees").iterdir()
+    text = listing.read_text()
+    id_ = text.split('"blob_id": "')[3][:40]
+    listing.write_text(text.replace(id_, "0" * 40))
+
+
+POISON = [
+    change_content,
+    change_large_file,
+    change_metadata,
+    replace_link,
+    cut_short,
+    add_file,
+    lead_out,
+    break_link,
+    directory_for_file,
+    link_for_directory,
+    corrupt_listing,
+]
+
+
+class TestPoison:
+    @pytest.mark.parametrize("poison", POISON)
+    def test_is_replaced_online(self, hub, kernel, variant, as_a_new_process, poison):
+        whole = digest_files(variant)
+        poison(variant)
+        as_a_new_process()
+        assert fetched(kernel).directory == variant
+        assert digest_files(variant) == whole
+        hub.asked()
+        assert not compare(variant, list_build(Hub(), kernel, anew=True)["torch-universal"])[0]
+
+    @pytest.mark.parametrize("poison", POISON)
+    def test_is_refused_offline(self, kernel, variant, offline, as_a_new_process, poison):
+        poison(variant)
+        as_a_new_process()
+        offline()
+        with pytest.raises(OSError, match=r"^org/toy at \w+, variant torch-universal: cannot be"):
+            fetched(kernel)
+
+    def test_a_hub_that_lists_nothing_vouches_for_nothing(self, repository, kernel, variant):
+        (variant / "layers.py").resolve().write_text("poison")
+        repository.commits[kernel.commit] = {"build/torch-rocm/__init__.py": b""}
+        with pytest.raises(ValueError, match=r"torch-universal: the Hub does not list it any more"):
+            fetched(kernel)
+
+    def test_with_the_hub_out_of_reach(self, hub, kernel, variant):
+        (variant / "layers.py").resolve().write_text("poison")
+        hub.fault("drop")
+        with pytest.raises(OSError, match=r"^org/toy: could not be had .* not whole: changed: lay"):
+            fetched(kernel)
+
+    def test_is_never_run(self, hub, kernel, variant, offline, tmp_path):
+        (variant / "__init__.py").resolve().write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        offline()
+        with pytest.raises(OSError, match=r"changed: __init__\.py"):
+            get_kernel("org/toy", revision=kernel.commit, trust_remote_code=True)
+        assert not (tmp_path / "ran").exists()
+
+    def test_one_wrong_byte_on_the_way(self, hub, kernel):
+        hub.fault("corrupt", "layers.py", times=1, method="GET")
+        directory = fetched(kernel).directory
+        assert (directory / "layers.py").read_text() == FILES["layers.py"]
+
+    def test_a_wrong_byte_each_time(self, hub, kernel):
+        hub.fault("corrupt", "layers.py", method="GET")
+        with pytest.raises(
+            ValueError,
+            match=r"^org/toy at \w+, variant torch-universal: what was downloaded is not what "
+            r"the Hub lists: changed: layers\.py$",
+        ):
+            fetched(kernel)
+        hub.faults.clear()
+        assert (fetched(kernel).directory / "layers.py").read_text() == FILES["layers.py"]

@@ -1,0 +1,63 @@
+"""Random models of random layers with random kernels, exported: what the eager calls give."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from hypothesis import given, note
+from hypothesis import strategies as st
+from torch.export import Dim
+
+from kernelgraph import Mode, export
+from kernelgraph.programs.references import ops_in
+from tests.models.test_random_models import assert_kernels, assert_same, eager, examples, mapping
+from tests.support.random_layers import Model, build, inputs_of, models
+
+
+@contextlib.contextmanager
+def guards_may_fail(may: bool) -> Iterator[None]:
+    """A program is guarded by what torch took for granted of sizes when it was traced."""
+    try:
+        yield
+    except AssertionError as error:
+        if not may or "Guard failed" not in str(error):
+            raise
+
+
+@examples(10)
+@given(models(training=False), st.booleans())
+def test_exported_with_kernels_is_eager_with_kernels(spec: Model, strict: bool) -> None:
+    """A program gives what its model gives eagerly with its kernels, and changes the same, also
+    for other sizes than those that it was exported with, or says that it is not for them."""
+    note(spec.text())
+    torch.manual_seed(0)
+    model = build(spec)
+    before = copy.deepcopy(model)
+    dynamic = tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in inputs_of(spec, 6))
+    with mapping(spec.layers), torch.no_grad():
+        program = export(
+            model,
+            tuple(inputs_of(spec, 6)),
+            mode=Mode.INFERENCE,
+            dynamic_shapes=dynamic,
+            strict=strict,
+        )
+        assert_kernels(spec)
+    assert_same(dict(model.state_dict()), dict(before.state_dict()))
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    assert len(list(ops_in(program))) == len(spec.calls)
+    twin, module = eager(spec, before), program.module()
+    for length in (6, 9):
+        inputs = inputs_of(spec, length)
+        others = [copy.deepcopy(t) for t in inputs]
+        with torch.no_grad():
+            made = None
+            with guards_may_fail(length != 6):
+                made = module(*inputs)
+            if made is None:
+                continue
+            assert_same(made, twin(*others))
+        assert_same(inputs, others)

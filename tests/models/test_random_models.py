@@ -1,0 +1,249 @@
+"""Random models of random layers with random kernels: what the eager calls give, compiled."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from kernelgraph import last_report, use_kernel_mapping
+from tests.graph import random_layers
+from tests.support.random_layers import Layer, Model, build, classes, inputs_of, models
+from tests.support.toy_models import on_cpu
+
+
+def examples(count: int) -> Any:
+    """Settings for so many examples."""
+    return settings(
+        max_examples=count,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
+
+
+# --- the oracle: each kernel called eagerly -----------------------------------------------------
+
+
+class _Value(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, reference: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def once(layer: nn.Module, forward: Any, target: str | None, args: Any, kwargs: Any) -> Any:
+    """Call ``forward`` on copies: what it returns, and what is then in the copy of ``target``."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    offset = getattr(layer, "offset", None)
+    try:
+        if offset is not None:
+            layer.offset = offset.clone()
+        result = pytree.tree_map_only(Tensor, copied, forward(layer, *args, **kwargs))
+        return result, target and find(layer, forward, target, args, kwargs)
+    finally:
+        if offset is not None:
+            layer.offset = offset
+
+
+def find(layer: nn.Module, forward: Any, target: str, args: Any, kwargs: Any) -> Tensor:
+    if target == "offset":
+        return layer.offset
+    return inspect.signature(forward).bind(layer, *args, **kwargs).arguments[target]
+
+
+def eager_call(layer: nn.Module, spec: Layer, *args: Any, **kwargs: Any) -> Any:
+    """A call with the kernel: what it returns is its own, and what it writes into is seen by
+    nobody, unless the reference writes there too. The gradient is the reference's."""
+    cls, kernel, _ = classes(spec)
+    reference = inspect.unwrap(cls.forward)
+    with torch.no_grad():
+        result, written = once(layer, kernel.forward, spec.written, args, kwargs)
+    if torch.is_grad_enabled():
+        expected, expected_written = once(layer, reference, spec.written, args, kwargs)
+        result, written = pytree.tree_map(
+            lambda v, r: _Value.apply(v, r) if isinstance(r, Tensor) and r.requires_grad else v,
+            (result, written),
+            (expected, expected_written),
+        )
+    if "reference" in spec.writers:
+        find(layer, reference, spec.written, args, kwargs).copy_(written)
+    return result
+
+
+def eager(spec: Model, model: nn.Module) -> nn.Module:
+    """A copy of the model that calls its kernels."""
+    twin = copy.deepcopy(model)
+    for layer, drawn in zip(twin.layers, spec.layers, strict=True):
+        layer.forward = functools.partial(eager_call, layer, drawn)
+    return twin
+
+
+# --- what is compared ---------------------------------------------------------------------------
+
+
+def mapping(specs: Any) -> Any:
+    found = [classes(spec) for spec in specs]
+    return use_kernel_mapping(on_cpu(**{name: kernel for _, kernel, name in found}), False)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of its layers, plain attributes too."""
+    found = dict(model.state_dict())
+    return {
+        **found,
+        **{f"{i}.plain": m.plain for i, m in enumerate(model.layers) if hasattr(m, "plain")},
+    }
+
+
+def assert_same(made: Any, expected: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(made, expected, equal_nan=True, **tolerance)
+
+
+class Recorder:
+    """An inner compiler that counts the kernel ops in a graph, and runs the graph as it is."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        targets = [str(node.target) for node in graph_module.graph.nodes]
+        self.counts.append(sum(t.startswith("hubkernels.") for t in targets))
+        return graph_module.forward
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor], model: nn.Module) -> list[Any]:
+    """Of all that is differentiable, by where each number stands."""
+    wanted = [t for t in (*inputs, *model.parameters()) if t.requires_grad]
+    total = sum(random_layers.mix(t).real for t in outputs if t.requires_grad)
+    if not isinstance(total, Tensor) or not wanted:
+        return []
+    return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+
+
+def assert_kernels(spec: Model) -> None:
+    """Each layer that is called uses its kernel."""
+    report = last_report()
+    assert report is not None
+    called = {f"layers.{made.layer}" for made in spec.calls}
+    assert {d.path for d in report.decisions} == called
+    assert report.kernels == report.decisions, str(report)
+
+
+def check(
+    spec: Model,
+    inner: Any,
+    region: Any,
+    *,
+    dynamic: bool | None = None,
+    lengths: Sequence[int] = (4, 4, 6),
+) -> None:
+    """The law, for inputs of these ``lengths``, one after the other."""
+    torch.compiler.reset()
+    note(spec.text())
+    torch.manual_seed(0)
+    model = build(spec)
+    twin = eager(spec, model)
+    compiled = torch.compile(
+        model,
+        backend="hubkernels",
+        fullgraph=True,
+        dynamic=dynamic,
+        options={"inner": inner, "verify_gradients": False},  # the kernels add 10
+    )
+    with mapping(spec.layers):
+        for length in lengths:
+            inputs = inputs_of(spec, length)
+            others = [copy.deepcopy(t) for t in inputs]
+            with region():
+                made, expected = compiled(*inputs), twin(*others)
+            assert_kernels(spec)
+            assert_same(made, expected)
+            assert_same(inputs, others)
+            assert_same(state(model), state(twin))
+            if spec.training:
+                assert [t.requires_grad for t in made] == [t.requires_grad for t in expected]
+                found = [gradients(made, inputs, model), gradients(expected, others, twin)]
+                # They are sums of what was rounded to bfloat16, in some order.
+                halves = torch.bfloat16 in [layer.dtype for layer in spec.layers]
+                rounded = halves or any(call.autocast for call in spec.calls)
+                assert_same(*found, **({"rtol": 0.02, "atol": 0.02} if rounded else {}))
+    if isinstance(inner, Recorder):
+        assert set(inner.counts) == {len(spec.calls)}
+
+
+@examples(20)
+@given(models(training=False), st.sampled_from([torch.no_grad, torch.inference_mode]))
+def test_compiled_with_kernels_is_eager_with_kernels(spec: Model, region: Any) -> None:
+    """A compiled model gives what it gives eagerly with its kernels, and changes the same."""
+    check(spec, Recorder(), region)
+
+
+@examples(6)
+@given(models(training=False))
+def test_so_it_is_through_aot(spec: Model) -> None:
+    check(spec, "aot_eager", torch.no_grad, dynamic=True)
+
+
+@examples(2)
+@given(models(training=False))
+def test_so_it_is_through_inductor(spec: Model) -> None:
+    check(spec, "inductor", torch.no_grad, lengths=(4, 4))
+
+
+@examples(8)
+@given(models(training=True))
+def test_so_are_the_gradients(spec: Model) -> None:
+    """And its gradients are those of the references, at the values that the kernels give."""
+    check(spec, "aot_eager", torch.enable_grad)
+
+
+class Calls:
+    """An inner compiler that keeps the kernel ops that run, with copies of their arguments."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found = self.found
+
+        class Keeping(fx.Interpreter):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+                if str(target).startswith("hubkernels."):
+                    found.append((target, pytree.tree_map_only(Tensor, torch.clone, args)))
+                return super().call_function(target, args, kwargs)
+
+        return Keeping(graph_module).run
+
+
+@examples(12)
+@given(models(training=False))
+def test_every_op_passes_opcheck(spec: Model) -> None:
+    """Whatever op a layer becomes is what torch asks of an op."""
+    torch.compiler.reset()
+    note(spec.text())
+    torch.manual_seed(0)
+    calls = Calls()
+    model, inputs = build(spec), inputs_of(spec, 4)
+    compiled = torch.compile(model, backend="hubkernels", fullgraph=True, options={"inner": calls})
+    with mapping(spec.layers), torch.no_grad():
+        compiled(*inputs)
+        assert len(calls.found) == len(spec.calls)
+        for op, args in calls.found:
+            torch.library.opcheck(op, args)

@@ -1,0 +1,97 @@
+"""Calls of toy layers, lowered to ops by hand: what capture and the FX pass do in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernelgraph.builds.check import origin_of
+from kernelgraph.builds.importing import Origin
+from kernelgraph.graph.calls.call import Call
+from kernelgraph.graph.calls.state import State
+from kernelgraph.graph.calls.trees import put_leaves, read
+from kernelgraph.graph.gradients.gradient import Gradient, Own, wanted_of
+from kernelgraph.graph.ops.registry import NAMESPACE, Lowered, lower, pack
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible, extensible
+from kernelgraph.selection.devices import Device
+from kernelgraph.selection.mapping import Selection
+from kernelgraph.selection.modes import Mode
+from tests.support.toy_models import Repository
+
+
+def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
+    return extensible(type(module)) or Extensible(type(module), type(module).__name__, fake=fake)
+
+
+def kernel_of(cls: type[nn.Module], revision: str | None = None, name: str = "toys") -> Kernel:
+    origin = origin_of(cls)
+    if revision is not None:
+        origin = Origin(f"org/{name}", name, revision, "torch-universal")
+    return Kernel(cls, origin, Selection(Repository(cls), Mode.FALLBACK, Device("cpu")))
+
+
+def call_of(
+    module: nn.Module, *args: Any, forward: Callable[..., Any] | None = None, **kwargs: Any
+) -> tuple[Call, list[Any]]:
+    """The form of ``module(*args, **kwargs)`` and its operands."""
+    layer = layer_of(module)
+    state = State.of(module, [layer.reference, *([forward] if forward else [])])
+    values = [read(module, path) for path in state.tensors]
+    return Call.of(state, values, layer, args, kwargs)
+
+
+@dataclass
+class Op:
+    """A call as an op, and its operands."""
+
+    lowered: Lowered
+    call: Call
+    operands: list[Any]
+
+    @property
+    def overload(self) -> Any:
+        return getattr(getattr(torch.ops, NAMESPACE), self.lowered.name).default
+
+    def __call__(self, *operands: Any) -> Any:
+        """Run it, and give what the layer would."""
+        operands = operands or tuple(self.operands)
+        results = self.overload(*pack(operands, self.lowered.packed))
+        results = (results,) if isinstance(results, Tensor) else results
+        count = len(self.lowered.results)
+        for i, value in zip(self.lowered.written, results[count:]):  # noqa: B905 (more follow)
+            operands[i].copy_(value)
+        return put_leaves(self.lowered.output, results)
+
+
+def lowered(
+    module: nn.Module,
+    kernel: type[nn.Module] | Kernel,
+    *args: Any,
+    training: bool = False,
+    own: Own | None = None,
+    every: bool = True,
+    fake: Callable[..., Any] | None = None,
+    mode: FakeTensorMode | None = None,
+    path: str | None = None,
+    **kwargs: Any,
+) -> Op:
+    """The op for ``module(*args, **kwargs)`` with ``kernel``, for training with the gradient of
+    the reference, or with its ``own``; of every operand, or of those that require one now."""
+    if isinstance(kernel, type):
+        kernel = kernel_of(kernel)
+    layer = layer_of(module, fake)
+    call, operands = call_of(module, *args, forward=kernel.forward, **kwargs)
+    mode = mode or FakeTensorMode()
+    fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in operands]
+    with mode, enable_python_dispatcher():
+        place = None if path is None else (module, path)
+        gradient = Gradient(wanted_of(fakes, every=every), own) if training or own else None
+        made = lower(kernel, layer, call, fakes, gradient=gradient, place=place)
+        return Op(made, call, operands)

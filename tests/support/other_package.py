@@ -1,0 +1,163 @@
+"""What another package of kernels looks like to this one.
+
+It has the names of the ``kernels`` package and behaves as that does where the two meet; flags have
+other bits, functions become nameless classes at each load, and every layer gets a condition.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import inspect
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tests.support.toy_repository import METADATA, layer_files, write_repository
+
+
+class Mode(enum.Flag):
+    FALLBACK = enum.auto()
+    TRAINING = enum.auto()
+    INFERENCE = enum.auto()
+    TORCH_COMPILE = enum.auto()
+
+
+class KernelizeFallback(enum.Flag):
+    NONE = 0
+    CANNOT_LOAD = enum.auto()
+    NO_LAYER = enum.auto()
+    NO_DEVICE = enum.auto()
+    NO_COMPATIBLE_PROPERTIES = enum.auto()
+    NO_COMPATIBLE_MODE = enum.auto()
+    DEFAULT = NO_LAYER | NO_DEVICE | NO_COMPATIBLE_PROPERTIES | NO_COMPATIBLE_MODE
+    ALL = DEFAULT | CANNOT_LOAD
+
+
+@dataclass(frozen=True)
+class CUDAProperties:
+    min_capability: int
+    max_capability: int
+
+
+@dataclass(frozen=True)
+class ROCMProperties:
+    min_capability: int
+    max_capability: int
+
+
+@dataclass(frozen=True)
+class Device:
+    type: str
+    properties: CUDAProperties | ROCMProperties | None = None
+
+
+@dataclass(frozen=True)
+class LocalLayerRepository:
+    repo_path: Path
+    layer_name: str
+
+    def load(self) -> Any:
+        return getattr(_imported(self.repo_path).layers, self.layer_name)
+
+
+@dataclass(frozen=True)
+class LocalFuncRepository:
+    repo_path: Path
+    func_name: str
+
+    def load(self) -> Any:
+        return _function_class(getattr(_imported(self.repo_path), self.func_name))
+
+
+_modules: dict[Path, Any] = {}
+
+
+def _imported(path: Path) -> Any:
+    (variant,) = (path / "build").iterdir()
+    if variant in _modules:
+        return _modules[variant]
+    name = json.loads((variant / "metadata.json").read_text())["id"]
+    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _modules[variant] = module
+    return module
+
+
+def use_kernel_forward_from_hub(layer_name: str) -> Callable[[Any], Any]:
+    def decorate(target: Any) -> Any:
+        cls = target if isinstance(target, type) else _function_class(target)
+        cls.kernel_layer_name = layer_name
+        cls.kernel_condition = staticmethod(lambda module: True)
+        return cls if cls is target else cls()
+
+    return decorate
+
+
+def use_kernelized_func(*functions: Any) -> Callable[[Any], Any]:
+    def decorate(cls: Any) -> Any:
+        init = cls.__init__
+
+        def with_functions(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            for function in functions:
+                vars(self).setdefault("_kernel_funcs", {})[function.kernel_layer_name] = function
+
+        cls.__init__ = with_functions
+        return cls
+
+    return decorate
+
+
+def _function_class(function: Callable[..., Any]) -> Any:
+    class Func(nn.Module):
+        can_torch_compile = getattr(function, "can_torch_compile", False)
+        has_backward = getattr(function, "has_backward", True)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    Func.forward.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+    return Func
+
+
+# --- kernels that both packages load ------------------------------------------------------------
+
+FUNCTIONS = """
+import statistics
+import torch
+
+def shifted(x):
+    return x + {result}
+shifted.can_torch_compile = True
+
+def plain(x):
+    return x - {result}
+
+relu = torch.ops.aten.relu
+mean = statistics.mean
+"""
+
+_count = itertools.count()
+
+
+def write_kernel(path: Path, result: int = 1, layers: str | None = None) -> Path:
+    """Write a kernel that the ``kernels`` package loads too, with layers and functions."""
+    files = layer_files(result=result)
+    files["__init__.py"] = f"{files['__init__.py']}{FUNCTIONS.format(result=result)}"
+    files["layers.py"] = layers or files["layers.py"]
+    # Another id each, since it is the module's name, of which there may be but one.
+    own = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
+    write_repository(path, files, metadata=METADATA | own)
+    return path
