@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernelgraph._version import __version__
+from kernelgraph import _version
 from kernelgraph.fingerprint import code_hash
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -18,7 +18,7 @@ from kernelgraph.layers import Extensible
 
 def versions() -> tuple[str, str, str]:
     """Of kernelgraph, torch and triton: by others what was found out about kernels may be wrong."""
-    return __version__, torch.__version__, _triton_version()
+    return _version.__version__, torch.__version__, _triton_version()
 
 
 def kernel_key(kernel: Kernel) -> tuple[tuple[str, str, str], tuple[str, str]]:

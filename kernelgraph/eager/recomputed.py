@@ -17,10 +17,7 @@ from kernelgraph.graph.calls import (
     Runner,
     Template,
     UnsupportedValue,
-    put_leaves,
-    read,
-    take_leaves,
-    take_tensors,
+    flatten_tensors,
 )
 from kernelgraph.graph.gradients import Recompute
 from kernelgraph.graph.infer import observe, owned, sample_inputs, versions
@@ -58,7 +55,7 @@ class BorrowedGradient:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the kernel on ``module``."""
-        operands = operands_of(self.call, module, args, kwargs)
+        operands = self.call.operands_of(module, args, kwargs)
         template: list[Template] = []
 
         def run() -> Any:
@@ -66,16 +63,7 @@ class BorrowedGradient:
 
         tensors = (operands[i] for i in self.call.tensors)
         results = _apply(self, run, operands, template, *tensors)
-        return put_leaves(template[0], results)
-
-
-def operands_of(
-    call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any]:
-    """The operands of a call that is of the form of ``call``."""
-    operands: list[Any] = []
-    take_leaves((args, kwargs), operands)
-    return operands + [read(module, path) for path in call.state.operands]
+        return template[0].unflatten(results)
 
 
 class _BorrowedGradient(torch.autograd.Function):
@@ -91,8 +79,8 @@ class _BorrowedGradient(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         before = versions(tensors)
-        made: list[Tensor] = []
-        template.append(take_tensors(run(), made))
+        made, output = flatten_tensors(run())
+        template.append(output)
         if before != versions(tensors):
             raise RuntimeError(
                 f"kernel {by.kernel} wrote into its operands, as it never did before"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernelgraph.eager.call_keys import Kinds
-from kernelgraph.eager.recomputed import BorrowedGradient, operands_of
+from kernelgraph.eager.recomputed import BorrowedGradient
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import (
     Call,
@@ -31,10 +31,9 @@ from kernelgraph.graph.calls import (
     State,
     UnsupportedState,
     UnsupportedValue,
-    put_leaves,
+    flatten,
+    flatten_tensors,
     read,
-    take_leaves,
-    take_tensors,
 )
 from kernelgraph.graph.gradients import RECOMPUTED, Gradient, wanted_of
 from kernelgraph.graph.verify import Verdict, judge
@@ -184,13 +183,13 @@ def _by_own(kernel: Kernel, call: Call, verdict: Verdict) -> Way | None:
             if runner is None:
                 output = kernel.forward(module, *args, **kwargs)
             else:
-                output = runner(_copies(operands_of(call, module, args, kwargs)))
-        results: list[Any] = []
-        template = take_tensors(output, results)
+                output = runner(_copies(call.operands_of(module, args, kwargs)))
+        results, template = flatten_tensors(output)
+        result: Any  # register_hook has no types
         for result in results:
             if prepare is not None and result.grad_fn is not None:
                 result.register_hook(prepare)
-        return output if runner is None else put_leaves(template, _copies(results))
+        return output if runner is None else template.unflatten(_copies(results))
 
     return way
 
@@ -221,9 +220,8 @@ def _unpack_copy(saved: tuple[Tensor, int]) -> Tensor:
 def _may_need_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if any(parameter.requires_grad for parameter in module.parameters()):
         return True
-    leaves: list[Any] = []
     try:
-        take_leaves((args, kwargs), leaves)
+        leaves, _ = flatten((args, kwargs))
     except UnsupportedValue:
         return True
     return any(wanted_of(leaves))

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from kernelgraph.eager import KernelForward, candidates
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, UnsupportedValue, put_leaves, read
+from kernelgraph.graph.calls import Call, UnsupportedValue, read
 from kernelgraph.graph.compile import Trace, adopt, exporting, kernelized_forward
 from kernelgraph.graph.lowering import (
     Choices,
@@ -186,7 +186,7 @@ class _Exporter:
             # No gradient goes from one call to the next through what a layer counts.
             value = results[number]
             operands[i].copy_(value.detach() if i >= first_state else value)
-        return put_leaves(op.output, results)
+        return op.output.unflatten(results)
 
     @contextlib.contextmanager
     def as_it_was(self, module: nn.Module) -> Iterator[None]:

@@ -25,8 +25,12 @@ from torch import nn
 from kernelgraph.graph.calls import (
     CALL,
     Call,
+    Constant,
     Container,
+    Entries,
+    Leaf,
     Node,
+    Parts,
     Path,
     State,
     Template,
@@ -178,16 +182,18 @@ def template_to_json(template: Template) -> Json:
     Raises:
         NotPortable: There is a class of the model's in it.
     """
-    kind, body = template[:2]
-    if kind == "leaf":
-        return ["leaf", body]
-    if kind == "const":
-        return ["const", constant_to_json(body)]
-    if kind in ("dict", "OrderedDict"):
-        return [kind, [[key, template_to_json(part)] for key, part in body]]
-    if kind in ("namedtuple", "dataclass"):
-        raise NotPortable(f"a {template[2].__qualname__} is passed or returned, a class of its own")
-    return [kind, [template_to_json(part) for part in body]]
+    match template:
+        case Leaf(index):
+            return ["leaf", index]
+        case Constant(value):
+            return ["const", constant_to_json(value)]
+        case Entries(cls, parts) if cls in _KIND_OF:
+            return [_KIND_OF[cls], [[key, template_to_json(part)] for key, part in parts]]
+        case Parts(cls, parts) if cls in _KIND_OF:
+            return [_KIND_OF[cls], [template_to_json(part) for part in parts]]
+        case Entries(cls) | Parts(cls):
+            raise NotPortable(f"a {cls.__qualname__} is passed or returned, a class of its own")
+    raise AssertionError(template)
 
 
 def template_from_json(data: Json) -> Template:
@@ -198,13 +204,13 @@ def template_from_json(data: Json) -> Template:
     """
     kind, body = data
     if kind == "leaf" and type(body) is int:
-        return (kind, body)
+        return Leaf(body)
     if kind == "const":
-        return (kind, constant_from_json(body))
+        return Constant(constant_from_json(body))
     if kind in _DICTS and all(type(key) in (str, int) for key, _ in body):
-        return (kind, tuple((key, template_from_json(part)) for key, part in body))
+        return Entries(_DICTS[kind], tuple((key, template_from_json(part)) for key, part in body))
     if kind in _SEQUENCES:
-        return (kind, tuple(map(template_from_json, body)))
+        return Parts(_SEQUENCES[kind], tuple(map(template_from_json, body)))
     raise ValueError(f"{kind!r} is no kind of template")
 
 

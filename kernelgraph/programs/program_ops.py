@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kernelgraph.builds import Checked, Origin, read_metadata
 from kernelgraph.fingerprint import digest
 from kernelgraph.graph import ops
-from kernelgraph.graph.calls import Call, Template, put_leaves, read, take_leaves
+from kernelgraph.graph.calls import Call, Template
 from kernelgraph.graph.infer import Effects, Result, Source, Told
 from kernelgraph.graph.ops import Body, ByReference
 from kernelgraph.kernel import Kernel
@@ -206,7 +206,7 @@ def _install(entry: Entry, kernel: Kernel | None) -> Installed:
         function = _installed[name].reference
         if function is None:
             raise RuntimeError(f"op {name} has no gradient here: its reference is not known")
-        return put_leaves(form.output, function(operands_of(form.call, module, args, kwargs)))
+        return form.output.unflatten(function(form.call.operands_of(module, args, kwargs)))
 
     owner = type(form.layer_name, (nn.Module,), {"forward": reference})
     parts = (
@@ -220,13 +220,6 @@ def _install(entry: Entry, kernel: Kernel | None) -> Installed:
     body = ByReference(*form.flows, *parts) if form.flows else Body(*parts)
     ops.register(entry.name, form.call, body)
     return Installed(entry, form, body, awaited, kernel)
-
-
-def operands_of(call: Call, module: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The operands of a call, from what a forward is given."""
-    operands: list[Any] = []
-    take_leaves((tuple(args), dict(kwargs)), operands)
-    return [*operands, *(read(module, path) for path in call.state.operands)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-import torch
 
 DEVICE_TYPES = ("cpu", "cuda", "rocm", "mps", "npu", "xpu", "neuron", "tpu")
 
@@ -281,5 +280,7 @@ def driver_version() -> str:
 def device_name(device: torch.device) -> str:
     """The name of a device, as far as computing there depends on it."""
     if device.type in ("cuda", "xpu"):
+        import torch
+
         return str(getattr(torch, device.type).get_device_name(device))
     return device.type

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kernelgraph import last_report, use_kernel_mapping
-from tests.graph import random_layers
+from tests.support import random_layers
 from tests.support.random_layers import Layer, Model, build, classes, inputs_of, models
 from tests.support.toy_models import on_cpu
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from kernelgraph.graph.calls.constants import same
 from kernelgraph.graph.calls.runner import Runner
+from kernelgraph.graph.calls.trees import Constant, Entries, Leaf, Parts
 from kernelgraph.programs.portable_call import (
     NotPortable,
     call_from_json,
@@ -117,10 +118,8 @@ def test_other_constants_are_refused(data: Any) -> None:
 def test_paths_and_templates() -> None:
     path = ("experts", (0,), ("key",), "weight")
     assert path_from_json(json.loads(json.dumps(path_to_json(path)))) == path
-    template = (
-        "tuple",
-        (("leaf", 0), ("dict", ((1, ("const", (1, "a"))), ("b", ("list", (("leaf", 1),)))))),
-    )
+    entries = Entries(dict, ((1, Constant((1, "a"))), ("b", Parts(list, (Leaf(1),)))))
+    template = Parts(tuple, (Leaf(0), entries))
     assert template_from_json(json.loads(json.dumps(template_to_json(template)))) == template
     for wrong in ([["x", "y"]], [[None]], [3]):
         with pytest.raises(ValueError, match=r"is no step of a path|unpack"):
@@ -128,7 +127,7 @@ def test_paths_and_templates() -> None:
     with pytest.raises(ValueError, match="is no kind of template"):
         template_from_json(["leaf", "__import__('os')"])
     with pytest.raises(NotPortable, match="a class of its own"):
-        template_to_json(("namedtuple", (), type("Pair", (tuple,), {})))
+        template_to_json(Parts(type("Pair", (tuple,), {}), ()))
 
 
 class Nested(nn.Linear):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernelgraph.graph.calls.trees import Leaf
 from kernelgraph.graph.infer.results import NoFake, Result, Told
 from kernelgraph.programs.portable_sizes import Sizes, record
 
@@ -23,7 +24,7 @@ def source(function: Callable[..., Any]) -> Callable[[Sequence[Any]], Told]:
         results = function(*operands)
         results = [results] if isinstance(results, Tensor) else results
         told = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in results)
-        return Told(told, ("leaf", 0), (), "fake")
+        return Told(told, Leaf(0), (), "fake")
 
     return tell
 

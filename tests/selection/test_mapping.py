@@ -887,9 +887,9 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 import kernelgraph.report
-from kernelgraph.devices import CUDAProperties, Device, Target, target_of
-from kernelgraph.mapping import current_mapping, register_kernel_mapping, select
-from kernelgraph.modes import Mode
+from kernelgraph.selection.devices import CUDAProperties, Device, Target, target_of
+from kernelgraph.selection.mapping import current_mapping, register_kernel_mapping, select
+from kernelgraph.selection.modes import Mode
 
 class Repo:
     def load(self):

@@ -15,7 +15,7 @@ from kernelgraph.builds.check import origin_of
 from kernelgraph.builds.importing import Origin
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.state import State
-from kernelgraph.graph.calls.trees import put_leaves, read
+from kernelgraph.graph.calls.trees import read
 from kernelgraph.graph.gradients.gradient import Gradient, Own, wanted_of
 from kernelgraph.graph.ops.registry import NAMESPACE, Lowered, lower, pack
 from kernelgraph.kernel import Kernel
@@ -67,7 +67,7 @@ class Op:
         count = len(self.lowered.results)
         for i, value in zip(self.lowered.written, results[count:]):  # noqa: B905 (more follow)
             operands[i].copy_(value)
-        return put_leaves(self.lowered.output, results)
+        return self.lowered.output.unflatten(results)
 
 
 def lowered(

@@ -20,7 +20,7 @@ from kernelgraph.graph.autotune.benchmark import Sampler
 from kernelgraph.graph.autotune.cuda_graphs import waits
 from kernelgraph.graph.autotune.records import NATIVE, OP
 from kernelgraph.graph.autotune.region import Neighbourhood
-from kernelgraph.graph.calls import Call, Runner, State, constants_in, put_leaves, read
+from kernelgraph.graph.calls import Call, Runner, State, constants_in, read
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import NoValue, Operands, indices, sample_inputs, value_of
 from kernelgraph.graph.lowering import Options, Site, op_for
@@ -138,14 +138,14 @@ def _other_op(pending: Pending, kernel: Kernel) -> Callable[..., Any]:
     held = [read(site.module, path).detach() for path in state.tensors]
     for path, tensor in zip(state.tensors, held, strict=True):
         tensor.requires_grad_(site.grad and read(site.module, path).requires_grad)
-    given = put_leaves(pending.call.arguments, pending.operands)
+    given = pending.call.arguments.unflatten(pending.operands)
     call, operands = Call.of(state, held, layer, *given)
     call = replace(call, autocast=pending.call.autocast)
     lowered, _ = op_for(site, kernel, call, operands, pending.options)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _, operands = Call.of(state, held, layer, args, kwargs)
-        return put_leaves(lowered.output, results_of(lowered.name, lowered.packed, operands))
+        return lowered.output.unflatten(results_of(lowered.name, lowered.packed, operands))
 
     return forward
 

@@ -14,15 +14,7 @@ from torch import Tensor
 from kernelgraph import cache
 from kernelgraph.graph import _torch
 from kernelgraph.graph.autotune import ranks
-from kernelgraph.graph.calls import (
-    State,
-    UnsupportedValue,
-    describe,
-    read,
-    stable_text,
-    take_leaves,
-    template_text,
-)
+from kernelgraph.graph.calls import State, UnsupportedValue, describe, flatten, read, stable_text
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.lowering import Options, Site
 from kernelgraph.kernel import Kernel
@@ -149,11 +141,11 @@ def kind_of(
 
 def _taken(arguments: tuple[Any, Any]) -> tuple[str, list[Any]]:
     """Arguments without their tensors and numbers, as text; and these."""
-    leaves: list[Any] = []
     try:
-        return template_text(take_leaves(arguments, leaves)), leaves
+        leaves, template = flatten(arguments)
     except UnsupportedValue:  # no op is made of such a call
         return "", [*_torch.tensors_in(arguments)]
+    return template.text(), leaves
 
 
 def _form(value: Any) -> tuple[Any, ...]:

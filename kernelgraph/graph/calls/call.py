@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernelgraph.graph.calls.state import State, describe
 from kernelgraph.graph.calls.trees import (
+    Constant,
+    Entries,
+    Parts,
     Path,
     Template,
-    _ends,
+    flatten,
     path_name,
-    paths_of,
-    take_leaves,
-    template_text,
+    read,
 )
 from kernelgraph.layers import Extensible
 
@@ -27,8 +29,12 @@ from kernelgraph.layers import Extensible
 def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
     """The constants among the arguments of a call, by the names of a layer's parameters."""
     parameters = _parameters(layer.reference)
-    ends = [(path, value) for path, (kind, value) in _ends(arguments, ()) if kind == "const"]
-    return {_argument_name(path, parameters): value for path, value in ends}
+    ends = arguments.ends()
+    return {
+        _argument_name(path, parameters): end.value
+        for path, end in ends
+        if isinstance(end, Constant)
+    }
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,9 @@ class Call:
         Raises:
             UnsupportedValue: If an argument can be neither an operand nor a constant.
         """
-        operands: list[Any] = []
         parameters = _parameters(layer.reference)
-        arguments = take_leaves((tuple(args), dict(kwargs)), operands)
-        names = [_argument_name(path, parameters) for path in paths_of(arguments)]
+        operands, arguments = flatten((tuple(args), dict(kwargs)))
+        names = [_argument_name(path, parameters) for path in arguments.paths()]
         names += [path_name(path) for path in state.operands]
         operands += [*values, *(number for _, number in state.numbers)]
         types = tuple(_schema_type(value) for value in operands)
@@ -108,16 +113,38 @@ class Call:
 
         return [counterpart(i, value) for i, value in enumerate(operands)]
 
+    def operands_of(self, module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+        """Return the operands of another call that has this form."""
+        operands, _ = flatten((tuple(args), dict(kwargs)))
+        return operands + [read(module, path) for path in self.state.operands]
+
+    @property
+    def positional(self) -> tuple[Template, ...]:
+        """The positional arguments."""
+        args = self._args_and_kwargs[0]
+        assert isinstance(args, Parts)
+        return args.parts
+
+    @property
+    def keywords(self) -> tuple[tuple[str, Template], ...]:
+        """The keyword arguments with their names."""
+        kwargs = self._args_and_kwargs[1]
+        assert isinstance(kwargs, Entries)
+        return tuple((str(name), part) for name, part in kwargs.parts)
+
+    @property
+    def _args_and_kwargs(self) -> tuple[Template, ...]:
+        assert isinstance(self.arguments, Parts)
+        return self.arguments.parts
+
     @property
     def argument_paths(self) -> list[Path]:
         """The paths from ``(args, kwargs)`` to each operand that is an argument."""
-        return paths_of(self.arguments)
+        return self.arguments.paths()
 
     def describe(self) -> str:
         """Text that is the same for the same form of call in every process."""
-        return repr(
-            (describe(self.state), template_text(self.arguments), self.schema, self.autocast)
-        )
+        return repr((describe(self.state), self.arguments.text(), self.schema, self.autocast))
 
 
 def _autocast(operands: Sequence[Any]) -> tuple[str, torch.dtype] | None:

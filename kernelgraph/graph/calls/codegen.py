@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from kernelgraph.graph.calls.trees import Path, Template
+from kernelgraph.graph.calls.trees import Constant, Entries, Leaf, Parts, Path, Template
 
-Constant = Callable[[Any], str]
-"""Gives an expression for a value that is to be at hand in a function."""
+Bind = Callable[[Any], str]
+"""Makes a value available in a function that is written; returns the expression for it."""
 
 
 def write(parameters: Sequence[str], lines: Sequence[str], names: dict[str, Any]) -> Any:
@@ -37,34 +37,36 @@ def _code(text: str) -> types.CodeType:
     return code
 
 
-def expression(template: Template, leaves: Sequence[str], constant: Constant) -> str:
-    """What `kernelgraph.graph.calls.trees.put_leaves` does, as an expression over ``leaves``."""
-    kind, body = template[0], template[1]
-    if kind == "leaf":
-        return leaves[body]
-    if kind == "const":
-        return literal(body, constant)
-    if kind in ("dict", "OrderedDict", "dataclass"):
-        items = [(key, expression(part, leaves, constant)) for key, part in body]
-        made = f"{{{', '.join(f'{key!r}: {value}' for key, value in items)}}}"
-        if kind == "dict":
-            return made
-        cls = constant(OrderedDict if kind == "OrderedDict" else template[2])
-        return f"{cls}({made})" if kind == "OrderedDict" else f"{cls}(**{made})"
-    parts = [expression(part, leaves, constant) for part in body]
-    if kind == "list":
-        return f"[{', '.join(parts)}]"
-    made = tuple_of(parts)
-    if kind == "namedtuple":
-        return f"tuple.__new__({constant(template[2])}, {made})"
-    return made if kind == "tuple" else f"{constant(torch.Size)}({made})"
+def expression(template: Template, leaves: Sequence[str], bind: Bind) -> str:
+    """Return an expression over ``leaves`` for what `Template.unflatten` makes."""
+    match template:
+        case Leaf(index):
+            return leaves[index]
+        case Constant(value):
+            return literal(value, bind)
+        case Entries(cls, items):
+            inside = [f"{key!r}: {expression(part, leaves, bind)}" for key, part in items]
+            made = f"{{{', '.join(inside)}}}"
+            if cls is dict:
+                return made
+            return f"{bind(cls)}({'' if cls is OrderedDict else '**'}{made})"
+        case Parts(cls, parts):
+            values = [expression(part, leaves, bind) for part in parts]
+            if cls is list:
+                return f"[{', '.join(values)}]"
+            if cls is tuple:
+                return tuple_of(values)
+            if cls is torch.Size:
+                return f"{bind(cls)}({tuple_of(values)})"
+            return f"tuple.__new__({bind(cls)}, {tuple_of(values)})"
+    raise AssertionError(template)
 
 
-def literal(value: Any, constant: Constant) -> str:
+def literal(value: Any, bind: Bind) -> str:
     """``value`` as Python writes it, where it can."""
     if value is None or type(value) in (bool, int, str):
         return repr(value)
-    return repr(value) if type(value) is float and math.isfinite(value) else constant(value)
+    return repr(value) if type(value) is float and math.isfinite(value) else bind(value)
 
 
 def tuple_of(values: Iterable[str]) -> str:

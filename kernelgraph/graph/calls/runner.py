@@ -16,7 +16,7 @@ import torch
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.codegen import expression, tuple_of, write
 from kernelgraph.graph.calls.stand_in import new_shell
-from kernelgraph.graph.calls.trees import UnsupportedValue, put_leaves, take_tensors
+from kernelgraph.graph.calls.trees import UnsupportedValue, flatten_tensors
 
 
 class Runner:
@@ -43,8 +43,7 @@ class Runner:
         """The tensors that a call returns; and behind them those of the operands that it writes
         into, which are copies."""
         given = [v.clone() if i in written else v for i, v in enumerate(operands)]
-        results: list[Any] = []
-        take_tensors(self(given), results)
+        results, _ = flatten_tensors(self(given))
         return results + [given[i] for i in written]
 
     def around(
@@ -90,11 +89,10 @@ class Runner:
         first = len(self.operands) - len(slots)  # of the state's
         held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
         tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
-        _, (args, kwargs) = self.call.arguments
         # Made anew where it is evaluated: a forward may change the containers it is given.
-        made = functools.partial(expression, leaves=self.operands, constant=self._constant)
-        given = [made(part) for part in args[1]]
-        given += [_keyword(name, made(part)) for name, part in kwargs[1]]
+        made = functools.partial(expression, leaves=self.operands, bind=self._bind)
+        given = [made(part) for part in self.call.positional]
+        given += [_keyword(name, made(part)) for name, part in self.call.keywords]
         return [
             "try:",
             "    shell = free.pop()",
@@ -111,7 +109,7 @@ class Runner:
             "    free.append(shell)",
         ]
 
-    def _constant(self, value: Any) -> str:
+    def _bind(self, value: Any) -> str:
         name = f"c{len(self._namespace)}"
         self._namespace[name] = value
         return name
@@ -127,7 +125,7 @@ class Runner:
         for (container, key), value in zip(shell.slots, operands[count:], strict=True):
             container[key] = value
         before = shell.contents()
-        args, kwargs = put_leaves(self.call.arguments, operands)
+        args, kwargs = self.call.arguments.unflatten(operands)
         result = self.forward(shell.module, *args, **kwargs)
         changed = {name for (_, name), _ in before.items() ^ shell.contents().items()}
         if changed:

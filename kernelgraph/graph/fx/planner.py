@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from kernelgraph.graph.calls import Call, UnsupportedValue, path_text, put_leaves, read
+from kernelgraph.graph.calls import Call, UnsupportedValue, path_text, read
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import NoValue, fakes_of, plain, propagate, value_of
 from kernelgraph.graph.lowering import Choices, KeepReference, Site, op_for
@@ -92,7 +92,7 @@ def plan_with(
         if before is not None and not alike:
             detail = "the graph module around it is called with tensors of several kinds"
             item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, detail)
-        return lambda *args, **kwargs: put_leaves(lowered.output, fakes_of(lowered.results))
+        return lambda *args, **kwargs: lowered.output.unflatten(fakes_of(lowered.results))
 
     propagate(graph_module, example_inputs, values, forward_of)
     for node, value in values.items():

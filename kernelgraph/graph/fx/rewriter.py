@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Path, path_text, put_leaves, read, take_leaves
+from kernelgraph.graph.calls import Path, flatten, path_text, read
 from kernelgraph.graph.fx.pickling import save_op
 from kernelgraph.graph.fx.planner import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.gradients import handle
@@ -160,10 +160,9 @@ def _replace(item: Plan) -> fx.Node:
     if lowered.returns > 1:
         for key in VALUES:
             if key in node.meta:
-                leaves: list[Any] = []
-                take_leaves(plain(node.meta[key]), leaves)
+                leaves, _ = flatten(plain(node.meta[key]))
                 op.meta[key] = tuple(leaves)
-    _hand_over(graph, node, put_leaves(lowered.output, results))
+    _hand_over(graph, node, lowered.output.unflatten(results))
     for piece in results:
         if piece is not op and not piece.users:
             graph.erase_node(piece)
@@ -192,7 +191,7 @@ def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
     def keep(detail: str) -> KeepReference:
         return KeepReference(site, Reason.NOT_AN_OP, detail)
 
-    pieces = put_leaves(lowered.output, lowered.results)
+    pieces = lowered.output.unflatten(lowered.results)
     if isinstance(pieces, Result):
         uses = [(node, pieces)]
     else:

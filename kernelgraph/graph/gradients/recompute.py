@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, Runner, take_tensors
+from kernelgraph.graph.calls import Call, Runner, flatten_tensors
 from kernelgraph.graph.infer import check_unwritten, owned, versions
 from kernelgraph.layers import Extensible
 
@@ -103,8 +103,7 @@ class Recompute:
             leaves, lambda i, v: v.clone() if i in self._returned else v.view_as(v)
         )
         before = versions(operands)
-        results: list[Any] = []
-        take_tensors(self._run(inputs), results)
+        results, _ = flatten_tensors(self._run(inputs))
         results += [inputs[i] for i in self._returned]
         who = f"the reference of {self._layer.layer_name}{self._place(operands)}"
         check_unwritten(before, operands, self._call.names, who)

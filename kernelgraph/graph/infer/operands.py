@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, read, take_tensors
+from kernelgraph.graph.calls import Call, flatten_tensors, read
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.infer.sample_inputs import Form
 from kernelgraph.selection import device_name
@@ -133,12 +133,10 @@ class Operands:
             for i, bound in bounds.items():
                 made[i].fill_(bound - 1)
             made[operand].fill_(index)
-            results: list[Any] = []
             try:
-                take_tensors(run(made), results)
+                return flatten_tensors(run(made))[0]
             except (IndexError, RuntimeError):
                 return None
-            return results
 
         for i, form in enumerate(self._made_up[: self._first]):
             if not (isinstance(form, Form) and form.dtype in _INDICES and form.reach):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.calls import Runner, Template, UnsupportedValue, take_tensors
+from kernelgraph.graph.calls import Runner, Template, UnsupportedValue, flatten_tensors
 
 
 class NoFake(Exception):
@@ -49,9 +49,8 @@ def observe(runner: Runner, operands: Sequence[Any]) -> tuple[Told, list[Tensor]
         UnsupportedValue: If no op can do what it does.
         Exception: Whatever it raises.
     """
-    tensors: list[Any] = []
     before = [_version(v) for v in operands]
-    output = take_tensors(runner.observe(operands), tensors)
+    tensors, output = flatten_tensors(runner.observe(operands))
     written = tuple(i for i, v in enumerate(operands) if _version(v) != before[i])
     if not tensors:
         raise UnsupportedValue("the layer returns no tensor")

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import (
-    Call,
-    Runner,
-    UnsupportedValue,
-    describe_output,
-    path_text,
-    take_tensors,
-)
+from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tensors, path_text
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.infer.probe import Probe
 from kernelgraph.graph.infer.results import NoFake, Result, Told, observe
@@ -257,8 +250,8 @@ def effects(
         references = _attempt("reference", layer.reference, call, operands)
     if kernels and references and references.output != kernels.output:
         raise RuntimeError(
-            f"kernel {kernel} returns {describe_output(kernels.output)} for layer "
-            f"{layer.layer_name}, which returns {describe_output(references.output)}"
+            f"kernel {kernel} returns {kernels.output.describe()} for layer "
+            f"{layer.layer_name}, which returns {references.output.describe()}"
         )
     if kernels is None and told.source == "probe":
         kernels = told
@@ -283,7 +276,6 @@ def differentiable(
         written: The operands that the reference writes into: results too, behind the others.
     """
     given = [v for v in operands if isinstance(v, Tensor)]
-    results: list[Any] = []
     try:
         with (
             torch.inference_mode(False),
@@ -297,7 +289,7 @@ def differentiable(
             ]
             # A layer may write into what it is given, which it could not if these were leaves.
             fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]
-            take_tensors(Runner(layer.reference, call)(fakes), results)
+            results, _ = flatten_tensors(Runner(layer.reference, call)(fakes))
             results += [fakes[i] for i in written]
     except Exception:  # native code, say
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.cache import remember
-from kernelgraph.graph.calls import UnsupportedValue, take_tensors
+from kernelgraph.graph.calls import Leaf, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.gradients import (
     Direct,
     Form,
@@ -232,13 +232,13 @@ class ByKernel(Differentiable):
         return (*made, self.tapes.keep(tape))
 
     def _taken(self, result: Any) -> Sequence[Tensor] | None:
-        if self._output[0] == "leaf":
+        if isinstance(self._output, Leaf):
             return (result,) if isinstance(result, Tensor) else None
-        tensors: list[Any] = []
         try:
-            return tensors if take_tensors(result, tensors) == self._output else None
+            tensors, output = flatten_tensors(result)
         except UnsupportedValue:
             return None
+        return tensors if output == self._output else None
 
     def fake(self, *operands: Any) -> Any:
         made = super().fake(*operands)

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.calls import Runner, Template, tuple_of
+from kernelgraph.graph.calls import Leaf, Parts, Runner, Template, tuple_of
 from kernelgraph.graph.infer import ALIGNMENT
 
 
@@ -103,10 +103,13 @@ def _quick_return(
     output: Template, dtypes: Sequence[torch.dtype], lent: Sequence[str], differentiable: bool
 ) -> list[str]:
     """Lines that return ``result`` if a glance tells that it fits."""
-    kind, inside = output[0], output[1]
-    several = kind in ("tuple", "list") and all(part[0] == "leaf" for part in inside)
+    several = (
+        isinstance(output, Parts)
+        and output.cls in (tuple, list)
+        and all(isinstance(part, Leaf) for part in output.parts)
+    )
     # The memory of complex numbers may hold their conjugates, to be resolved.
-    if not (several or kind == "leaf") or any(dtype.is_complex for dtype in dtypes):
+    if not (several or isinstance(output, Leaf)) or any(dtype.is_complex for dtype in dtypes):
         return []
     results = [f"r{k}" for k in range(len(dtypes))] if several else ["result"]
     fits = []
@@ -135,7 +138,7 @@ def _quick_return(
         f"    if {there} and not ({' or '.join(misplaced + shared)}):",
         f"        return {given}",
     ]
-    if not several:
+    if not isinstance(output, Parts):
         return lines
-    test = f"if type(result) is {kind} and len(result) == {len(results)}:"
+    test = f"if type(result) is {output.cls.__name__} and len(result) == {len(results)}:"
     return [test, *(f"    {line}" for line in [f"{tuple_of(results)} = result", *lines])]

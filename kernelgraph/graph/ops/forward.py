@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, describe_output, take_tensors
+from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.infer import (
     Effects,
     ShapeFunction,
@@ -136,14 +136,13 @@ class Body:
 
     def _tensors(self, result: Any, known: Known, operands: Sequence[Any]) -> list[Tensor]:
         """The tensors of what the kernel returned, if that is what the layer does."""
-        tensors: list[Any] = []
         try:
-            output = take_tensors(result, tensors)
+            tensors, output = flatten_tensors(result)
         except UnsupportedValue:
-            output = ()
+            found = f"a {type(result).__name__}"
+            raise self._mismatch(found, self._output.describe(), operands) from None
         if output != self._output:
-            found = describe_output(output) if output else f"a {type(result).__name__}"
-            raise self._mismatch(found, describe_output(self._output), operands)
+            raise self._mismatch(output.describe(), self._output.describe(), operands)
         for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
             self._check(tensor, expected, size, operands)
         return tensors

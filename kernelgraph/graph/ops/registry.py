@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kernelgraph.cache import remember
 from kernelgraph.fingerprint import code_hash, digest
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, Template, template_text
+from kernelgraph.graph.calls import Call, Template
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import Result, differentiable, effects, static_key, tell
 from kernelgraph.graph.ops.backward import ByKernel, ByReference, Differentiable, Kept
@@ -150,7 +150,7 @@ def _lower(
         code_hash(layer.fake) if layer.fake else "",
         form,
         repr([(str(r.dtype), r.device.type, len(r.shape)) for r in told.results]),
-        template_text(told.output),
+        told.output.text(),
         repr((gradient.wanted, gradient.own, [*map(_kind, operands)])) if gradient else "",
     )
     name = base if gradient is None else f"{base}_training"

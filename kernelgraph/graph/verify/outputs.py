@@ -18,7 +18,7 @@ from torch import nn
 
 from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, Runner, take_leaves
+from kernelgraph.graph.calls import Call, Runner, flatten
 from kernelgraph.graph.infer import Operands
 from kernelgraph.graph.verify.tolerance import Output, difference
 from kernelgraph.kernel import Kernel
@@ -84,7 +84,6 @@ def _compare(who: str, layer: Extensible, kernel: Kernel, call: Call, inputs: Op
 
 
 def _run(runner: Runner, inputs: Operands) -> Output:
-    leaves: list[Any] = []
     with inputs.apart():  # each draws the same random numbers
-        template = take_leaves(runner.observe(inputs.make(0)), leaves)
+        leaves, template = flatten(runner.observe(inputs.make(0)))
     return Output(template, leaves)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.calls import Template, describe_output
+from kernelgraph.graph.calls import Template
 
 
 class Output(NamedTuple):
@@ -55,7 +55,7 @@ rounded, by one epsilon at most.
 def difference(kernel: Output, reference: Output) -> str:
     """How what a kernel returned is not what the reference did; empty where it is."""
     if kernel.template != reference.template:
-        made, wanted = describe_output(kernel.template), describe_output(reference.template)
+        made, wanted = kernel.template.describe(), reference.template.describe()
         return f"returned {made}, and the layer {wanted}"
     found = []
     for number, (made, wanted) in enumerate(zip(kernel.leaves, reference.leaves, strict=True)):

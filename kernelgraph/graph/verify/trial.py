@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from kernelgraph import cache
 from kernelgraph.cache import remember
-from kernelgraph.graph.calls import Call, UnsupportedValue, describe_output
+from kernelgraph.graph.calls import Call, UnsupportedValue
 from kernelgraph.graph.gradients import Own
 from kernelgraph.graph.infer import Operands
 from kernelgraph.graph.verify.own_backward import RaisedBackward, WrongBackward, alike, own_backward
@@ -262,7 +262,7 @@ class _Comparison:
 
 def _misfit(run: Run, reference: Run) -> str:
     if run.template != reference.template:
-        kernels, layers = describe_output(run.template), describe_output(reference.template)
+        kernels, layers = run.template.describe(), reference.template.describe()
         return f"it returned {kernels}, and the layer {layers}"
     for made, wanted in zip(run.results, reference.results, strict=True):
         if (found := _form(made)) != (expected := _form(wanted)):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, Runner, Template, UnsupportedValue, take_tensors
+from kernelgraph.graph.calls import (
+    Call,
+    Constant,
+    Runner,
+    Template,
+    UnsupportedValue,
+    flatten_tensors,
+)
 from kernelgraph.graph.gradients import Source, Tape
 from kernelgraph.graph.infer import Form, Operands, contiguous_copy, owned, versions
 from kernelgraph.graph.verify.tolerance import same_bits
@@ -81,8 +88,7 @@ class Trial:
             ]
             inputs = [v.view_as(v) if isinstance(v, Tensor) else v for v in leaves]
             before = versions(inputs)
-            results: list[Any] = []
-            template = take_tensors(self.reference_runner.observe(inputs), results)
+            results, template = flatten_tensors(self.reference_runner.observe(inputs))
             if versions(inputs) != before:
                 raise Untold("the layer writes into its operands")
             flows = tuple(result.requires_grad for result in results)
@@ -101,13 +107,12 @@ class Trial:
         Raises:
             Exception: What it raises.
         """
-        results: list[Any] = []
         with self.maker.apart(0):
             output = self.kernel_runner.observe(self.maker.make(seed))
             try:
-                template = take_tensors(output, results)
+                results, template = flatten_tensors(output)
             except UnsupportedValue:
-                template = ("const", f"a {type(output).__name__}")
+                return Run(Constant(f"a {type(output).__name__}"), [], (), [])
             return Run(template, [r.clone() for r in results], (), [])
 
 
@@ -149,8 +154,7 @@ class OnTape:
         self._before = trial.maker.make(seed)
         self._operands = [_copy(v) if isinstance(v, Tensor) else v for v in self._before]
         self.tape = Tape(trial.call, self._operands, trial.wanted, sources, holds=holds)
-        results: list[Any] = []
-        take_tensors(self.tape.run(trial.kernel_runner.observe), results)
+        results, _ = flatten_tensors(self.tape.run(trial.kernel_runner.observe))
         self.flows = tuple(result.requires_grad for result in results)
         tensors = [v for v in self._operands if isinstance(v, Tensor)]
         self._lent = list(map(contiguous_copy, results)) if holds else owned(results, tensors)

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernelgraph
-from kernelgraph import LocalLayerRepository, Mode, kernelize, last_report, use_kernel_mapping
+from kernelgraph import (
+    LocalLayerRepository,
+    Mode,
+    _version,
+    kernelize,
+    keys,
+    last_report,
+    use_kernel_mapping,
+)
 from kernelgraph import cache as disk
 from kernelgraph.graph.autotune import candidates, policy, records
 from kernelgraph.graph.autotune.benchmark import MARGIN
 from kernelgraph.graph.lowering.options import Options
-from kernelgraph.graph.verify import trial
 from kernelgraph.report import Reason
 from tests.support.costs import CLOCK, Odd, Steps, StepsAtOnce, Work, kernel
 from tests.support.toy_models import Repository
@@ -646,11 +653,11 @@ class TestKept:
             torch.compiler.reset()
             found = counted(monkeypatch)
             if of == "triton":
-                monkeypatch.setattr(trial, "_triton_version", lambda: "99")
+                monkeypatch.setattr(keys, "_triton_version", lambda: "99")
             elif of == "driver":
                 monkeypatch.setattr(records, "driver_version", lambda: "99")
             else:
-                monkeypatch.setattr({"torch": torch, "kernelgraph": kernelgraph}[of],
+                monkeypatch.setattr({"torch": torch, "kernelgraph": _version}[of],
                                     "__version__", "99.0")  # fmt: skip
             run(model)
         assert found == (["Work"] if of != "driver" else [])  # the CPU has none

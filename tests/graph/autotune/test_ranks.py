@@ -20,7 +20,7 @@ PROGRAM = """
 import json, sys
 import torch
 from kernelgraph import use_kernel_mapping, last_report
-from kernelgraph.graph import candidates, policy
+from kernelgraph.graph.autotune import candidates, policy
 from tests.support.costs import CLOCK, Work, kernel
 from tests.support.toy_models import Repository
 

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from kernelgraph.graph.calls.call import _unique
 from kernelgraph.graph.calls.trees import (
     UnsupportedValue,
-    paths_of,
-    put_leaves,
+    flatten,
+    flatten_tensors,
     read,
-    take_leaves,
-    take_tensors,
 )
 from tests.support.op_calls import call_of
 
@@ -110,21 +108,19 @@ def same(one: Any, other: Any) -> bool:
 @settings(max_examples=150)
 @given(VALUES)
 def test_putting_leaves_undoes_taking_them(value):
-    leaves: list[Any] = []
-    template = take_leaves(value, leaves)
+    leaves, template = flatten(value)
     assert all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
-    assert same(put_leaves(template, leaves), value)
-    assert len(paths_of(template)) == len(leaves)
-    for path, leaf in zip(paths_of(template), leaves, strict=True):
+    assert same(template.unflatten(leaves), value)
+    assert len(template.paths()) == len(leaves)
+    for path, leaf in zip(template.paths(), leaves, strict=True):
         assert read(value, path) is leaf
 
 
 @given(VALUES)
 def test_of_an_output_only_tensors_are_leaves(value):
-    leaves: list[Any] = []
-    template = take_tensors(value, leaves)
+    leaves, template = flatten_tensors(value)
     assert all(isinstance(leaf, Tensor) for leaf in leaves)
-    assert same(put_leaves(template, leaves), value)
+    assert same(template.unflatten(leaves), value)
 
 
 class Words(str):
@@ -152,7 +148,7 @@ def test_other_values_are_refused_by_their_type(value, kind):
     message = f"a {kind} is passed or returned: an op takes and gives tensors, numbers and plain"
     for nested in (value, [1, {"a": (value,)}]):
         with pytest.raises(UnsupportedValue, match=re.escape(message)):
-            take_leaves(nested, [])
+            flatten(nested)
 
 
 # --- names --------------------------------------------------------------------------------------

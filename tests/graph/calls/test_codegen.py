@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernelgraph.graph.calls.codegen import access, expression, literal, write
-from kernelgraph.graph.calls.trees import Path, put_leaves, read, take_leaves
+from kernelgraph.graph.calls.trees import Path, flatten, read
 from tests.graph.calls.test_call import VALUES, same
 
 
@@ -30,13 +30,12 @@ class Constants(dict[str, Any]):
 @settings(max_examples=150)
 @given(VALUES)
 def test_an_expression_makes_what_was_taken_apart(value: Any) -> None:
-    """What an expression evaluates to is what `put_leaves` makes."""
-    leaves: list[Any] = []
-    template = take_leaves(value, leaves)
+    """What an expression evaluates to is what `Template.unflatten` makes."""
+    leaves, template = flatten(value)
     constants = Constants()
-    text = expression(template, [f"a{i}" for i in range(len(leaves))], constant=constants)
+    text = expression(template, [f"a{i}" for i in range(len(leaves))], bind=constants)
     made = evaluated(text, {**constants, **{f"a{i}": leaf for i, leaf in enumerate(leaves)}})
-    assert same(made, put_leaves(template, leaves))
+    assert same(made, template.unflatten(leaves))
     assert same(made, value)
 
 

@@ -21,7 +21,7 @@ from kernelgraph import (
     use_kernel_mapping,
 )
 from kernelgraph.selection.devices import target_of
-from tests.graph import toy_models
+from tests.support import toy_models
 from tests.support.sources import import_example
 from tests.support.toy_models import Repository, error
 

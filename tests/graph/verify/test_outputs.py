@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelgraph import last_report, replace_kernel_forward_from_hub, use_kernel_mapping
-from kernelgraph.graph.calls.trees import take_leaves
+from kernelgraph.graph.calls.trees import flatten
 from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
@@ -279,8 +279,8 @@ def test_weights_that_are_not_there_are_made_up(where):
 def outputs(*tensors: Tensor) -> list[Output]:
     made = []
     for tensor in tensors:
-        leaves: list[Any] = []
-        made.append(Output(take_leaves(tensor, leaves), leaves))
+        leaves, template = flatten(tensor)
+        made.append(Output(template, leaves))
     return made
 
 

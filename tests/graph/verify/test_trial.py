@@ -916,7 +916,7 @@ def test_what_is_on_disk_is_not_believed_blindly():
 def test_another_process_has_the_same_key():
     program = """
 import torch
-from tests.graph import test_trial as here
+from tests.graph.verify import test_trial as here
 from kernelgraph.graph import trial
 
 def never(*args): raise AssertionError("it is judged again")
