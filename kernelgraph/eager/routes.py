@@ -167,16 +167,16 @@ def _by_own(kernel: Kernel, call: Call, verdict: Verdict) -> Way | None:
     """The kernel with its own backward, which gets copies of what it must not have itself."""
     own = verdict.own
     assert own is not None
-    spoilt = {what.partition(" ")[0] for what in own.spoils}
+    overwrites = own.overwrites
     prepare: Callable[[Tensor], Tensor] | None = None
-    if "grad" in spoilt:  # autograd may give the same one to another
+    if overwrites.grads:  # autograd may give the same one to another
         prepare = _copy
     elif verdict.contiguous:
         prepare = Tensor.contiguous
-    saving = bool(spoilt - {"grad"})
-    if prepare is None and not saving and not own.holds:
+    saving = bool(overwrites.saved) or overwrites.private
+    if prepare is None and not saving and not own.hidden_saves:
         return None
-    runner = Runner(kernel.forward, call) if own.holds else None
+    runner = Runner(kernel.forward, call) if own.hidden_saves else None
 
     def way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with saved_tensors_hooks(_pack, _unpack_copy) if saving else nullcontext():

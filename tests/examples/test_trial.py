@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraph.graph.gradients.gradient import wanted_of
+from kernelgraph.graph.gradients.gradient import Overwrites, wanted_of
 from kernelgraph.graph.verify import trial
 from tests.support.op_calls import call_of, kernel_of, layer_of
 from tests.support.sources import import_example
@@ -43,4 +43,4 @@ def test_the_kernels_are_right(cpu: ModuleType, name: str, dtype: torch.dtype, r
     found = trial.judge(layer_of(module), module, kernel, call, operands, wanted)
     assert found.own is not None, found
     assert (found.wrong, found.output, found.contiguous) == ("", "", False)
-    assert (found.own.holds, found.own.spoils) == (False, ())
+    assert (found.own.hidden_saves, found.own.overwrites) == (False, Overwrites())

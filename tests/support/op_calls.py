@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,14 @@ from kernelgraph.builds.importing import Origin
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.state import State
 from kernelgraph.graph.calls.trees import read
-from kernelgraph.graph.gradients.gradient import Gradient, Own, wanted_of
+from kernelgraph.graph.gradients.gradient import (
+    Gradient,
+    Overwrites,
+    OwnBackward,
+    Source,
+    SourceKind,
+    wanted_of,
+)
 from kernelgraph.graph.ops.registry import NAMESPACE, Lowered, lower, pack
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
@@ -24,6 +31,19 @@ from kernelgraph.selection.devices import Device
 from kernelgraph.selection.mapping import Selection
 from kernelgraph.selection.modes import Mode
 from tests.support.toy_models import Repository
+
+
+def own_backward(
+    operands: Sequence[int] = (),
+    results: Sequence[int] = (),
+    flows: tuple[bool, ...] = (True,),
+    hidden_saves: bool = False,
+    overwrites: Overwrites = Overwrites(),  # noqa: B008 (it is immutable)
+) -> OwnBackward:
+    """Return an `OwnBackward` that saves these operands and results."""
+    sources = [Source(SourceKind.OPERAND, i) for i in operands]
+    sources += [Source(SourceKind.RESULT, i) for i in results]
+    return OwnBackward(tuple(sources), flows, hidden_saves, overwrites)
 
 
 def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
@@ -75,7 +95,7 @@ def lowered(
     kernel: type[nn.Module] | Kernel,
     *args: Any,
     training: bool = False,
-    own: Own | None = None,
+    own: OwnBackward | None = None,
     every: bool = True,
     fake: Callable[..., Any] | None = None,
     mode: FakeTensorMode | None = None,

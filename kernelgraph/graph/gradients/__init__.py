@@ -1,9 +1,17 @@
 """TODO."""
 
 from kernelgraph.graph.gradients.bypass import Direct, Form, form_of, recording
-from kernelgraph.graph.gradients.gradient import RECOMPUTED, Gradient, Own, wanted_of
+from kernelgraph.graph.gradients.gradient import (
+    RECOMPUTED,
+    Gradient,
+    Overwrites,
+    OwnBackward,
+    Source,
+    SourceKind,
+    wanted_of,
+)
 from kernelgraph.graph.gradients.recompute import Recompute
-from kernelgraph.graph.gradients.tape import NoGradient, Source, Tape, Tapes, handle
+from kernelgraph.graph.gradients.tape import NoGradient, Tape, Tapes, handle
 
 __all__ = [
     "RECOMPUTED",
@@ -11,9 +19,11 @@ __all__ = [
     "Form",
     "Gradient",
     "NoGradient",
-    "Own",
+    "Overwrites",
+    "OwnBackward",
     "Recompute",
     "Source",
+    "SourceKind",
     "Tape",
     "Tapes",
     "form_of",

@@ -21,7 +21,8 @@ from torch.autograd.function import Function
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Runner, tuple_of
-from kernelgraph.graph.gradients.tape import Source, Tape, laid_out
+from kernelgraph.graph.gradients.gradient import Source, SourceKind
+from kernelgraph.graph.gradients.tape import Tape, laid_out
 from kernelgraph.graph.infer import ALIGNMENT, reach
 
 OWN = -1
@@ -76,8 +77,10 @@ def form_of(
     node: Any = tape.node()
     if node is None or tape.tied or len(tape.roots) != len(made):
         return None
-    given = {("operand", i): v for i, v in enumerate(operands) if isinstance(v, Tensor)}
-    given |= {("result", k): v for k, v in enumerate(made)}
+    given = {
+        Source(SourceKind.OPERAND, i): v for i, v in enumerate(operands) if isinstance(v, Tensor)
+    }
+    given |= {Source(SourceKind.RESULT, k): v for k, v in enumerate(made)}
     ends = tape.ends(node)
     function = _torch.function_of(node)
     # An operand that is wanted and not passed has no gradient, which the engine tells.
@@ -272,7 +275,7 @@ class Direct:
                 kept.append(tensor)
                 continue
             what, i = form.sources[source]
-            whole = self.inputs[i] if what == "operand" else results[i]
+            whole = self.inputs[i] if what is SourceKind.OPERAND else results[i]
             if place is None:
                 same = tensor is whole or _is_at(tensor, whole, (whole.shape, whole.stride(), 0))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,25 +10,47 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class Own(NamedTuple):
-    """What a kernel's own backward needs and does, as a run of it has told.
+class SourceKind(str, enum.Enum):
+    """The two lists that a tensor saved for a backward may come from."""
 
-    Between forward and backward the memory of operands and results is the graph's, which may have
-    put other values into it by then: what the kernel has saved of them is given to its backward
-    anew. What else it saved is the kernel's own.
+    OPERAND = "operand"
+    RESULT = "result"
+
+
+class Source(NamedTuple):
+    """One operand or result of a call."""
+
+    kind: SourceKind
+    number: int
+
+
+class Overwrites(NamedTuple):
+    """The tensors that a backward writes into, and therefore receives copies of."""
+
+    grads: tuple[int, ...] = ()
+    """Incoming gradients, by the numbers of their results."""
+    saved: tuple[Source, ...] = ()
+    """Operands and results that the kernel saved."""
+    private: bool = False
+    """Whether it writes into other tensors that the kernel saved."""
+
+
+class OwnBackward(NamedTuple):
+    """How a kernel's own backward has to be run, as a trial run found out.
+
+    Between forward and backward a compiler may put other values into the memory of operands and
+    results. So the backward receives those that the kernel saved anew. Other saved tensors are
+    the kernel's private ones, and stay.
     """
 
-    operands: tuple[int, ...] = ()
-    """Those that the kernel saves for its backward."""
-    results: tuple[int, ...] = ()
-    """Those that it saves."""
+    sources: tuple[Source, ...] = ()
+    """The operands and results that the kernel saves for its backward."""
     flows: tuple[bool, ...] = ()
-    """Through which results a gradient flows."""
-    holds: bool = False
-    """Whether it keeps operands or results where nobody sees it: it gets, and gives, copies."""
-    spoils: tuple[str, ...] = ()
-    """What its backward writes into, and gets copies of: ``grad 0``, ``operand 1``, ``result 0``,
-    and ``saved`` for what is the kernel's own."""
+    """For each result, whether a gradient flows through it."""
+    hidden_saves: bool = False
+    """Whether the kernel keeps operands or results where no saved-tensor hook sees them. It then
+    receives copies and returns copies."""
+    overwrites: Overwrites = Overwrites()
 
 
 RECOMPUTED = "its backward runs the layer's own forward again, for its gradient"
@@ -40,7 +63,7 @@ class Gradient:
 
     wanted: tuple[bool, ...]
     """Of which operands there are gradients."""
-    own: Own | None = None
+    own: OwnBackward | None = None
     """The kernel's own backward; None: that of the layer's reference, which is run again."""
     why: str = field(default="", compare=False)
     """Why not the kernel's own."""

@@ -20,10 +20,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call
+from kernelgraph.graph.gradients.gradient import Source, SourceKind
 from kernelgraph.graph.infer import contiguous_copy, extent
-
-Source = tuple[str, int]
-"""``("operand", i)`` or ``("result", i)``."""
 
 
 class NoGradient(Exception):
@@ -135,7 +133,9 @@ class Tape:
         """Whether some of the weights are."""
         if not holds:
             given = enumerate(operands)
-            self._lent += [(("operand", i), v) for i, v in given if isinstance(v, Tensor)]
+            self._lent += [
+                (Source(SourceKind.OPERAND, i), v) for i, v in given if isinstance(v, Tensor)
+            ]
 
     @property
     def kept(self) -> list[Tensor]:
@@ -161,7 +161,7 @@ class Tape:
             NoGradient: If it cannot.
         """
         if not self._holds:
-            self._lent += [(("result", k), tensor) for k, tensor in enumerate(made)]
+            self._lent += [(Source(SourceKind.RESULT, k), tensor) for k, tensor in enumerate(made)]
         for saved in self._record.saved:
             self._settle(saved)
         self.saves = self._record.saved

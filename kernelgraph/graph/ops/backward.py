@@ -19,9 +19,9 @@ from kernelgraph.graph.gradients import (
     Direct,
     Form,
     NoGradient,
-    Own,
+    OwnBackward,
     Recompute,
-    Source,
+    SourceKind,
     Tape,
     Tapes,
     form_of,
@@ -168,12 +168,13 @@ class ByKernel(Differentiable):
     """What a forward keeps is not where a replay of a CUDA graph would look for it: Inductor cuts
     the graph around these."""
 
-    def __init__(self, own: Own, operands: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, own: OwnBackward, operands: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> None:
         self._own = own
-        self._sources: list[Source] = [("operand", i) for i in own.operands]
-        self._sources += [("result", i) for i in own.results]
-        self._spoils = [f"{what} {i}" in own.spoils for what, i in self._sources]
-        self._spoilt = [int(place[5:]) for place in own.spoils if place.startswith("grad ")]
+        self._sources = own.sources
+        self._copied_sources = [source in own.overwrites.saved for source in own.sources]
+        self._copies_saved = any(self._copied_sources)
         self.tapes = Tapes()
         super().__init__(*args, **kwargs)
         self._wants = {
@@ -203,7 +204,11 @@ class ByKernel(Differentiable):
             made = self._checked(None, operands)  # whose gradient nobody can ask for
             return (*(made if self.count > 1 else (made,)), handle())
         tape = Tape(
-            self._call, operands, self.wanted, frozenset(self._sources), holds=self._own.holds
+            self._call,
+            operands,
+            self.wanted,
+            frozenset(self._sources),
+            holds=self._own.hidden_saves,
         )
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
         before = versions(operands) if sizes not in self._known else None
@@ -216,7 +221,7 @@ class ByKernel(Differentiable):
             check_unwritten(before, operands, self._call.names, who)
             remember(self._known, sizes, Known(self._told_sizes(operands)))
         tensors = self._tensors(result, self._known[sizes], operands)
-        if self._own.holds:
+        if self._own.hidden_saves:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
             made = owned(tensors, [operands[i] for i in self._lent])
@@ -227,7 +232,9 @@ class ByKernel(Differentiable):
                 f"kernel {self._kernel}, called for {self._where(operands)}: {error}, which it had "
                 'when it was tried; pass options={"own_backward": False}'
             ) from None
-        if form not in self._direct and not (self._own.holds or "saved" in self._own.spoils):
+        if form not in self._direct and not (
+            self._own.hidden_saves or self._own.overwrites.private
+        ):
             remember(self._direct, form, form_of(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
 
@@ -246,8 +253,9 @@ class ByKernel(Differentiable):
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
         sizes = [n for i in self._wants for n in operands[i].shape]
-        places = {"operand": operands, "result": results}
-        return Kept([results[-1], *(places[what][i] for what, i in self._sources)], [sizes])
+        lists = {SourceKind.OPERAND: operands, SourceKind.RESULT: results}
+        saved = [lists[source.kind][source.number] for source in self._sources]
+        return Kept([results[-1], *saved], [sizes])
 
     def backward(
         self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
@@ -260,18 +268,18 @@ class ByKernel(Differentiable):
                 "that stood for it: something has copied what autograd saves, as "
                 'torch.autograd.graph.save_on_cpu does. Pass options={"own_backward": False}'
             )
-        if any(self._spoils):
-            pairs = zip(saved, self._spoils, strict=True)
-            saved = [tensor.clone() if spoilt else tensor for tensor, spoilt in pairs]
+        if self._copies_saved:
+            pairs = zip(saved, self._copied_sources, strict=True)
+            saved = [tensor.clone() if copied else tensor for tensor, copied in pairs]
         own = [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
-        for k in self._spoilt:
+        for k in self._own.overwrites.grads:
             own[k] = None if (gradient := grads[k]) is None else contiguous_copy(gradient)
         try:
             if isinstance(tape, Direct):
                 made = tape.gradients(own, saved, needs)
             else:
                 given = dict(zip(self._sources, saved, strict=True))
-                made = tape.gradients(own, given, needs, copied="saved" in self._own.spoils)
+                made = tape.gradients(own, given, needs, copied=self._own.overwrites.private)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.gradients import Own, Source
+from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source
 from kernelgraph.graph.verify.tolerance import Closeness, Deviation, same_bits
 from kernelgraph.graph.verify.trial_runs import OnTape, Trial
 from kernelgraph.report import error_text
@@ -26,7 +26,7 @@ class RaisedBackward(WrongBackward):
     """It raised, maybe only at these sizes."""
 
 
-def own_backward(trial: Trial, near: Closeness) -> tuple[Own, bool]:
+def own_backward(trial: Trial, near: Closeness) -> tuple[OwnBackward, bool]:
     """What the kernel's own backward needs and does; whether incoming gradients may have any
     layout.
 
@@ -47,7 +47,7 @@ def own_backward(trial: Trial, near: Closeness) -> tuple[Own, bool]:
             raise RaisedBackward(what) from error
 
 
-def _examined(trial: Trial, near: Closeness, *, holds: bool) -> tuple[Own, bool]:
+def _examined(trial: Trial, near: Closeness, *, holds: bool) -> tuple[OwnBackward, bool]:
     with trial.maker.apart(0):
         run = OnTape(trial, 0, holds=holds)
         if run.written:
@@ -56,33 +56,30 @@ def _examined(trial: Trial, near: Closeness, *, holds: bool) -> tuple[Own, bool]
             raise NoBackward("it has no backward: no gradient flows through what it returns")
         grads, given = run.incoming(), run.sources()
         gradients = run.gradients(grads, given)
-        spoils = _spoiled(run, grads, given)
+        overwrites = _overwrites(run, grads, given)
         again = _attempt(run.gradients)
     if (again is None or not alike(again, gradients, near)) and _needs_copies(
         trial, gradients, near, holds
     ):
-        spoils.append("saved")
+        overwrites = overwrites._replace(private=True)
     _check_overwritten(trial, frozenset(run.tape.seen), gradients, near, holds)
-    seen = sorted(run.tape.seen)
-    operands = tuple(i for kind, i in seen if kind == "operand")
-    results = tuple(i for kind, i in seen if kind == "result")
-    own = Own(operands, results, run.flows, holds, tuple(spoils))
+    own = OwnBackward(tuple(sorted(run.tape.seen)), run.flows, holds, overwrites)
     return own, _takes_any_layout(trial, gradients, near, holds)
 
 
 Gradients = Sequence[Tensor | None]
 
 
-def _spoiled(run: OnTape, grads: Gradients, given: Mapping[Source, Tensor]) -> list[str]:
-    """What of what it was given a backward has written into, as in `Own.spoils`."""
-    spoils = []
-    for k, (now, before) in enumerate(zip(grads, run.incoming(), strict=True)):
-        if now is not None and before is not None and not same_bits(now, before):
-            spoils.append(f"grad {k}")
-    for source, before in sorted(run.sources().items(), key=lambda item: item[0]):
-        if not same_bits(given[source], before):
-            spoils.append(f"{source[0]} {source[1]}")
-    return spoils
+def _overwrites(run: OnTape, grads: Gradients, given: Mapping[Source, Tensor]) -> Overwrites:
+    """Compare what a backward was given with what it was before the backward ran."""
+    written = [
+        k
+        for k, (now, before) in enumerate(zip(grads, run.incoming(), strict=True))
+        if now is not None and before is not None and not same_bits(now, before)
+    ]
+    sources = run.sources()
+    saved = [source for source in sorted(sources) if not same_bits(given[source], sources[source])]
+    return Overwrites(tuple(written), tuple(saved))
 
 
 def _needs_copies(trial: Trial, gradients: Gradients, near: Closeness, holds: bool) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kernelgraph import cache
 from kernelgraph.cache import remember
 from kernelgraph.graph.calls import Call, UnsupportedValue
-from kernelgraph.graph.gradients import Own
+from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source, SourceKind
 from kernelgraph.graph.infer import Operands
 from kernelgraph.graph.verify.own_backward import RaisedBackward, WrongBackward, alike, own_backward
 from kernelgraph.graph.verify.tolerance import EXACTLY, Closeness, closeness, is_close
@@ -41,14 +41,14 @@ from kernelgraph.keys import kernel_key, layer_key, source_of, versions
 from kernelgraph.layers import Extensible
 from kernelgraph.report import error_text
 
-TRIAL_VERSION = "1"
+TRIAL_VERSION = "2"
 """Counted up whenever a trial may come to another verdict."""
 
 
 class Verdict(NamedTuple):
     """What a trial has come to."""
 
-    own: Own | None
+    own: OwnBackward | None
     """What the kernel's own backward needs and does, where it may be used."""
     wrong: str = ""
     """Why it may not; empty where it may."""
@@ -149,7 +149,7 @@ def _judged_here(trial: Trial, compare: bool) -> tuple[Verdict, bool]:
         if compare and (output := comparison.outputs()):
             return Verdict(None, f"its output is wrong: {output}", output), True
         own, any_layout = own_backward(trial, near)
-        if compare and (wrong := comparison.gradients(own.holds)):
+        if compare and (wrong := comparison.gradients(own.hidden_saves)):
             return Verdict(None, wrong), True
         return Verdict(own, contiguous=not any_layout), True
     except Untold as error:
@@ -319,8 +319,11 @@ def _key(
 
 
 def _to_json(verdict: Verdict) -> dict[str, Any]:
-    own = None if verdict.own is None else verdict.own._asdict()
-    return {**verdict._asdict(), "own": own}
+    own = verdict.own
+    if own is None:
+        return verdict._asdict()
+    written = {**own._asdict(), "overwrites": own.overwrites._asdict()}
+    return {**verdict._asdict(), "own": written}
 
 
 def _from_json(value: Any) -> Verdict | None:
@@ -328,13 +331,21 @@ def _from_json(value: Any) -> Verdict | None:
     try:
         own = value["own"]
         if own is not None:
-            own = Own(
-                tuple(own["operands"]),
-                tuple(own["results"]),
+            overwrites = own["overwrites"]
+            own = OwnBackward(
+                _sources(own["sources"]),
                 tuple(own["flows"]),
-                own["holds"],
-                tuple(own["spoils"]),
+                own["hidden_saves"],
+                Overwrites(
+                    tuple(overwrites["grads"]),
+                    _sources(overwrites["saved"]),
+                    overwrites["private"],
+                ),
             )
         return Verdict(own, value["wrong"], value["output"], value["contiguous"])
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, ValueError):
         return None
+
+
+def _sources(value: Any) -> tuple[Source, ...]:
+    return tuple(Source(SourceKind(kind), index) for kind, index in value)

@@ -18,7 +18,7 @@ from kernelgraph.graph.calls import (
     UnsupportedValue,
     flatten_tensors,
 )
-from kernelgraph.graph.gradients import Source, Tape
+from kernelgraph.graph.gradients import Source, SourceKind, Tape
 from kernelgraph.graph.infer import Form, Operands, contiguous_copy, owned, versions
 from kernelgraph.graph.verify.tolerance import same_bits
 from kernelgraph.kernel import Kernel
@@ -180,8 +180,8 @@ class OnTape:
 
     def sources(self) -> dict[Source, Tensor]:
         """Copies of what the kernel has saved, as it was then."""
-        kept = {"operand": self._before, "result": self.results}
-        return {(kind, i): _copy(kept[kind][i]) for kind, i in self.tape.seen}
+        kept = {SourceKind.OPERAND: self._before, SourceKind.RESULT: self.results}
+        return {s: _copy(kept[s.kind][s.number]) for s in self.tape.seen}
 
     def gradients(
         self,

@@ -122,7 +122,7 @@ FASTEST = """
 import json, sys, time
 import torch
 from kernelgraph import LocalLayerRepository, last_report, use_kernel_mapping
-from kernelgraph.graph import policy
+from kernelgraph.graph.autotune import policy
 from torch._dynamo.utils import counters
 from tests.support.toy_models import Chain
 

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import (
 )
 
 from kernelgraph.graph.gradients.bypass import Direct, catch
-from kernelgraph.graph.gradients.gradient import Own
+from kernelgraph.graph.gradients.gradient import Overwrites, OwnBackward, Source, SourceKind
 from kernelgraph.graph.gradients.tape import Tape
 from kernelgraph.graph.ops import registry
 from kernelgraph.graph.ops.backward import ByKernel
-from tests.support.op_calls import Op, lowered
+from tests.support.op_calls import Op, lowered, own_backward
 
 runs: list[str] = []
 
@@ -75,7 +75,7 @@ class NormKernel(nn.Module):
         return NormFunction.apply(x, self.eps, self.weight)
 
 
-OWN = Own(operands=(0, 1), results=(0,), flows=(True,))
+OWN = own_backward(operands=(0, 1), results=(0,), flows=(True,))
 
 
 class PlainKernel(nn.Module):
@@ -230,7 +230,7 @@ def test_a_result_that_no_gradient_flows_through():
     layer = type("Layer", (nn.Module,), {"forward": lambda self, x: (x * 2, x.argmax(-1))})
     x = torch.randn(3, 4, requires_grad=True)
     toy = kernel(lambda self, x: Both.apply(x))
-    op = lowered(layer(), toy, x, own=Own(flows=(True, False)))
+    op = lowered(layer(), toy, x, own=own_backward(flows=(True, False)))
     y, index = op()
     assert (y.requires_grad, index.requires_grad) == (True, False)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 2.0))
@@ -416,8 +416,9 @@ def test_a_backward_that_writes_into_what_it_gets():
 
     layer = type("Layer", (nn.Module,), {"forward": lambda self, x: x.square()})
     x = torch.randn(3, 4, requires_grad=True)
-    spoils = ("grad 0", "operand 0", "result 0", "saved")
-    own = Own((0,), (0,), (True,), spoils=spoils)
+    operand, result = Source(SourceKind.OPERAND, 0), Source(SourceKind.RESULT, 0)
+    overwrites = Overwrites((0,), (operand, result), True)
+    own = OwnBackward((operand, result), (True,), overwrites=overwrites)
     op = lowered(layer(), kernel(lambda self, x: Spoils.apply(x)), x, own=own)
     before = x.detach().clone()
     y = op()
@@ -445,7 +446,9 @@ def test_a_kernel_that_keeps_tensors_where_nobody_sees_it():
 
     layer = type("Layer", (nn.Module,), {"forward": lambda self, x: x.exp()})
     x = torch.randn(3, 4, requires_grad=True)
-    op = lowered(layer(), kernel(lambda self, x: Holds.apply(x)), x, own=Own((), (), (True,), True))
+    op = lowered(
+        layer(), kernel(lambda self, x: Holds.apply(x)), x, own=own_backward((), (), (True,), True)
+    )
     y = op()
     expected = y.detach().clone()
     y.detach().zero_()  # as a compiler that is done with it may
@@ -453,7 +456,7 @@ def test_a_kernel_that_keeps_tensors_where_nobody_sees_it():
 
 
 def test_what_a_kernel_saves_beyond_what_it_showed_is_copied():
-    op = norm(own=Own((), (), (True,)))
+    op = norm(own=own_backward((), (), (True,)))
     x, weight = torch.randn(3, 4), torch.linspace(0.5, 1.5, 4)
     expected = torch.autograd.grad(Norm()(x.requires_grad_()).sum(), x, retain_graph=False)[0]
     given = x.detach().clone().requires_grad_()
@@ -478,7 +481,9 @@ def test_gradients_come_contiguous_and_go_in_the_operands_form():
 
     layer = type("Layer", (nn.Module,), {"forward": lambda self, x: x * 2})
     x = torch.randn(3, 4, requires_grad=True)
-    op = lowered(layer(), kernel(lambda self, x: Raw.apply(x)), x, own=Own((), (), (True,)))
+    op = lowered(
+        layer(), kernel(lambda self, x: Raw.apply(x)), x, own=own_backward((), (), (True,))
+    )
     (grad,) = torch.autograd.grad(op().sum(), x)
     assert grad.is_contiguous()
     assert torch.equal(grad, torch.full_like(x, 2.0))
@@ -490,7 +495,7 @@ def test_a_result_that_lost_its_gradient_is_an_error():
         return y.detach() if not isinstance(x, FakeTensor) and lost else y
 
     lost = True
-    op = norm(kernel(sometimes), own=Own((0, 1), (), (True,)))
+    op = norm(kernel(sometimes), own=own_backward((0, 1), (), (True,)))
     with pytest.raises(RuntimeError, match="result 0 has no gradient"):
         op()
 
@@ -573,7 +578,9 @@ def tapes_of(op: Op) -> list[type]:
 @pytest.mark.parametrize("name", DIRECT)
 def test_a_function_runs_past_autograd_from_its_second_call_on(name):
     forward, results = DIRECT[name]
-    op = lowered(Scaled(), kernel(forward), torch.ones(3, 4), own=Own((0, 1), results, (True,)))
+    op = lowered(
+        Scaled(), kernel(forward), torch.ones(3, 4), own=own_backward((0, 1), results, (True,))
+    )
     for expected in (Tape, Direct, Direct):
         x, weight = inputs()
         y = op.overload(x, weight)[0]
@@ -614,7 +621,7 @@ def test_a_call_that_is_not_as_the_first_goes_the_long_way(change):
             return Scales.apply(x, self.weight)
         return y
 
-    op = lowered(Scaled(), kernel(forward), torch.ones(3, 4), own=Own((0, 1), (), (True,)))
+    op = lowered(Scaled(), kernel(forward), torch.ones(3, 4), own=own_backward((0, 1), (), (True,)))
     changed = False
     x, weight = inputs()
     for _ in range(2):
@@ -673,7 +680,7 @@ def test_results_whose_signs_are_yet_to_be_put_into_their_memory(function):
     module = Signed()
     x = torch.randn(1, 1, dtype=module.weight.dtype, requires_grad=True)
     forward = kernel(lambda self, x: function.apply(x, self.weight))
-    op = lowered(module, forward, x, own=Own((0, 1), (), (True,)))
+    op = lowered(module, forward, x, own=own_backward((0, 1), (), (True,)))
     for _ in range(3):
         y, expected = op.overload(x, module.weight)[0], module(x)
         assert not y.is_conj()
@@ -707,7 +714,7 @@ def test_results_of_a_function_that_share_memory():
 
     module, x = Parted(), torch.randn(3, 4, requires_grad=True)
     forward = kernel(lambda self, x: Twice.apply(x, self.weight))
-    op = lowered(module, forward, x, own=Own((0, 1), (), (True, True)))
+    op = lowered(module, forward, x, own=own_backward((0, 1), (), (True, True)))
     for _ in range(3):
         whole, part = op.overload(x, module.weight)[:2]
         expected = module(x)
@@ -744,13 +751,13 @@ class Tied(nn.Module):
 
 
 TIED = {
-    "autograd": (Tied.forward, Own((0, 1, 2), (), (True,))),
-    "holds": (Tied.forward, Own((0, 1, 2), (), (True,), holds=True)),
+    "autograd": (Tied.forward, own_backward((0, 1, 2), (), (True,))),
+    "holds": (Tied.forward, own_backward((0, 1, 2), (), (True,), hidden_saves=True)),
     "function": (
         lambda self, x: Counted.apply(
             x, self.weight, len(list(self.parameters())) * (self.other is self.weight)
         ),
-        Own((0, 1), (), (True,)),
+        own_backward((0, 1), (), (True,)),
     ),
     "reference": (lambda self, x: Tied.forward(self, x.detach()), None),
 }
@@ -775,7 +782,7 @@ class Product(nn.Module):
 
 
 PRODUCTS = {
-    "autograd": (Product.forward, Own((0, 1), (), (True,))),
+    "autograd": (Product.forward, own_backward((0, 1), (), (True,))),
     "reference": (lambda self, x, y: (x * y + y.sin()).detach(), None),
 }
 
@@ -814,7 +821,7 @@ def test_conjugates_are_saved_as_such():
 
     x, y = (torch.randn(3, dtype=torch.complex64, requires_grad=True) for _ in range(2))
     forward = kernel(lambda self, x, y: x.conj() * y)
-    op = lowered(Conjugated(), forward, x, y, own=Own((0, 1), (), (True,)))
+    op = lowered(Conjugated(), forward, x, y, own=own_backward((0, 1), (), (True,)))
     for _ in range(2):
         made = torch.autograd.grad(op.overload(x, y)[0].abs().sum(), (x, y))
         expected = torch.autograd.grad((x.conj() * y).abs().sum(), (x, y))
@@ -827,7 +834,7 @@ def test_an_operand_that_is_given_back(backend):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x * 2, x
 
-    own = Own((), (), (True, True))
+    own = own_backward((), (), (True, True))
     op = lowered(Residual(), kernel(lambda self, x: (x * 2, x)), torch.ones(3), own=own)
 
     def run(x: Tensor) -> Tensor:
@@ -874,7 +881,7 @@ def test_a_result_without_a_gradient_counts_as_zeros():
 
     layer = type("Layer", (nn.Module,), {"forward": lambda self, x: (x * 2, x * 3)})
     x = torch.randn(3, 4, requires_grad=True)
-    own = Own((), (), (True, True))
+    own = own_backward((), (), (True, True))
     op = lowered(layer(), kernel(lambda self, x: Both.apply(x)), x, own=own)
     for _ in range(2):
         double, triple = op()

@@ -24,11 +24,16 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.nn import functional
 
 from kernelgraph import cache
-from kernelgraph.graph.gradients.gradient import Own, wanted_of
+from kernelgraph.graph.gradients.gradient import (
+    Overwrites,
+    Source,
+    SourceKind,
+    wanted_of,
+)
 from kernelgraph.graph.verify import trial
 from kernelgraph.graph.verify.trial import Verdict, judge
 from kernelgraph.kernel import Kernel
-from tests.support.op_calls import call_of, kernel_of, layer_of
+from tests.support.op_calls import call_of, kernel_of, layer_of, own_backward
 
 EPS = 1e-6
 
@@ -342,39 +347,44 @@ def once(ctx, g):
     return norm_backward(g, x.clone(), *ctx.saved_tensors)
 
 
+OPERANDS = (Source(SourceKind.OPERAND, 0), Source(SourceKind.OPERAND, 1))
+
 HONEST = {
-    "torch": (composite, Own((0, 1), (), (True,))),
-    "function": (function(honest), Own((0, 1), (), (True,))),
-    "saved output": (function(from_the_output, saves_the_output), Own((0, 1), (0,), (True,))),
-    "own copies": (function(honest, saves_its_own), Own((), (), (True,))),
+    "torch": (composite, own_backward((0, 1), (), (True,))),
+    "function": (function(honest), own_backward((0, 1), (), (True,))),
+    "saved output": (
+        function(from_the_output, saves_the_output),
+        own_backward((0, 1), (0,), (True,)),
+    ),
+    "own copies": (function(honest, saves_its_own), own_backward((), (), (True,))),
     "holds its input": (
         function(
             lambda ctx, g: norm_backward(g, ctx.x, *ctx.saved_tensors),
             holds_its_input,
         ),
-        Own((), (), (True,), holds=True),
+        own_backward((), (), (True,), hidden_saves=True),
     ),
     "holds its output": (
         function(lambda ctx, g: norm_backward(g + 0 * ctx.y, *ctx.saved_tensors), holds_its_output),
-        Own((), (), (True,), holds=True),
+        own_backward((), (), (True,), hidden_saves=True),
     ),
     "writes into operands": (
         function(into_operands),
-        Own((0, 1), (), (True,), spoils=("operand 0", "operand 1")),
+        own_backward((0, 1), (), (True,), overwrites=Overwrites(saved=OPERANDS)),
     ),
     "writes into the gradient": (
         function(into_gradient),
-        Own((0, 1), (), (True,), spoils=("grad 0",)),
+        own_backward((0, 1), (), (True,), overwrites=Overwrites(grads=(0,))),
     ),
     "writes into its own": (
         function(into_its_own, saves_its_own),
-        Own((), (), (True,), spoils=("saved",)),
+        own_backward((), (), (True,), overwrites=Overwrites(private=True)),
     ),
     "runs once": (
         function(
             once, lambda ctx, x, w, y: (setattr(ctx, "x", x.clone()), ctx.save_for_backward(w))
         ),
-        Own((1,), (), (True,)),
+        own_backward((1,), (), (True,)),
     ),
 }
 
@@ -413,7 +423,7 @@ def test_incoming_gradients_may_have_to_be_contiguous(layout):
         return norm_backward(flat, x, w)
 
     assert verdict(Norm(), function(as_if_contiguous), X) == Verdict(
-        Own((0, 1), (), (True,)), contiguous=True
+        own_backward((0, 1), (), (True,)), contiguous=True
     )
 
     def refuses(ctx, g):
@@ -840,7 +850,7 @@ def counted(ran: list[int], revision: str | None = "1" * 40) -> Kernel:
 def runs_again(ran: list[int], toy: Kernel, *args: Any, **kwargs: Any) -> bool:
     """Whether it takes a run of ``toy`` to give a verdict; that it may train."""
     before = len(ran)
-    assert verdict(Norm(), toy, *args, **kwargs) == Verdict(Own((0, 1), (), (True,)))
+    assert verdict(Norm(), toy, *args, **kwargs) == Verdict(own_backward((0, 1), (), (True,)))
     return len(ran) > before
 
 
@@ -917,7 +927,7 @@ def test_another_process_has_the_same_key():
     program = """
 import torch
 from tests.graph.verify import test_trial as here
-from kernelgraph.graph import trial
+from kernelgraph.graph.verify import trial
 
 def never(*args): raise AssertionError("it is judged again")
 
@@ -967,7 +977,9 @@ def test_tables_with_equal_halves(batch):
     def identity(self, x, cos, sin):
         return Rotate.apply(x, cos, sin, 1.0)
 
-    assert verdict(Rotary(), forward, *args, wanted=x_only) == Verdict(Own((1, 2), (), (True,)))
+    assert verdict(Rotary(), forward, *args, wanted=x_only) == Verdict(
+        own_backward((1, 2), (), (True,))
+    )
     found = verdict(Rotary(), identity, *args, wanted=x_only)
     assert found.wrong.startswith("the gradient of x is off by")
     assert verdict(Rotary(), forward, *args).output, "whoever wants all gradients has any tables"
