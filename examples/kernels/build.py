@@ -73,7 +73,7 @@ def build(
     Args:
         root: Where to put it; the sources are those beside this file.
         force: Build also what is up to date.
-        progress: Told in one line when a build takes longer than two seconds.
+        progress: OutputSpec in one line when a build takes longer than two seconds.
         backends: What to build; for cuda alone no C++ compiler is needed.
 
     Raises:

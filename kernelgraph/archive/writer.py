@@ -139,7 +139,7 @@ def _describe(
         for number, reference in enumerate(there.references):
             extra[reference_file(name, number)] = reference.data
         noted = tuple(reference.to_json() for reference in there.references)
-        schema = str(overload(name)._schema)
+        schema = _torch.schema_text(overload(name))
         ops[name] = Op(
             name,
             key,
@@ -169,7 +169,7 @@ def _call(node: torch.fx.Node) -> tuple[str, tuple[str, ...]]:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].removeprefix("L['self'].") if stack else ""
     operands = []
-    for argument in torch.utils._pytree.tree_leaves(node.args):
+    for argument in _torch.tree_leaves(node.args):
         value = argument.meta.get("val") if isinstance(argument, torch.fx.Node) else argument
         if isinstance(value, Tensor):
             dtype = str(value.dtype).removeprefix("torch.")

@@ -204,12 +204,14 @@ def _copies(values: Sequence[Any]) -> list[Any]:
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), tensor._version
+    return tensor.detach(), _torch.version_of(tensor)
 
 
 def _unpack_copy(saved: tuple[Tensor, int]) -> Tensor:
     tensor, version = saved
-    if tensor._version != version:  # which autograd does not look at, where there are hooks
+    if (
+        _torch.version_of(tensor) != version
+    ):  # which autograd does not look at, where there are hooks
         raise RuntimeError(
             "one of the tensors that a kernel saved for its backward has been written into by an "
             "in-place operation since"

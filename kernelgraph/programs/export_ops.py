@@ -13,14 +13,14 @@ from kernelgraph.graph import _torch, ops
 from kernelgraph.graph.calls import Call, Runner, State
 from kernelgraph.graph.gradients import Gradient, wanted_of
 from kernelgraph.graph.infer import (
-    NoFake,
+    OutputSpec,
     Source,
-    Told,
+    UnknownShape,
     differentiable,
     effects,
+    infer_output,
     run_on_fakes,
     static_key,
-    tell,
 )
 from kernelgraph.graph.lowering import Options, Site
 from kernelgraph.graph.ops import Lowered
@@ -51,7 +51,7 @@ class Lowering:
 
         Raises:
             UnsupportedValue: Also, if the call depends on code of the model's.
-            NoFake, AttributeError, RuntimeError: As `ops.lower` raises.
+            UnknownShape, AttributeError, RuntimeError: As `ops.lower` raises.
         """
         layer, training = site.layer, site.grad
         own, _, _ = _torch.symbolic_like(operands, everything=False)
@@ -93,7 +93,7 @@ def _make(
     training: bool,
 ) -> str:
     check_needs_no_code(module, kernel.forward)
-    source, told = tell(kernel, layer, call, operands)
+    source, told = infer_output(kernel, layer, call, operands)
     sizes = _sizes(source, told, operands)
     writes = effects(kernel, layer, call, operands, told)
     form = Form(
@@ -116,7 +116,7 @@ def _make(
     return install(entry, kernel).entry.op
 
 
-def _sizes(source: Source, told: Told, operands: Sequence[Any]) -> Sizes:
+def _sizes(source: Source, told: OutputSpec, operands: Sequence[Any]) -> Sizes:
     # A kernel that has to run for real is not run at sizes that may be none of its.
     if told.source != "probe":
         try:
@@ -125,7 +125,7 @@ def _sizes(source: Source, told: Told, operands: Sequence[Any]) -> Sizes:
             pass
     sizes, again = record(source, operands, everything=False)
     if again.output != told.output:
-        raise NoFake("the structure of what it returns depends on sizes")
+        raise UnknownShape("the structure of what it returns depends on sizes")
     return sizes
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from kernelgraph.eager import KernelForward, candidates
 from kernelgraph.graph import _torch
@@ -200,7 +199,7 @@ class _Exporter:
 
     def _lowered(self, site: Site, args: Any, kwargs: Any) -> tuple[_Op, list[Any]] | Kernel:
         """The op for a call, and its operands; or a kernel that is to be traced."""
-        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        tensors = _torch.tensor_leaves((args, kwargs))
         site, kernel, state = self.choices.settle(site, tensors)
         if self.native and (namespace := _own_ops(kernel, site)):
             detail = f"traced into its own ops, {namespace}::*"

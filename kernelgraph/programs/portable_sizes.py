@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Template
-from kernelgraph.graph.infer import NoFake, Result, Source, Told
+from kernelgraph.graph.infer import OutputSpec, Source, TensorSpec, UnknownShape
 
 Expression = Any
 """As JSON."""
@@ -92,7 +92,7 @@ class Sizes:
     conditions: tuple[Expression, ...]
     """What must be true of the operands for this to be so."""
 
-    def __call__(self, operands: Sequence[Any]) -> tuple[Result, ...]:
+    def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
         """The results of a call with ``operands``.
 
         Raises:
@@ -106,7 +106,7 @@ class Sizes:
                 )
         new: dict[int, Any] = {}
         return tuple(
-            Result(
+            TensorSpec(
                 tuple(evaluate(size, operands, new) for size in result.size),
                 result.dtype,
                 _device(result.device, operands),
@@ -115,12 +115,12 @@ class Sizes:
         )
 
     def source(self, output: Template, written: tuple[int, ...]) -> Source:
-        """These sizes in the form that `kernelgraph.graph.infer.shapes.tell` gives."""
+        """These sizes in the form that `kernelgraph.graph.infer.shapes.infer_output` gives."""
 
-        def tell(operands: Sequence[Any]) -> Told:
+        def tell(operands: Sequence[Any]) -> OutputSpec:
             results = self(operands)
             fresh = any(_has_new(size) for result in self.results for size in result.size)
-            return Told(results, output, written, "recorded", fresh)
+            return OutputSpec(results, output, written, "recorded", fresh)
 
         return tell
 
@@ -240,7 +240,9 @@ def _as_data(expression: Any, places: Mapping[Any, tuple[int, int]], new: dict[A
 # --- finding them -------------------------------------------------------------------------------
 
 
-def record(source: Source, operands: Sequence[Any], *, everything: bool) -> tuple[Sizes, Told]:
+def record(
+    source: Source, operands: Sequence[Any], *, everything: bool
+) -> tuple[Sizes, OutputSpec]:
     """The sizes of the results of calls like that with ``operands``.
 
     Args:
@@ -253,7 +255,7 @@ def record(source: Source, operands: Sequence[Any], *, everything: bool) -> tupl
         The sizes, and what was told of a call with symbols in their place.
 
     Raises:
-        NoFake: They have no form as data.
+        UnknownShape: They have no form as data.
         Exception: What ``source`` raises.
     """
     symbolic, places, env = _torch.symbolic_like(operands, everything)
@@ -271,7 +273,7 @@ def record(source: Source, operands: Sequence[Any], *, everything: bool) -> tupl
         taken = [part for guard in _torch.guards_of(env) for part in _conjuncts(guard)]
         conditions = [_as_data(guard, places, {}) for guard in taken if _matters(guard)]
     except _NotData as error:
-        raise NoFake(f"the size of a result: {error}") from None
+        raise UnknownShape(f"the size of a result: {error}") from None
     conditions += _as_they_are(operands, everything)
     return Sizes(results, tuple(_distinct(conditions))), told
 

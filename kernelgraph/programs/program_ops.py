@@ -24,7 +24,7 @@ from kernelgraph.builds import Checked, Origin, read_metadata
 from kernelgraph.fingerprint import digest
 from kernelgraph.graph import ops
 from kernelgraph.graph.calls import Call, Template
-from kernelgraph.graph.infer import Effects, Result, Source, Told
+from kernelgraph.graph.infer import Effects, OutputSpec, Source, TensorSpec
 from kernelgraph.graph.ops import Body, ByReference
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -109,13 +109,13 @@ class Form:
         return self.sizes.results[0].device
 
     @property
-    def told(self) -> Told:
+    def told(self) -> OutputSpec:
         """What is known of the results before there is a call."""
         results = tuple(
-            Result((None,) * len(r.size), r.dtype, torch.device(r.device))
+            TensorSpec((None,) * len(r.size), r.dtype, torch.device(r.device))
             for r in self.sizes.results
         )
-        return Told(results, self.output, self.writes.kernel, "recorded")
+        return OutputSpec(results, self.output, self.writes.kernel, "recorded")
 
     @property
     def source(self) -> Source:

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernelgraph.graph.calls.trees import Leaf
-from kernelgraph.graph.infer.results import NoFake, Result, Told
+from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape
 from kernelgraph.programs.portable_sizes import Sizes, record
 
 
-def source(function: Callable[..., Any]) -> Callable[[Sequence[Any]], Told]:
+def source(function: Callable[..., Any]) -> Callable[[Sequence[Any]], OutputSpec]:
     """What a function returns, told by running it on whatever it is given."""
 
-    def tell(operands: Sequence[Any]) -> Told:
+    def tell(operands: Sequence[Any]) -> OutputSpec:
         results = function(*operands)
         results = [results] if isinstance(results, Tensor) else results
-        told = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in results)
-        return Told(told, Leaf(0), (), "fake")
+        told = tuple(TensorSpec(tuple(t.shape), t.dtype, t.device) for t in results)
+        return OutputSpec(told, Leaf(0), (), "fake")
 
     return tell
 
@@ -89,7 +89,7 @@ def test_a_size_that_has_no_form_as_data():
     def odd(x: Tensor) -> Tensor:
         return x.new_empty(torch.sym_int(x.shape[0] ** 0.5))
 
-    with pytest.raises(NoFake, match="has no form as data"):
+    with pytest.raises(UnknownShape, match="has no form as data"):
         record(source(odd), [torch.randn(9)], everything=True)
 
 

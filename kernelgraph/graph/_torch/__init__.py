@@ -12,7 +12,9 @@ from kernelgraph.graph._torch.autograd import (
     set_grad_enabled,
     splits_forward,
     transforming,
+    version_of,
 )
+from kernelgraph.graph._torch.dispatch import TorchDispatchMode, is_higher_order, schema_text
 from kernelgraph.graph._torch.distributed import store_of_group
 from kernelgraph.graph._torch.dynamo import (
     F,
@@ -51,6 +53,7 @@ from kernelgraph.graph._torch.inductor import (
     register_decomposition,
     reset_inductor,
 )
+from kernelgraph.graph._torch.pytree import map_tensors, tensor_leaves, tree_leaves
 from kernelgraph.graph._torch.symbols import (
     Expression,
     Relation,
@@ -72,6 +75,7 @@ __all__ = [
     "Frame",
     "GraphFunction",
     "Relation",
+    "TorchDispatchMode",
     "any_autocast",
     "aot_compile",
     "aot_load",
@@ -104,7 +108,9 @@ __all__ = [
     "inductor_options",
     "inductor_settings",
     "is_fake",
+    "is_higher_order",
     "is_of_op",
+    "map_tensors",
     "named_backend",
     "no_data_pointers",
     "out_of_export",
@@ -113,13 +119,17 @@ __all__ = [
     "register_decomposition",
     "reset_inductor",
     "running_on",
+    "schema_text",
     "set_grad_enabled",
     "splits_forward",
     "store_of_group",
     "symbolic_like",
+    "tensor_leaves",
     "tensors_in",
     "to_fake",
     "trace_again",
     "transforming",
+    "tree_leaves",
     "unwrap_backend",
+    "version_of",
 ]

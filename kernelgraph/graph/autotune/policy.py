@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelgraph.graph import _torch, ops
 from kernelgraph.graph.autotune import candidates, ranks
@@ -260,7 +259,7 @@ def _is_fused(call: Pending) -> bool:
     return not seen.apart
 
 
-class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Seen(_torch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether an op runs that is neither elementwise, a reduction nor about memory."""
 
     apart = False

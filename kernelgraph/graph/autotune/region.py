@@ -152,7 +152,7 @@ def _is_fused(node: fx.Node) -> bool:
     if node.op == "call_function":
         qualified = getattr(node.target, "_name", "")
         ours = isinstance(qualified, str) and qualified.startswith(f"{NAMESPACE}::")
-        if ours or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if ours or _torch.is_higher_order(node.target):
             return False
         name = getattr(node.target, "__name__", "").partition(".")[0]
     elif node.op != "call_method":

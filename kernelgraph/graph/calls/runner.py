@@ -15,7 +15,7 @@ import torch
 
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.codegen import expression, tuple_of, write
-from kernelgraph.graph.calls.stand_in import new_shell
+from kernelgraph.graph.calls.stand_in import new_stand_in
 from kernelgraph.graph.calls.trees import UnsupportedValue, flatten_tensors
 
 
@@ -32,7 +32,7 @@ class Runner:
         self.operands = [f"a{i}" for i in range(len(call.types))]
         """The names of the operands in the functions that are written."""
         self._namespace: dict[str, Any] = {"forward": self.forward}
-        self._namespace |= {"free": [], "new_shell": functools.partial(_shell, call)}
+        self._namespace |= {"free": [], "new_stand_in": functools.partial(_shell, call)}
         self.run = self._write([*self._call_lines(), "return result"], {})
         """The call, with the operands as its arguments."""
 
@@ -75,7 +75,7 @@ class Runner:
         try:
             shell = free.pop()
         except IndexError:
-            shell = new_shell()
+            shell = new_stand_in()
         module, (d0, d1, ) = shell
         try:
             d0['weight'] = a1
@@ -85,7 +85,7 @@ class Runner:
             d0['weight'] = None
             free.append(shell)
         """
-        slots = new_shell(self.call.state).slots
+        slots = new_stand_in(self.call.state).slots
         first = len(self.operands) - len(slots)  # of the state's
         held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
         tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
@@ -97,7 +97,7 @@ class Runner:
             "try:",
             "    shell = free.pop()",
             "except IndexError:",
-            "    shell = new_shell()",
+            "    shell = new_stand_in()",
             f"module, {tuple_of(f'd{j}' for j in range(len(slots)))} = shell",
             "try:",
             *(f"    {s} = {a}" for s, a in zip(held, self.operands[first:], strict=True)),
@@ -120,7 +120,7 @@ class Runner:
         Raises:
             UnsupportedValue: If the call sets one: an op has no such effect.
         """
-        shell = new_shell(self.call.state)
+        shell = new_stand_in(self.call.state)
         count = len(operands) - len(shell.slots)
         for (container, key), value in zip(shell.slots, operands[count:], strict=True):
             container[key] = value
@@ -151,7 +151,7 @@ def _in_autocast(
 
 
 def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
-    shell = new_shell(call.state)
+    shell = new_stand_in(call.state)
     return shell.module, tuple(container for container, _ in shell.slots)
 
 

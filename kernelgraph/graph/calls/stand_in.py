@@ -12,7 +12,7 @@ from kernelgraph.graph.calls.state import Container, State, blank, contents_of
 from kernelgraph.graph.calls.trees import Path
 
 
-class Shell(NamedTuple):
+class StandIn(NamedTuple):
     """The classes and constants of a layer in a call, and no tensors."""
 
     module: Any
@@ -50,7 +50,7 @@ class _Tuple:
         self._container[self._key] = self._make(self._parts)
 
 
-def new_shell(state: State) -> Shell:
+def new_stand_in(state: State) -> StandIn:
     """An object that stands in for a layer in a call."""
     objects: dict[Path, Any] = {}
     homes = dict(state.registered)
@@ -90,4 +90,4 @@ def new_shell(state: State) -> Shell:
     attributed = tuple(
         objects[path] for path, kind in state.nodes if not isinstance(kind, Container)
     )
-    return Shell(objects[()], attributed, [slot(path) for path in state.operands])
+    return StandIn(objects[()], attributed, [slot(path) for path in state.operands])

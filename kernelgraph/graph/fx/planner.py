@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, UnsupportedValue, path_text, read
 from kernelgraph.graph.gradients import Gradient
-from kernelgraph.graph.infer import NoValue, fakes_of, plain, propagate, value_of
+from kernelgraph.graph.infer import NoValue, make_fakes, plain, propagate, value_of
 from kernelgraph.graph.lowering import Choices, KeepReference, Site, op_for
 from kernelgraph.graph.ops import Lowered
 from kernelgraph.kernel import BoundForward, Kernel
@@ -92,7 +92,7 @@ def plan_with(
         if before is not None and not alike:
             detail = "the graph module around it is called with tensors of several kinds"
             item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, detail)
-        return lambda *args, **kwargs: lowered.output.unflatten(fakes_of(lowered.results))
+        return lambda *args, **kwargs: lowered.output.unflatten(make_fakes(lowered.results))
 
     propagate(graph_module, example_inputs, values, forward_of)
     for node, value in values.items():
@@ -142,7 +142,7 @@ def _decide(
 
     def operand(node: fx.Node) -> Any:
         value = value_of(node)
-        for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
+        for leaf in (value,) if isinstance(value, Tensor) else _torch.tree_leaves(value):
             if not (isinstance(leaf, (Tensor, torch.SymInt)) or type(leaf) in (int, float)):
                 # As a constant of the op it would stay what it is now.
                 raise UnsupportedValue(
@@ -154,7 +154,7 @@ def _decide(
     site, node = item.site, item.node
     try:
         args, kwargs = plain(node.args, operand), plain(node.kwargs, operand)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _torch.tensor_leaves((args, kwargs))
         site, kernel, state = choices.settle(site, tensors)
         item.site = site
         for path in state.tensors:  # a get_attr node goes by names alone

@@ -26,7 +26,7 @@ from kernelgraph.graph.calls import Path, flatten, path_text, read
 from kernelgraph.graph.fx.pickling import save_op
 from kernelgraph.graph.fx.planner import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.gradients import handle
-from kernelgraph.graph.infer import VALUES, Result, fakes_of, plain
+from kernelgraph.graph.infer import VALUES, TensorSpec, make_fakes, plain
 from kernelgraph.graph.lowering import Choices, KeepReference, Options, Site, decision_of
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.kernel import Gradients
@@ -192,7 +192,7 @@ def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
         return KeepReference(site, Reason.NOT_AN_OP, detail)
 
     pieces = lowered.output.unflatten(lowered.results)
-    if isinstance(pieces, Result):
+    if isinstance(pieces, TensorSpec):
         uses = [(node, pieces)]
     else:
         # Results that are not one tensor can only be handed over piece by piece.
@@ -202,7 +202,7 @@ def _check_fits(node: fx.Node, lowered: Lowered, site: Site) -> None:
                 piece = pieces[user.args[1]] if user.target is operator.getitem else None
             except (LookupError, TypeError):
                 piece = None
-            if not isinstance(piece, Result):
+            if not isinstance(piece, TensorSpec):
                 raise keep("what it returns is used as a whole")
             uses.append((user, piece))
     for traced, result in uses:
@@ -252,8 +252,8 @@ def _complete(item: Plan, op: fx.Node) -> None:
     whole = op.meta.get(key)
     values: Sequence[Any] = [whole] if returns == 1 else list(whole or ())
     with _torch.running_on(mode):
-        if not (len(values) == len(results) and all(map(_is_told, values, results))):
-            values = fakes_of(results)
+        if not (len(values) == len(results) and all(map(_matches_spec, values, results))):
+            values = make_fakes(results)
         values = [*values, *(handle() for _ in range(returns - len(values)))]
     made: list[tuple[fx.Node, Any]] = [(op, values[0])]
     if returns > 1:
@@ -265,7 +265,7 @@ def _complete(item: Plan, op: fx.Node) -> None:
             del node.meta["tensor_meta"]
 
 
-def _is_told(value: Any, result: Result) -> bool:
+def _matches_spec(value: Any, result: TensorSpec) -> bool:
     """Whether a value is what an op returns; never asked of symbols, which it would guard."""
     return (
         isinstance(value, Tensor)

@@ -11,8 +11,14 @@ from kernelgraph.graph.infer.aliasing import (
 )
 from kernelgraph.graph.infer.node_values import VALUES, NoValue, plain, propagate, value_of
 from kernelgraph.graph.infer.operands import Operands, indices
+from kernelgraph.graph.infer.output_specs import (
+    OutputSpec,
+    TensorSpec,
+    UnknownShape,
+    make_fakes,
+    observe,
+)
 from kernelgraph.graph.infer.probe import Probe
-from kernelgraph.graph.infer.results import NoFake, Result, Told, fakes_of, observe
 from kernelgraph.graph.infer.sample_inputs import Form
 from kernelgraph.graph.infer.shapes import (
     Effects,
@@ -20,9 +26,9 @@ from kernelgraph.graph.infer.shapes import (
     Source,
     differentiable,
     effects,
+    infer_output,
     run_on_fakes,
     static_key,
-    tell,
 )
 
 __all__ = [
@@ -30,21 +36,22 @@ __all__ = [
     "VALUES",
     "Effects",
     "Form",
-    "NoFake",
     "NoValue",
     "Operands",
+    "OutputSpec",
     "Probe",
-    "Result",
     "ShapeFunction",
     "Source",
-    "Told",
+    "TensorSpec",
+    "UnknownShape",
     "check_unwritten",
     "contiguous_copy",
     "differentiable",
     "effects",
     "extent",
-    "fakes_of",
     "indices",
+    "infer_output",
+    "make_fakes",
     "observe",
     "owned",
     "plain",
@@ -52,7 +59,6 @@ __all__ = [
     "reach",
     "run_on_fakes",
     "static_key",
-    "tell",
     "value_of",
     "versions",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelgraph.graph import _torch
+
 ALIGNMENT = 16
 """In bytes; what Inductor takes for granted of an op's results."""
 
@@ -69,7 +71,10 @@ def reach(tensor: Tensor) -> int:
 
 def versions(operands: Sequence[Any]) -> list[int]:
     """How often torch has written into each operand, where that is counted."""
-    return [v._version if isinstance(v, Tensor) and not v.is_inference() else 0 for v in operands]
+    return [
+        _torch.version_of(v) if isinstance(v, Tensor) and not v.is_inference() else 0
+        for v in operands
+    ]
 
 
 def check_unwritten(

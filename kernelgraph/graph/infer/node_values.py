@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import UnsupportedValue
@@ -125,7 +124,7 @@ class _Run(fx.Interpreter):
                     f"{type(error).__name__}: {error}"
                 ) from error
         # As of now: a later node may change its shape in place.
-        self._values[n] = pytree.tree_map_only(Tensor, lambda t: t.detach(), value)
+        self._values[n] = _torch.map_tensors(Tensor.detach, value)
         return value
 
     def _run_inside(self, inner: fx.GraphModule, node: fx.Node) -> Any:

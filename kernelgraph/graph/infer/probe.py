@@ -35,7 +35,7 @@ from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Runner, Template, UnsupportedValue
 from kernelgraph.graph.infer import sample_inputs
-from kernelgraph.graph.infer.results import NoFake, Result, Told, observe
+from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape, observe
 
 # --- explanations -----------------------------------------------------------------------------
 
@@ -115,12 +115,12 @@ class _Explained(NamedTuple):
             for expr, given in known.items()
         )
 
-    def told(self, sizes: Sequence[Any]) -> Told:
+    def told(self, sizes: Sequence[Any]) -> OutputSpec:
         results = tuple(
-            Result(tuple(formula(sizes) for formula in formulas), dtype, device)
+            TensorSpec(tuple(formula(sizes) for formula in formulas), dtype, device)
             for formulas, dtype, device in self.results
         )
-        return Told(results, self.output, self.written, "probe")
+        return OutputSpec(results, self.output, self.written, "probe")
 
 
 class Probe:
@@ -130,11 +130,11 @@ class Probe:
         self._runner = runner
         self._known: dict[Any, _Explained] = {}
 
-    def __call__(self, operands: Sequence[Any]) -> Told:
+    def __call__(self, operands: Sequence[Any]) -> OutputSpec:
         """What a call with ``operands`` returns; the values in them are never looked at.
 
         Raises:
-            NoFake: If the sizes of the results cannot be explained.
+            UnknownShape: If the sizes of the results cannot be explained.
             UnsupportedValue: If no op can do what the kernel does.
             Exception: What the kernel raises, where it raises at any sizes that were tried.
         """
@@ -168,7 +168,7 @@ class Probe:
 
     def _runs(
         self, operands: Sequence[Any], free: Mapping[Any, int | None], ties: Mapping[Any, Any]
-    ) -> tuple[list[dict[Any, int]], list[Told]]:
+    ) -> tuple[list[dict[Any, int]], list[OutputSpec]]:
         """Values of the symbols, and what the kernel returned where they are these."""
         choices = _choices(list(free.values()))
         for choice in choices:
@@ -185,7 +185,7 @@ class Probe:
                     raise
         raise AssertionError("there is always a choice")
 
-    def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> Told:
+    def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> OutputSpec:
         with sample_inputs.apart(operands):
             forms = sample_inputs.forms(operands, lambda n: _torch.evaluate(n, values))
             return observe(self._runner, sample_inputs.make(forms, seed))[0]
@@ -227,7 +227,7 @@ def _choices(hints: Sequence[int | None]) -> list[list[list[int]]]:
     if count == 0:
         return [[[], []]]
     if count > len(_FIRST):
-        raise NoFake(f"{count} sizes are dynamic, and at most {len(_FIRST)} can be probed")
+        raise UnknownShape(f"{count} sizes are dynamic, and at most {len(_FIRST)} can be probed")
     own = [_FIRST[i] if hint is None else hint for i, hint in enumerate(hints)]
     return [
         _varied(_FIRST[:count], _ALONE[:count], _TOGETHER[:count]),
@@ -249,13 +249,13 @@ def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:
 
 
 def _explained(
-    tied: Sequence[Any], sizes: Sequence[Sequence[int]], runs: Sequence[Told]
+    tied: Sequence[Any], sizes: Sequence[Sequence[int]], runs: Sequence[OutputSpec]
 ) -> _Explained:
     """What ``runs``, in which the call's sizes were ``sizes``, have in common."""
     one = runs[0]
     for other in runs[1:]:
         if _form(other) != _form(one):
-            raise NoFake(
+            raise UnknownShape(
                 "what it returns is another structure, dtype or number of dimensions for other "
                 "inputs"
             )
@@ -268,7 +268,7 @@ def _explained(
             values = [run.results[number].shape[dim] for run in runs]
             formula = explain(values, sizes, terms)
             if formula is None:
-                raise NoFake(
+                raise UnknownShape(
                     f"dimension {dim} of result {number} was {', '.join(map(str, values))} in "
                     f"{len(runs)} runs, which the sizes of its inputs do not explain"
                 )
@@ -278,5 +278,5 @@ def _explained(
     return _Explained(tuple(tied), tuple(results), one.output, written)
 
 
-def _form(told: Told) -> Any:
+def _form(told: OutputSpec) -> Any:
     return told.output, [(len(r.shape), r.dtype, r.device) for r in told.results]

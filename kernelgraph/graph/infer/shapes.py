@@ -13,12 +13,12 @@ from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tensors, path_text
 from kernelgraph.graph.infer import sample_inputs
+from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape, observe
 from kernelgraph.graph.infer.probe import Probe
-from kernelgraph.graph.infer.results import NoFake, Result, Told, observe
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
-Source = Callable[[Sequence[Any]], Told]
+Source = Callable[[Sequence[Any]], OutputSpec]
 """What tells the results of calls of one form, given the operands."""
 
 
@@ -26,7 +26,7 @@ class _DependsOnValues(UnsupportedValue):
     """An output's size is not known before there are values."""
 
 
-def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> Told:
+def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> OutputSpec:
     """Run a forward on fakes that are like ``operands``.
 
     On fakes of its own: the operands belong to whoever traces, and a forward may write into
@@ -36,7 +36,7 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> T
     Args:
         runner: Runs the forward.
         operands: Of tensors only the form counts.
-        source: What the forward is, see `Told.source`. Only a ``fake`` may return sizes that
+        source: What the forward is, see `OutputSpec.source`. Only a ``fake`` may return sizes that
             depend on values.
 
     Raises:
@@ -75,9 +75,9 @@ class ShapeFunction:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._known: dict[Any, tuple[Result, ...]] = {}
+        self._known: dict[Any, tuple[TensorSpec, ...]] = {}
 
-    def __call__(self, operands: Sequence[Any]) -> tuple[Result, ...]:
+    def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
         """The results of a call with ``operands``, of which the values are never looked at."""
         key = static_key(operands)
         if key is None or key not in self._known:
@@ -104,9 +104,9 @@ def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-def tell(
+def infer_output(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
-) -> tuple[Source, Told]:
+) -> tuple[Source, OutputSpec]:
     """What ``call`` returns, and what tells it of other calls of the form.
 
     The layer's ``fake`` stands alone where there is one. Else it is the first that can of
@@ -116,7 +116,7 @@ def tell(
     3. the kernel run for real, on small inputs that are made up (`kernelgraph.graph.infer.probe`).
 
     Raises:
-        NoFake: If none can, or the ``fake`` raises.
+        UnknownShape: If none can, or the ``fake`` raises.
         UnsupportedValue: If the kernel or the reference does what no op can.
         AttributeError: If the kernel reads an attribute that the layer does not have.
     """
@@ -127,7 +127,9 @@ def tell(
         except UnsupportedValue:
             raise
         except Exception as error:
-            raise NoFake(f"fake= of layer {layer.layer_name} raised {_text(error)}") from error
+            raise UnknownShape(
+                f"fake= of layer {layer.layer_name} raised {_text(error)}"
+            ) from error
     _check_annotated(kernel, layer, call)
     attempts: list[tuple[str, Source]] = [
         ("the kernel", _on_fakes("kernel", kernel.forward, call)),
@@ -150,14 +152,14 @@ def tell(
             ):
                 raise
             errors.append(f"{what}: {_text(error)}")
-    raise NoFake(
+    raise UnknownShape(
         f"the shape of what kernel {kernel} returns for layer {layer.layer_name} cannot be told "
         "by running it or the layer on fake tensors, nor by probing it; pass fake= where the "
         f"layer is made extensible ({'; '.join(errors)})"
     )
 
 
-def _at_hints(source: Source, operands: Sequence[Any]) -> Told:
+def _at_hints(source: Source, operands: Sequence[Any]) -> OutputSpec:
     """What ``source`` tells of a call with the sizes that symbols have in the call that is traced;
     nothing is guarded."""
     known = sample_inputs.sizes_now(operands)
@@ -179,7 +181,9 @@ def _at_hints(source: Source, operands: Sequence[Any]) -> Told:
 
 def _text(error: Exception) -> str:
     first_line = (str(error).splitlines() or [""])[0]
-    return first_line if isinstance(error, NoFake) else f"{type(error).__name__}: {first_line}"
+    return (
+        first_line if isinstance(error, UnknownShape) else f"{type(error).__name__}: {first_line}"
+    )
 
 
 def _on_fakes(source: str, forward: Callable[..., Any], call: Call) -> Source:
@@ -232,7 +236,7 @@ class Effects(NamedTuple):
 
 
 def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], told: Told
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], told: OutputSpec
 ) -> Effects:
     """What kernel and reference write into, as far as runs on fakes tell, or the probe; one of
     which ``told`` comes from.
@@ -242,8 +246,8 @@ def effects(
         RuntimeError: If the two do not return the same structure.
     """
     # One of the two runs is the one that told the shapes.
-    kernels: Told | None = told
-    references: Told | None = told
+    kernels: OutputSpec | None = told
+    references: OutputSpec | None = told
     if told.source != "kernel":
         kernels = _attempt("kernel", kernel.forward, call, operands)
     if told.source != "reference":
@@ -298,7 +302,7 @@ def differentiable(
 
 def _attempt(
     what: str, forward: Callable[..., Any], call: Call, operands: Sequence[Any]
-) -> Told | None:
+) -> OutputSpec | None:
     source = _on_fakes(what, forward, call)
     try:
         return source(operands) if static_key(operands) else _at_hints(source, operands)

@@ -39,7 +39,7 @@ def op_for(
 
     Raises:
         KeepReference: If the kernel does not compute what the layer does.
-        NoFake, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
+        UnknownShape, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
     """
     own = site.module.__dict__.get("forward")
     if isinstance(own, BoundForward):  # what kernelize was asked counts

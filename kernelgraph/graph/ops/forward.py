@@ -15,12 +15,12 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.infer import (
     Effects,
+    OutputSpec,
     ShapeFunction,
     Source,
-    Told,
     check_unwritten,
     contiguous_copy,
-    fakes_of,
+    make_fakes,
     owned,
     reach,
     versions,
@@ -55,7 +55,7 @@ class Body:
         layer: Extensible,
         call: Call,
         shapes: Source,
-        told: Told,
+        told: OutputSpec,
         effects: Effects,
     ) -> None:
         self.places = Places()
@@ -171,7 +171,7 @@ class Body:
 
     def fake(self, *operands: Any) -> Any:
         """What `forward` returns, with the shapes alone."""
-        made = fakes_of(self._shapes(operands))
+        made = make_fakes(self._shapes(operands))
         _torch.bind_unbacked_symbols(made, operands)
         made += [like(operands[i]) for i in self.returned]
         return made[0] if len(made) == 1 else tuple(made)

@@ -27,7 +27,7 @@ from kernelgraph.fingerprint import code_hash, digest
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, Template
 from kernelgraph.graph.gradients import Gradient
-from kernelgraph.graph.infer import Result, differentiable, effects, static_key, tell
+from kernelgraph.graph.infer import TensorSpec, differentiable, effects, infer_output, static_key
 from kernelgraph.graph.ops.backward import ByKernel, ByReference, Differentiable, Kept
 from kernelgraph.graph.ops.forward import Body
 from kernelgraph.kernel import Kernel
@@ -51,7 +51,7 @@ class Lowered:
     """The op's name in `NAMESPACE`."""
     output: Template
     """What the layer returns; its leaves are the op's first results."""
-    results: tuple[Result, ...]
+    results: tuple[TensorSpec, ...]
     """The shapes, dtypes and devices of these results in the call that was lowered."""
     written: tuple[int, ...] = ()
     """The operands that the layer writes into. The op does not: what is to be in them are its
@@ -116,7 +116,7 @@ def lower(
         place: The instance that is called and its path in the model, for errors.
 
     Raises:
-        NoFake: If nothing tells the shapes of the results (see `tell`).
+        UnknownShape: If nothing tells the shapes of the results (see `infer_output`).
         UnsupportedValue: If the layer returns anything but tensors in tuples, lists and dicts, in
             sizes that depend on values where no ``fake`` says so, or sets attributes.
         AttributeError: If the kernel reads an attribute that the layer does not have.
@@ -141,7 +141,7 @@ def _lower(
     key = (*what, gradient, torch.get_default_dtype())
     if sizes is not None and key in _answers:
         return _answers[key]
-    shapes, told = tell(kernel, layer, call, operands)
+    shapes, told = infer_output(kernel, layer, call, operands)
     base = f"{kernel_name(kernel)}_" + digest(
         LOWERING_VERSION,
         kernel.origin.revision,

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from kernelgraph.graph.calls.attribute_reads import CALL, EVERYTHING, uses
 from kernelgraph.graph.calls.constants import same
-from kernelgraph.graph.calls.stand_in import new_shell
+from kernelgraph.graph.calls.stand_in import new_stand_in
 from kernelgraph.graph.calls.state import State, UnsupportedState, describe
 from kernelgraph.graph.calls.trees import read
 
@@ -658,11 +658,11 @@ def test_numbers_are_operands_and_not_described():
     assert described("self.eps", eps=1.0) == described("self.eps", eps=2.0)
 
 
-# --- new_shell ----------------------------------------------------------------------------------
+# --- new_stand_in ----------------------------------------------------------------------------------
 
 
 def fill(state: State, module: nn.Module) -> Any:
-    shell = new_shell(state)
+    shell = new_stand_in(state)
     assert not tensors_of(shell.module)
     for (container, key), path in zip(shell.slots, state.operands, strict=True):
         container[key] = read(module, path)

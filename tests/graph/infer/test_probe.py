@@ -21,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from kernelgraph.graph.calls.runner import Runner
 from kernelgraph.graph.calls.trees import UnsupportedValue
+from kernelgraph.graph.infer.output_specs import OutputSpec, UnknownShape
 from kernelgraph.graph.infer.probe import Formula, Probe, explain
-from kernelgraph.graph.infer.results import NoFake, Told
 from tests.support.op_calls import call_of
 
 
@@ -70,7 +70,7 @@ class Probed:
                 made.append(value)
         return made
 
-    def __call__(self, *dynamic: tuple[int, int]) -> Told:
+    def __call__(self, *dynamic: tuple[int, int]) -> OutputSpec:
         fakes = self.fakes(*dynamic)
         with self.mode:
             return self.probe(fakes)
@@ -132,7 +132,9 @@ def test_what_no_formula_gives_is_refused(name):
         return torch.from_numpy(np.zeros(POOL[name](len(x.numpy()), len(y.numpy()))))
 
     probed = Probed(native, torch.ones(20), torch.ones(30))
-    with pytest.raises(NoFake, match=r"dimension 0 of result 0 was [\d, ]+ in 5 runs, which the"):
+    with pytest.raises(
+        UnknownShape, match=r"dimension 0 of result 0 was [\d, ]+ in 5 runs, which the"
+    ):
         probed((0, 0), (1, 0))
 
 
@@ -296,7 +298,7 @@ def test_the_values_differ_from_run_to_run():
     def branch(self, x):
         return torch.from_numpy(x.numpy()[x.numpy() > 0])
 
-    with pytest.raises(NoFake, match="dimension 0 of result 0 was"):
+    with pytest.raises(UnknownShape, match="dimension 0 of result 0 was"):
         Probed(branch, torch.ones(64))()
 
 
@@ -364,7 +366,7 @@ def test_another_form_of_result_for_other_inputs_is_refused():
     def ranks(self, x):
         return torch.from_numpy(x.numpy() if len(x) > 10 else x.numpy()[None])
 
-    with pytest.raises(NoFake, match="another structure, dtype or number of dimensions"):
+    with pytest.raises(UnknownShape, match="another structure, dtype or number of dimensions"):
         Probed(ranks, torch.ones(20))((0, 0))
 
 
@@ -387,5 +389,5 @@ def test_more_dynamic_sizes_than_can_be_probed_are_refused():
         *(torch.ones(n) for n in shape[3:]),
     )
     dynamic = [(0, 0), (0, 1), (0, 2), *((i, 0) for i in range(1, 7))]
-    with pytest.raises(NoFake, match="9 sizes are dynamic, and at most 8 can be probed"):
+    with pytest.raises(UnknownShape, match="9 sizes are dynamic, and at most 8 can be probed"):
         probed(*dynamic)

@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 
 from kernelgraph import last_report, replace_kernel_forward_from_hub, use_kernel_mapping
 from kernelgraph.graph.calls.trees import UnsupportedValue
-from kernelgraph.graph.infer.results import NoFake
-from kernelgraph.graph.infer.shapes import tell
+from kernelgraph.graph.infer.output_specs import UnknownShape
+from kernelgraph.graph.infer.shapes import infer_output
 from kernelgraph.report import Reason
 from tests.support.op_calls import call_of, kernel_of, layer_of, lowered
 from tests.support.toy_models import on_cpu
@@ -78,7 +78,7 @@ def told_by(*works: str, fake: bool = False) -> list[str]:
     call, operands = call_of(module, torch.ones(4), forward=toy.forward)
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(v) for v in operands]
-    _, result = tell(toy, layer_of(module), call, fakes)
+    _, result = infer_output(toy, layer_of(module), call, fakes)
     return [*ran, result.source]
 
 
@@ -111,7 +111,7 @@ ERROR = (
 
 
 def test_one_error_says_why_nothing_tells_the_shape():
-    with pytest.raises(NoFake, match=ERROR):
+    with pytest.raises(UnknownShape, match=ERROR):
         lowered(layer(branches), kernel(refuses), torch.ones(4))
     fake = lambda self, x: torch.empty_like(x)  # noqa: E731
     native = lambda self, x: torch.from_numpy(x.numpy() + 1)  # noqa: E731
@@ -119,7 +119,7 @@ def test_one_error_says_why_nothing_tells_the_shape():
 
 
 def test_a_compile_ends_in_that_error():
-    with pytest.raises(Exception, match=r"NoFake: " + ERROR):
+    with pytest.raises(Exception, match=r"UnknownShape: " + ERROR):
         compiled(layer(branches), refuses)(torch.ones(4))
 
 
@@ -127,9 +127,9 @@ def test_a_fake_that_raises_is_an_error_that_names_the_layer():
     def fake(self, x):
         raise TypeError("no")
 
-    with pytest.raises(NoFake, match=r"fake= of layer Layer raised TypeError: no"):
+    with pytest.raises(UnknownShape, match=r"fake= of layer Layer raised TypeError: no"):
         lowered(layer(branches, fake), kernel(refuses), torch.ones(4))
-    with pytest.raises(NoFake, match=r"new_dynamic_size\(\) needs fakes with a ShapeEnv"):
+    with pytest.raises(UnknownShape, match=r"new_dynamic_size\(\) needs fakes with a ShapeEnv"):
         lowered(layer(positive, fake_positive), kernel(positive), torch.ones(4, 4))
 
 

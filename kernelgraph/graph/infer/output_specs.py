@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Runner, Template, UnsupportedValue, flatten_tensors
 
 
-class NoFake(Exception):
+class UnknownShape(Exception):
     """The shape of a layer's output cannot be told."""
 
 
-class Result(NamedTuple):
+class TensorSpec(NamedTuple):
     """What is known of one tensor of an output before there is any."""
 
     shape: tuple[Any, ...]
@@ -23,15 +24,15 @@ class Result(NamedTuple):
     device: torch.device
 
 
-def fakes_of(results: Sequence[Result]) -> list[Tensor]:
+def make_fakes(results: Sequence[TensorSpec]) -> list[Tensor]:
     """What an op returns, in the fake mode that is on."""
     return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
 
 
-class Told(NamedTuple):
+class OutputSpec(NamedTuple):
     """What a run tells."""
 
-    results: tuple[Result, ...]
+    results: tuple[TensorSpec, ...]
     output: Template
     """What the layer returns, its tensors taken out."""
     written: tuple[int, ...]
@@ -42,7 +43,7 @@ class Told(NamedTuple):
     """Whether there are sizes in it that are the result's own, since they depend on values."""
 
 
-def observe(runner: Runner, operands: Sequence[Any]) -> tuple[Told, list[Tensor]]:
+def observe(runner: Runner, operands: Sequence[Any]) -> tuple[OutputSpec, list[Tensor]]:
     """Run a forward with ``operands`` of which it may do as it likes; what it returned.
 
     Raises:
@@ -54,9 +55,9 @@ def observe(runner: Runner, operands: Sequence[Any]) -> tuple[Told, list[Tensor]
     written = tuple(i for i, v in enumerate(operands) if _version(v) != before[i])
     if not tensors:
         raise UnsupportedValue("the layer returns no tensor")
-    results = tuple(Result(tuple(t.shape), t.dtype, t.device) for t in tensors)
-    return Told(results, output, written), tensors
+    results = tuple(TensorSpec(tuple(t.shape), t.dtype, t.device) for t in tensors)
+    return OutputSpec(results, output, written), tensors
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) else 0
+    return _torch.version_of(value) if isinstance(value, Tensor) else 0
