@@ -1,4 +1,20 @@
-"""TODO."""
+"""One call of a layer as data, and the same call made again from an op's operands.
+
+`trees` takes tensors and numbers out of nested arguments and results. `attribute_reads` and `state`
+find what a forward reads of its layer; `constants` names Python values by text. Together they make
+a `Call`, the signature that one custom op serves. `stand_in`, `codegen` and `runner` make the call
+again: a `Runner` generates a function that puts the operands into a stand-in for the layer and runs
+a forward on it.
+
+Invariants:
+
+- A `Call`, a `State` and a `Template` hold no tensors and are immutable.
+- Every value that a call depends on is an operand, or part of ``Call.describe()``.
+- Texts (``describe``, ``text``, `stable_text`, `class_text`) are the same in every process.
+- ``Template.unflatten`` undoes `flatten`.
+- A generated function has its source in `linecache`, and no loops.
+- Nothing here knows custom ops, Dynamo or fake tensors.
+"""
 
 from kernelgraph.graph.calls.attribute_reads import CALL, uses
 from kernelgraph.graph.calls.call import Call, constants_in

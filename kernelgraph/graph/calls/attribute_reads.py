@@ -1,4 +1,4 @@
-"""What a function reads and sets of its first parameter, told from its source."""
+"""The attributes of its first parameter that a function reads and sets, from its source code."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Names = tuple[str, ...]
-"""Attribute names in a row: ``("experts", "weight")`` for self.experts.weight."""
+"""A chain of attribute names: ``("experts", "weight")`` for ``self.experts.weight``."""
 
 CALL = "()"
-"""Ends names whose value is called."""
+"""The last element of a chain whose value is called."""
 EVERYTHING: frozenset[Names] = frozenset({()})
-"""The reads of a function whose use of ``self`` cannot be told from its source."""
+"""The reads of a function whose source does not show how it uses ``self``."""
 
 
 class Uses(NamedTuple):
-    """What a function does with its first parameter."""
+    """The attribute chains of its first parameter that a function uses."""
 
     reads: frozenset[Names]
-    """The attribute chains that it reads, or `EVERYTHING`."""
+    """Chains that it reads, or `EVERYTHING`."""
     writes: frozenset[Names]
-    """The attribute chains that it sets or deletes, as far as its source tells."""
+    """Chains that it sets or deletes, as far as its source shows."""
     updates: frozenset[Names] = frozenset()
-    """Those of an augmented assignment, which leaves a tensor in its place."""
+    """Chains that an augmented assignment (``+=``) changes, which writes into a tensor in place."""
 
 
 @functools.cache
 def uses(function: Callable[..., Any]) -> Uses:
-    """What ``function`` does with ``self``.
+    """Return the attribute chains of ``self`` that ``function`` uses.
 
-    Every appearance of ``self`` must be the start of a chain of attributes; where it is anything
-    else (it is handed to another function, say), or there is no source, it reads `EVERYTHING`.
+    Every appearance of ``self`` must start a chain of attributes. Where it does not (it is passed
+    to another function, for example), or there is no source, the function reads `EVERYTHING`.
     """
     unknown = Uses(EVERYTHING, frozenset())
-    if hasattr(function, "__wrapped__"):  # the source would be that of the function inside
+    if hasattr(function, "__wrapped__"):  # inspect would return the source of the wrapped function
         return unknown
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -48,7 +48,7 @@ def uses(function: Callable[..., Any]) -> Uses:
     if not isinstance(definition, ast.FunctionDef):
         return unknown
     parameters = [p.arg for p in (*definition.args.posonlyargs, *definition.args.args)]
-    # A file that has changed since it was imported shows another function.
+    # If the file has changed since it was imported, its source shows another function.
     if not parameters or tuple(parameters) != code.co_varnames[: code.co_argcount]:
         return unknown
     visitor = _Visitor(parameters[0])
@@ -59,6 +59,8 @@ def uses(function: Callable[..., Any]) -> Uses:
 
 
 class _Visitor(ast.NodeVisitor):
+    """Collects the attribute chains that start at the name ``self_name``."""
+
     def __init__(self, self_name: str) -> None:
         self.self_name = self_name
         self.reads: set[Names] = set()
@@ -103,7 +105,7 @@ class _Visitor(ast.NodeVisitor):
             self.escapes = True
 
     def _chain(self, node: ast.Attribute) -> Names:
-        """The names of a chain that starts at ``self``; none of another."""
+        """Return the names of a chain that starts at ``self``, or ``()`` for any other chain."""
         names: list[str] = []
         value: ast.expr = node
         while isinstance(value, ast.Attribute):
@@ -114,5 +116,5 @@ class _Visitor(ast.NodeVisitor):
 
     def _note(self, names: Names, where: set[Names]) -> None:
         where.add(names)
-        # A private name has another one at run time, which depends on the class around it.
+        # Python mangles private names with the name of the class around them.
         self.escapes |= any(n.startswith("__") and not n.endswith("__") for n in names)

@@ -1,4 +1,4 @@
-"""One call of a layer as data: which of its values are operands, and how to make it again."""
+"""The signature of a call of a layer: which values are operands, and how to make the call again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kernelgraph.layers import Extensible
 
 
 def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
-    """The constants among the arguments of a call, by the names of a layer's parameters."""
+    """Return the constants among the arguments of a call, by parameter name."""
     parameters = _parameters(layer.reference)
     ends = arguments.ends()
     return {
@@ -39,34 +39,35 @@ def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Call:
-    """The form of a call: all that one custom op's overload has in common."""
+    """The signature of a call: all that the calls of one custom op have in common."""
 
     state: State
     arguments: Template
-    """Of ``(args, kwargs)``; its leaves are the first operands, the state's the rest."""
+    """``(args, kwargs)`` with its leaves taken out. They are the first operands; those of the state
+    follow."""
     names: tuple[str, ...]
-    """The operands' names in the op's schema."""
+    """The names of the operands in the op's schema."""
     types: tuple[str, ...]
-    """The operands' types in the op's schema."""
+    """The types of the operands in the op's schema: ``Tensor``, ``float`` or ``SymInt``."""
     autocast: tuple[str, torch.dtype] | None = None
-    """The device type and dtype of the autocast region around the call. The graph that is
-    compiled runs outside of it, and the layer must not notice."""
+    """The device type and dtype of the autocast region around the call. A compiled graph runs
+    outside of that region, so the op enters it again."""
 
     @classmethod
     def of(
         cls, state: State, values: Sequence[Any], layer: Extensible, args: Any, kwargs: Any
     ) -> tuple[Call, list[Any]]:
-        """The form of a call, and its operands.
+        """Return the signature of a call, and its operands.
 
         Args:
-            state: The state it reads.
+            state: The state that the call reads.
             values: The values of ``state.tensors``.
             layer: The layer that is called, for the names of its parameters.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
 
         Raises:
-            UnsupportedValue: If an argument can be neither an operand nor a constant.
+            UnsupportedValue: If an argument is neither an operand nor a constant.
         """
         parameters = _parameters(layer.reference)
         operands, arguments = flatten((tuple(args), dict(kwargs)))
@@ -78,27 +79,27 @@ class Call:
 
     @property
     def schema(self) -> str:
-        """The operands as they stand in the op's schema."""
+        """The operands, as the op's schema writes them."""
         return ", ".join(f"{t} {n}" for t, n in zip(self.types, self.names, strict=True))
 
     @property
     def tensors(self) -> tuple[int, ...]:
-        """Which of the operands are tensors."""
+        """The numbers of the operands that are tensors."""
         return tuple(i for i, t in enumerate(self.types) if t == "Tensor")
 
     @property
     def first_state(self) -> int:
-        """How many of the operands are arguments; the state's follow."""
+        """The number of the first operand that is state; those before it are arguments."""
         return len(self.types) - len(self.state.operands)
 
     def counterparts(
         self, operands: Sequence[Any], make: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> list[Any]:
-        """What ``make(i, tensor)`` gives for each tensor among ``operands``, others as they are.
+        """Return ``operands`` with each tensor replaced by ``make(i, tensor)``.
 
-        Weights that are tied have one counterpart, for a forward that goes over its parameters().
-        Arguments have one each: what autograd tells apart, such as ``x`` and ``x.detach()``, is
-        the same tensor in a compiled graph.
+        Tied weights get one counterpart, since a forward may iterate over ``parameters()``. Each
+        argument gets its own: ``x`` and ``x.detach()`` differ for autograd, and are the same
+        tensor in a compiled graph.
         """
         first, tied = self.first_state, {}
 
@@ -114,7 +115,7 @@ class Call:
         return [counterpart(i, value) for i, value in enumerate(operands)]
 
     def operands_of(self, module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
-        """Return the operands of another call that has this form."""
+        """Return the operands of another call that has this signature."""
         operands, _ = flatten((tuple(args), dict(kwargs)))
         return operands + [read(module, path) for path in self.state.operands]
 
@@ -143,7 +144,7 @@ class Call:
         return self.arguments.paths()
 
     def describe(self) -> str:
-        """Text that is the same for the same form of call in every process."""
+        """Return text that is the same in every process for equal signatures."""
         return repr((describe(self.state), self.arguments.text(), self.schema, self.autocast))
 
 
@@ -165,7 +166,7 @@ def _schema_type(value: Any) -> str:
 
 @functools.cache
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a forward's positional parameters after ``self``."""
+    """Return the names of a forward's positional parameters after ``self``."""
     found = inspect.signature(forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in found if p.kind in positional)[1:]
@@ -179,7 +180,7 @@ def _argument_name(path: Path, parameters: Sequence[str]) -> str:
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    """Distinct identifiers like ``names`` that the schema parser takes."""
+    """Return distinct identifiers, close to ``names``, that torch's schema parser accepts."""
     made: list[str] = []
     for name in names:
         plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or "x"
@@ -192,5 +193,5 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
-# A name that torch's op wrappers use, and a type that the schema parser has no argument called by.
+# The schema parser reserves these: names of torch's op wrappers, and the name of a type.
 _RESERVED = frozenset({"self", "out", "NoneType"})

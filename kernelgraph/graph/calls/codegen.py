@@ -1,6 +1,7 @@
-"""Python functions that are written for one form of call.
+"""Generates Python functions for one call signature, and the expressions in them.
 
-They hold no loop: Dynamo takes longer over one than over what it does, and so does a call.
+They have no loops: Dynamo traces a loop more slowly than its unrolled body, and Python runs it more
+slowly.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import builtins
 import functools
 import keyword
+import linecache
 import math
 import types
 from collections import OrderedDict
@@ -16,24 +18,43 @@ from typing import Any
 
 import torch
 
+from kernelgraph.fingerprint import digest
 from kernelgraph.graph.calls.trees import Constant, Entries, Leaf, Parts, Path, Template
 
 Bind = Callable[[Any], str]
 """Makes a value available in a function that is written; returns the expression for it."""
 
 
-def write(parameters: Sequence[str], lines: Sequence[str], names: dict[str, Any]) -> Any:
-    """A function with these lines as its body, which find ``names`` as globals."""
+def write(
+    parameters: Sequence[str],
+    lines: Sequence[str],
+    names: dict[str, Any],
+    *,
+    title: str = "generated",
+) -> Any:
+    """Return a generated function.
+
+    Its source is in `linecache` under the file name ``<kernelgraph TITLE HASH>``, so tracebacks,
+    debuggers and profilers show its lines. The name is the same in every process.
+
+    Args:
+        parameters: The names of its parameters.
+        lines: The lines of its body.
+        names: The globals that the lines use.
+        title: What the function is for, such as ``call RMSNorm.forward``.
+    """
     body = "\n".join(f"    {line}" for line in lines)
-    code = _code(f"def written({', '.join(parameters)}):\n{body}")
+    code = _code(title, f"def generated({', '.join(parameters)}):\n{body}\n")
     return types.FunctionType(code, {"__builtins__": builtins, **names})
 
 
 @functools.lru_cache(maxsize=4096)
-def _code(text: str) -> types.CodeType:
+def _code(title: str, source: str) -> types.CodeType:
+    name = f"<kernelgraph {title} {digest(source)}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     namespace: dict[str, Any] = {}
-    exec(compile(text, "<kernelgraph>", "exec"), namespace)
-    code: types.CodeType = namespace["written"].__code__
+    exec(compile(source, name, "exec"), namespace)
+    code: types.CodeType = namespace["generated"].__code__
     return code
 
 
@@ -63,19 +84,19 @@ def expression(template: Template, leaves: Sequence[str], bind: Bind) -> str:
 
 
 def literal(value: Any, bind: Bind) -> str:
-    """``value`` as Python writes it, where it can."""
+    """Return an expression for ``value``: a literal where Python has one, else a bound name."""
     if value is None or type(value) in (bool, int, str):
         return repr(value)
     return repr(value) if type(value) is float and math.isfinite(value) else bind(value)
 
 
 def tuple_of(values: Iterable[str]) -> str:
-    """The tuple of some expressions, or, on the left of an assignment, of names."""
+    """Return an expression for a tuple, which may also be the target of an assignment."""
     return f"({''.join(f'{value}, ' for value in values)})"
 
 
 def access(start: str, path: Path) -> str:
-    """What is at ``path`` of the value of an expression."""
+    """Return an expression for the part at ``path`` of the expression ``start``."""
     for step in path:
         if not isinstance(step, str):
             start = f"{start}[{step[0]!r}]"

@@ -1,4 +1,7 @@
-"""The Python values that a custom op's identity may rest on, as text that names them for good."""
+"""Constants: Python values that may be part of an op's identity, and their text.
+
+The text of a constant is the same in every process, and differs between constants.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from kernelgraph.layers import CONDITION, FAKE, NAME, original
 
 @functools.cache
 def field_names(cls: type) -> tuple[str, ...] | None:
-    """The fields of a dataclass that is made from just these; None of any other class."""
-    # What a __post_init__ does might not be right twice. transformers' ModelOutput, a dict too,
-    # has one that only makes its fields its keys.
+    """Return the fields of a dataclass whose objects are made from exactly these, else None."""
+    # Running a __post_init__ a second time might be wrong. transformers' ModelOutput, a dict too,
+    # has one that only copies its fields to its keys.
     if not dataclasses.is_dataclass(cls) or (
         hasattr(cls, "__post_init__") and not issubclass(cls, dict)
     ):
@@ -53,7 +56,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_named_tuple(cls: type) -> bool:
-    """Whether ``cls`` is made by `collections.namedtuple` or as `typing.NamedTuple`."""
+    """Whether ``cls`` was made by `collections.namedtuple` or `typing.NamedTuple`."""
     return issubclass(cls, tuple) and hasattr(cls, "_make")
 
 
@@ -66,11 +69,11 @@ def is_constant(value: Any) -> bool:
     if isinstance(value, functools.partial):
         return type(value) is functools.partial and all(map(_may_lie_inside, _inside(value)))
     if isinstance(value, types.BuiltinFunctionType):
-        # One that is bound to an object would be that object's state.
+        # A method that is bound to an object depends on that object's state.
         return isinstance(value.__self__, (type(None), types.ModuleType, type))
     if isinstance(value, type):
         return _is_importable(value)
-    # Of a subclass of str, say, the rest would be lost.
+    # The text of an object of a subclass, of str for example, would lose its attributes.
     return type(value) in _SIMPLE or isinstance(value, enum.Enum) or type(value) is int
 
 
@@ -86,19 +89,19 @@ _MUTABLE = (list, dict, OrderedDict, set, frozenset)
 
 
 def is_data(value: Any) -> bool:
-    """Whether ``value`` is a number, a constant or a container of such, which may change."""
+    """Whether ``value`` is a number, a constant, or a container of these, which may be mutable."""
     if type(value) in _MUTABLE or type(value) is tuple:
         return all(map(is_data, parts_of(value)))
     return _may_lie_inside(value)
 
 
 def parts_of(container: Any) -> list[Any]:
-    """What is in a container; of a dict its keys too."""
+    """Return the parts of a container; for a dict its keys, then its values."""
     return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
 def copy_of(value: Any) -> Any:
-    """`is_data` with containers of its own."""
+    """Return a copy of data, in containers of its own."""
     if isinstance(value, dict):
         return type(value)((key, copy_of(part)) for key, part in value.items())
     if type(value) in _MUTABLE or type(value) is tuple:
@@ -107,7 +110,7 @@ def copy_of(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two of `is_data` are alike, their types included: 1, 1.0 and True are not."""
+    """Whether data is equal and of the same types: 1, 1.0 and True differ."""
     if type(one) is not type(other):
         return False
     if isinstance(one, (set, frozenset)):
@@ -121,11 +124,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 def stable_text(value: Any) -> str:
-    """A constant, or data, as text that is the same in every process."""
+    """Return text for a constant or data that is the same in every process."""
     if isinstance(value, dict):
         items = (f"{stable_text(key)}: {stable_text(part)}" for key, part in value.items())
         return f"{type(value).__qualname__}({', '.join(items)})"
-    if isinstance(value, (set, frozenset)):  # strings lie in another order in each process
+    if isinstance(value, (set, frozenset)):  # the order of strings differs between processes
         return f"{type(value).__qualname__}({', '.join(sorted(map(stable_text, value)))})"
     if isinstance(value, (tuple, list)):
         name = "" if type(value) is tuple else type(value).__qualname__
@@ -147,7 +150,7 @@ def _name(value: Any) -> str:
 
 
 def _is_importable(value: Any) -> bool:
-    """Whether another process finds ``value`` under its name, so that the name stands for it."""
+    """Whether another process finds ``value`` under its name, so that the name identifies it."""
     found: Any = sys.modules.get(value.__module__)
     for part in value.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -167,9 +170,9 @@ _class_texts: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
 def class_text(cls: type) -> str:
-    """The name of a class, and a digest of what its methods compute.
+    """Return the name of a class and hashes of its methods.
 
-    A name alone is not enough: a notebook defines one class many times over.
+    The name alone does not identify it: a notebook may define one class many times.
     """
     if cls not in _class_texts:
         _class_texts[cls] = _describe_class(cls)
@@ -182,7 +185,7 @@ def _describe_class(cls: type) -> str:
         if base in (nn.Module, object):
             break
         if base.__module__.partition(".")[0] == "torch" and _is_importable(base):
-            parts.append(_name(base))  # its code goes with torch's version
+            parts.append(_name(base))  # torch's version, which is in every key, stands for its code
             continue
         for name, member in sorted(vars(base).items()):
             if name not in (NAME, CONDITION, FAKE) and (text := _member_text(name, member)):
@@ -198,7 +201,7 @@ def _member_text(name: str, member: Any) -> str:
     elif isinstance(member, functools.cached_property):
         member = member.func
     if isinstance(member, types.FunctionType):
-        # What capture wraps around a forward is not the layer's own.
+        # The wrapper that capture puts around a forward is not part of the layer.
         return code_hash(original(member))[:16]
     if name.startswith("__") or not _may_lie_inside(member):
         return ""

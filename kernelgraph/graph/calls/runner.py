@@ -1,7 +1,7 @@
-"""Running a ``forward`` with the operands of an op.
+"""Runs a ``forward`` with the operands of an op.
 
-What a graph runs is a Python function that is written for the call, as a ``dataclass`` writes its
-``__init__``: loops over the operands would cost several times what many kernels do.
+The function that a graph runs is generated for each call signature, as ``dataclass`` generates an
+``__init__``: loops over the operands would cost several times as much as many kernels.
 """
 
 from __future__ import annotations
@@ -22,26 +22,33 @@ from kernelgraph.graph.calls.trees import UnsupportedValue, flatten_tensors
 class Runner:
     """Calls a ``forward`` with the operands of a `Call`.
 
-    The objects that play ``self`` are made once and kept in a pool, since making one costs more
-    than a small kernel; each thread in a call has its own, and between calls they hold no tensor.
+    The stand-ins for ``self`` are kept in a pool, since making one costs more than a small kernel.
+    Each thread in a call has its own, and between calls they hold no tensors.
+
+    Args:
+        forward: The forward of a kernel or of a reference.
+        call: The signature of the calls.
     """
 
     def __init__(self, forward: Callable[..., Any], call: Call) -> None:
         self.call = call
         self.forward = _in_autocast(forward, call.autocast)
         self.operands = [f"a{i}" for i in range(len(call.types))]
-        """The names of the operands in the functions that are written."""
+        """The names of the operands in generated functions."""
         self._namespace: dict[str, Any] = {"forward": self.forward}
-        self._namespace |= {"free": [], "new_stand_in": functools.partial(_shell, call)}
+        self._namespace |= {"pool": [], "new": functools.partial(_module_and_containers, call)}
         self.run = self._write([*self._call_lines(), "return result"], {})
-        """The call, with the operands as its arguments."""
+        """The generated function: takes the operands, and returns what the forward returns."""
 
     def __call__(self, operands: Sequence[Any]) -> Any:
         return self.run(*operands)
 
     def results(self, operands: Sequence[Any], written: Sequence[int]) -> list[Any]:
-        """The tensors that a call returns; and behind them those of the operands that it writes
-        into, which are copies."""
+        """Call on copies of the operands ``written``.
+
+        Returns:
+            The tensors that the call returns, and then those copies.
+        """
         given = [v.clone() if i in written else v for i, v in enumerate(operands)]
         results, _ = flatten_tensors(self(given))
         return results + [given[i] for i in written]
@@ -54,51 +61,54 @@ class Runner:
         names: dict[str, Any],
         always: Sequence[str] = (),
     ) -> Callable[..., Any]:
-        """A function that makes the call between other lines.
+        """Return a generated function that makes the call between other lines of code.
 
         Args:
-            before: Lines in front of the call.
-            on_error: What to do with the ``error`` that it raises.
-            after: Lines behind it, which find what it returns as ``result``.
-            names: What the lines call by name.
-            always: Lines right behind it, also where it raises.
+            before: Lines before the call.
+            on_error: A line that handles the exception ``error``.
+            after: Lines after the call; ``result`` is what it returned.
+            names: Objects that the lines use, by name.
+            always: Lines right after the call, also where it raises.
         """
         return self._write([*before, *self._call_lines(on_error, always), *after], names)
 
     def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
-        made: Callable[..., Any] = write(self.operands, lines, {**self._namespace, **names})
+        title = f"call {getattr(self.forward, '__qualname__', 'forward')}"
+        made: Callable[..., Any] = write(
+            self.operands, lines, {**self._namespace, **names}, title=title
+        )
         return made
 
     def _call_lines(self, on_error: str = "", always: Sequence[str] = ()) -> list[str]:
-        """The lines of the call. For a norm with a weight and an eps::
+        """Return the lines of the call. For a norm with a weight and an eps::
 
         try:
-            shell = free.pop()
+            stand_in = pool.pop()
         except IndexError:
-            shell = new_stand_in()
-        module, (d0, d1, ) = shell
+            stand_in = new()
+        module, (d0, d1, ) = stand_in
         try:
             d0['weight'] = a1
             d1['eps'] = a2
             result = forward(module, a0)
         finally:
             d0['weight'] = None
-            free.append(shell)
+            pool.append(stand_in)
         """
         slots = new_stand_in(self.call.state).slots
-        first = len(self.operands) - len(slots)  # of the state's
+        first = len(self.operands) - len(slots)
         held = [f"d{j}[{key!r}]" for j, (_, key) in enumerate(slots)]
         tensors = [slot for j, slot in enumerate(held) if self.call.types[first + j] == "Tensor"]
-        # Made anew where it is evaluated: a forward may change the containers it is given.
+        # Each evaluation makes new containers: a forward may change those it is given.
         made = functools.partial(expression, leaves=self.operands, bind=self._bind)
         given = [made(part) for part in self.call.positional]
         given += [_keyword(name, made(part)) for name, part in self.call.keywords]
         return [
             "try:",
-            "    shell = free.pop()",
+            "    stand_in = pool.pop()",
             "except IndexError:",
-            "    shell = new_stand_in()",
-            f"module, {tuple_of(f'd{j}' for j in range(len(slots)))} = shell",
+            "    stand_in = new()",
+            f"module, {tuple_of(f'd{j}' for j in range(len(slots)))} = stand_in",
             "try:",
             *(f"    {s} = {a}" for s, a in zip(held, self.operands[first:], strict=True)),
             f"    result = forward({', '.join(['module', *given])})",
@@ -106,7 +116,7 @@ class Runner:
             "finally:",
             *(f"    {line}" for line in always),
             *(f"    {slot} = None" for slot in tensors),
-            "    free.append(shell)",
+            "    pool.append(stand_in)",
         ]
 
     def _bind(self, value: Any) -> str:
@@ -115,19 +125,19 @@ class Runner:
         return name
 
     def observe(self, operands: Sequence[Any]) -> Any:
-        """Call, and see that the layer's attributes are afterwards what they were before.
+        """Call, and check that the call sets no attribute of the layer.
 
         Raises:
-            UnsupportedValue: If the call sets one: an op has no such effect.
+            UnsupportedValue: If it sets one; an op has no such effect.
         """
-        shell = new_stand_in(self.call.state)
-        count = len(operands) - len(shell.slots)
-        for (container, key), value in zip(shell.slots, operands[count:], strict=True):
+        stand_in = new_stand_in(self.call.state)
+        count = len(operands) - len(stand_in.slots)
+        for (container, key), value in zip(stand_in.slots, operands[count:], strict=True):
             container[key] = value
-        before = shell.contents()
+        before = stand_in.contents()
         args, kwargs = self.call.arguments.unflatten(operands)
-        result = self.forward(shell.module, *args, **kwargs)
-        changed = {name for (_, name), _ in before.items() ^ shell.contents().items()}
+        result = self.forward(stand_in.module, *args, **kwargs)
+        changed = {name for (_, name), _ in before.items() ^ stand_in.contents().items()}
         if changed:
             where = getattr(self.forward, "__qualname__", self.forward)
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
@@ -143,16 +153,16 @@ def _in_autocast(
 
     @functools.wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        # Without its cache, which would keep casts of the weights.
+        # Autocast's cache would keep casts of the weights alive.
         with torch.autocast(kind, dtype, cache_enabled=False):
             return forward(*args, **kwargs)
 
     return inside
 
 
-def _shell(call: Call) -> tuple[Any, tuple[Any, ...]]:
-    shell = new_stand_in(call.state)
-    return shell.module, tuple(container for container, _ in shell.slots)
+def _module_and_containers(call: Call) -> tuple[Any, tuple[Any, ...]]:
+    stand_in = new_stand_in(call.state)
+    return stand_in.module, tuple(container for container, _ in stand_in.slots)
 
 
 def _keyword(name: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""An object that stands in for a layer in a call of its kernel."""
+"""The object that a kernel's forward receives as ``self`` inside of an op."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kernelgraph.graph.calls.trees import Path
 
 
 class StandIn(NamedTuple):
-    """The classes and constants of a layer in a call, and no tensors."""
+    """An object with the classes and constants of a layer, and places for its tensors."""
 
     module: Any
-    """What plays ``self``."""
+    """The object to pass as ``self``."""
     objects: tuple[Any, ...]
-    """It, and all that hangs on it."""
+    """That object, and all modules and objects that it refers to."""
     slots: list[tuple[Any, Any]]
-    """For each of the state's operands the container and key where its value goes."""
+    """For each operand of the state, the container and the key to store its value under."""
 
     def contents(self) -> dict[tuple[int, str], Any]:
-        """What each attribute is, by identity: whatever a call sets shows in it."""
+        """Return the identity of each attribute, to find those that a call has set."""
         return {
             (number, name): _identity(value)
             for number, item in enumerate(self.objects)
@@ -38,11 +38,11 @@ def _identity(value: Any) -> Any:
 
 
 class _Tuple:
-    """A tuple whose parts can be set: each time it makes the tuple anew."""
+    """Builds a tuple from parts that are set one by one, and stores it in its container."""
 
-    def __init__(self, form: Container, container: Any, key: Any) -> None:
-        self._make = form.type._make if is_named_tuple(form.type) else form.type
-        self._parts: list[Any] = [None] * len(form.keys)
+    def __init__(self, layout: Container, container: Any, key: Any) -> None:
+        self._make = layout.type._make if is_named_tuple(layout.type) else layout.type
+        self._parts: list[Any] = [None] * len(layout.keys)
         self._container, self._key = container, key
 
     def __setitem__(self, index: int, value: Any) -> None:
@@ -51,7 +51,7 @@ class _Tuple:
 
 
 def new_stand_in(state: State) -> StandIn:
-    """An object that stands in for a layer in a call."""
+    """Return a new object that stands in for a layer with this state."""
     objects: dict[Path, Any] = {}
     homes = dict(state.registered)
 
@@ -68,7 +68,7 @@ def new_stand_in(state: State) -> StandIn:
         if isinstance(kind, Container):
             container, key = slot(path)
             if issubclass(kind.type, tuple):
-                node = _Tuple(kind, container, key)  # puts itself there once it has parts
+                node = _Tuple(kind, container, key)  # stores itself once its parts are set
             else:
                 node = (
                     [None] * len(kind.keys) if kind.type is list else kind.type.fromkeys(kind.keys)
@@ -82,7 +82,7 @@ def new_stand_in(state: State) -> StandIn:
                 container, key = slot(path, node)
                 container[key] = node
         objects[path] = node
-    for path, home in state.registered:  # parameters() goes by their order
+    for path, home in state.registered:  # parameters() iterates in this order
         vars(objects[path[:-1]])[home][path[-1]] = None
     for path, value in state.constants:
         container, key = slot(path)

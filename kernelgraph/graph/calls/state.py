@@ -1,4 +1,9 @@
-"""What of a layer's state a ``forward`` reads: the values that a custom op takes as operands."""
+"""The state of a layer that a ``forward`` reads, which a custom op takes as operands.
+
+`State.of` follows the attribute chains that a forward's source names (`attribute_reads`) on a real
+module. Where the source does not tell, or a chain ends at a module or object, that module or object
+is read whole.
+"""
 
 from __future__ import annotations
 
@@ -28,58 +33,59 @@ from kernelgraph.layers import original
 
 
 class UnsupportedState(Exception):
-    """A layer has state that can be neither an operand nor a guarded constant."""
+    """A layer has state that is neither an operand nor a guarded constant."""
 
 
 class Container(NamedTuple):
-    """What a container of tensors, modules and others is made of."""
+    """The type and keys of a container whose parts are tensors, modules and others."""
 
     type: type[Any]
     keys: tuple[Any, ...]
 
     @classmethod
     def of(cls, value: Any) -> Container:
-        """The form of a tuple, list or dict."""
+        """Return the type and keys of a tuple, list or dict."""
         return cls(type(value), tuple(value if isinstance(value, dict) else range(len(value))))
 
 
 Node = type | Container | None
-"""What lies on the way to values: a module or an object that is read whole by its class, a
-container by its form, other objects as None."""
+"""Something between the layer and a value: a module, or an object that is read whole, by its class;
+a container by its type and keys; any other object as None."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where the values are that a layer's forwards read, relative to the layer."""
+    """The paths, from a layer, of the values that its forwards read."""
 
     tensors: tuple[Path, ...]
-    """Operands of the op."""
+    """Tensors. They are operands of the op."""
     numbers: tuple[tuple[Path, int | float], ...]
-    """Operands too, guarded to have these values: the attributes of modules, which a layer may
-    have its own of."""
+    """Numbers that are attributes of modules, since sibling layers may differ in them. They are
+    operands too, and guarded to have these values."""
     constants: tuple[tuple[Path, Any], ...]
-    """Other values: part of the op's identity, and guarded."""
+    """Other values. They are part of the op's identity, and guarded."""
     nodes: tuple[tuple[Path, Node], ...]
-    """What lies on the way to them. Parents come first, and the submodules of a module that is
-    read whole in their own order."""
+    """Everything between the layer and these values. Parents come first; the submodules of a module
+    that is read whole come in their own order."""
     registered: tuple[tuple[Path, str], ...] = ()
-    """The tensors of modules that are read whole, for which ``parameters()`` and ``buffers()``
-    count: the name of the dict that holds them."""
+    """For tensors of modules that are read whole, the dict that holds them: ``_parameters`` or
+    ``_buffers``. A forward may iterate over ``parameters()`` and ``buffers()``."""
     absent: tuple[Path, ...] = ()
-    """What is read, maybe on a path that is not taken, of attributes that are not there."""
+    """Attributes that the source reads and that do not exist. The branch that reads them may never
+    be taken."""
     untaken: tuple[tuple[Path, str], ...] = ()
-    """Attributes of modules and objects that are read whole which are neither operands nor
-    constants, and their types. The forward may never read them."""
+    """Attributes of modules and objects that are read whole, and their types, which are neither
+    operands nor constants. The forward may never read them."""
     whole: tuple[tuple[Path, tuple[str, ...]], ...] = ()
-    """The modules and objects that are read whole, and the names of their attributes."""
+    """The modules and objects that are read whole, with the names of their attributes."""
 
     @classmethod
     def of(cls, module: nn.Module, forwards: Iterable[Callable[..., Any]]) -> State:
-        """The state that ``forwards`` read of ``module``.
+        """Return the state of ``module`` that ``forwards`` read.
 
         Raises:
-            UnsupportedState: If one reads a value that is neither a tensor, a module, a constant
-                nor made of such, or sets an attribute, which an op would not do.
+            UnsupportedState: If one of them reads a value that is neither a tensor, a module, a
+                constant nor made of these, or sets an attribute, which an op would not do.
         """
         walk = _Walk(root=module)
         walk.nodes[()] = type(module)
@@ -98,17 +104,17 @@ class State:
 
     @property
     def operands(self) -> tuple[Path, ...]:
-        """The paths of the op's operands that are state, in their order."""
+        """The paths of the operands that are state, in the op's order."""
         return (*self.tensors, *(path for path, _ in self.numbers))
 
     @property
     def values(self) -> tuple[tuple[Path, Any], ...]:
-        """The values that the op depends on without taking them from the graph."""
+        """The values that the op depends on and that are no inputs of the graph."""
         return (*self.numbers, *self.constants)
 
     @property
     def types(self) -> tuple[Path, ...]:
-        """Where the type of an object counts."""
+        """The paths of objects whose type must stay the same."""
         return (
             *(path for path, node in self.nodes if path and node is not None),
             *(path for path, _ in self.untaken),
@@ -116,11 +122,15 @@ class State:
 
     @property
     def checks(self) -> tuple[tuple[Path, Callable[[Any], bool]], ...]:
-        """What else must stay as it is, as functions of the value at a path."""
+        """Further conditions for the op to stay valid: a path, and a test of the value there."""
         return (
             *((path[:-1], functools.partial(_lacks, str(path[-1]))) for path in self.absent),
             *((path, functools.partial(_has_names, names)) for path, names in self.whole),
-            *((p, functools.partial(_has_form, n)) for p, n in self.nodes if type(n) is Container),
+            *(
+                (p, functools.partial(_has_layout, n))
+                for p, n in self.nodes
+                if type(n) is Container
+            ),
         )
 
 
@@ -136,11 +146,11 @@ def _has_names(names: tuple[str, ...], value: Any) -> bool:
     return names == tuple(contents_of(value))
 
 
-def _has_form(form: Container, value: Any) -> bool:
-    return form == Container.of(value)
+def _has_layout(container: Container, value: Any) -> bool:
+    return container == Container.of(value)
 
 
-# --- what there is of it on an instance -------------------------------------------------------
+# --- following the reads of a forward on an instance ------------------------------------------
 
 
 def _is_plain_tensor(value: Any, names: Names) -> bool:
@@ -151,6 +161,8 @@ def _is_plain_tensor(value: Any, names: Names) -> bool:
 
 @dataclass
 class _Walk:
+    """Collects the fields of a `State` while it follows the reads of forwards on a module."""
+
     tensors: set[Path] = field(default_factory=set)
     numbers: dict[Path, int | float] = field(default_factory=dict)
     constants: dict[Path, Any] = field(default_factory=dict)
@@ -160,12 +172,12 @@ class _Walk:
     untaken: dict[Path, str] = field(default_factory=dict)
     whole: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     inside: list[Any] = field(default_factory=list)
-    """What is around the value being read whole."""
+    """The modules and objects around the value that is being read whole, outermost first."""
     root: nn.Module | None = None
     functions: set[tuple[Path, Callable[..., Any]]] = field(default_factory=set)
 
     def function(self, module: nn.Module, here: Path, function: Callable[..., Any]) -> None:
-        """Add what a method of the module that is ``here`` reads of it."""
+        """Add the state that ``function``, a method of the module at ``here``, reads."""
         function = original(function)
         if (here, function) in self.functions:
             return
@@ -181,9 +193,10 @@ class _Walk:
             self.follow(module, here, names)
 
     def follow(self, value: Any, here: Path, names: Names) -> None:
-        """Add what lies at ``names`` of the value that is ``here``.
+        """Add the value at the end of the chain ``names`` from the value at ``here``.
 
-        It ends early at a tensor or constant, whose attributes are its own, and at a method.
+        The chain ends early at a tensor or constant, whose attributes belong to it, and at a
+        method.
         """
         for name in names:
             if isinstance(value, nn.Module):
@@ -198,7 +211,7 @@ class _Walk:
             try:
                 value = getattr(owner, name)
             except AttributeError:
-                # Not wrong yet: a forward may ask another attribute whether there is this one.
+                # No error yet: a forward may read it only if another attribute says so.
                 self.absent.add(here)
                 return
             if isinstance(value, types.MethodType) and name not in getattr(owner, "__dict__", ()):
@@ -214,10 +227,10 @@ class _Walk:
             )
 
     def member(self, module: nn.Module, here: Path, name: str) -> bool:
-        """Add what lies behind a name that ``module`` has from its class, or from torch.
+        """Add the state behind a name that ``module`` inherits from its class or from torch.
 
         Returns:
-            Whether that was it; else the name stands for a value.
+            False where the name stands for a value, which `follow` then adds.
         """
         member = inspect.getattr_static(type(module), name, None)
         if name == "__class__" or isinstance(member, (staticmethod, classmethod)):
@@ -233,7 +246,7 @@ class _Walk:
         return True
 
     def call(self, module: nn.Module, here: Path) -> None:
-        """Add what calling a submodule reads of it."""
+        """Add the state that a call of a submodule reads."""
         self.check_submodule(module, here)
         if type(module).__call__ is nn.Module.__call__:
             self.function(module, here, type(module).forward)
@@ -241,10 +254,10 @@ class _Walk:
             self.take_whole(module, here)
 
     def take_whole(self, value: Any, here: Path) -> bool:
-        """Add all of a module or object: what it is made of, each as it is.
+        """Add every attribute of a module or object.
 
         Returns:
-            Whether there can be an object that stands in for ``value``.
+            Whether an object can stand in for ``value``.
         """
         if not (isinstance(value, nn.Module) or can_be_blank(value)):
             return False
@@ -252,7 +265,7 @@ class _Walk:
             raise UnsupportedState(f"self.{path_text(here)} is a part of itself")
         if isinstance(value, nn.Module):
             self.check_submodule(value, here)
-        self.nodes.pop(here, None)  # to stand where what is around it puts it
+        self.nodes.pop(here, None)  # so that it comes in the order of its owner's attributes
         self.nodes[here] = type(value)
         self.whole[here] = tuple(contents_of(value))
         self.inside.append(value)
@@ -272,7 +285,7 @@ class _Walk:
         return True
 
     def part(self, value: Any, here: Path, *, numbers_vary: bool = False) -> None:
-        """Add one of the values that something is made of, which can be carried."""
+        """Add one part of a module, object or container, which `can_carry` has accepted."""
         if not (self.leaf(value, here, numbers_vary=numbers_vary) or self.container(value, here)):
             self.take_whole(value, here)
 
@@ -280,8 +293,8 @@ class _Walk:
         """Add a tuple, list or dict of tensors, modules and others, if ``value`` is one."""
         if not (_is_container(value) and self.can_carry(value)):
             return False
-        self.nodes[here] = form = Container.of(value)
-        for key in form.keys:
+        self.nodes[here] = container = Container.of(value)
+        for key in container.keys:
             self.part(value[key], (*here, (key,)))
         return True
 
@@ -300,10 +313,10 @@ class _Walk:
         return True
 
     def can_carry(self, value: Any, around: tuple[Any, ...] = ()) -> bool:
-        """Whether there can be another ``value`` with the same in it.
+        """Whether a copy of ``value`` with the same parts can be made.
 
-        An object may hold on to anything, loggers and trainers say. One that the forward does not
-        name counts only if it is tensors and data all through.
+        An object may refer to anything, such as loggers and trainers. One that the forward does
+        not name is copied only if it consists of tensors and data all through.
         """
         if any(value is outer for outer in around):
             return False
@@ -311,7 +324,7 @@ class _Walk:
         if _is_tensor(value) or is_data(value):
             return True
         if isinstance(value, nn.Module):
-            # A module above this one is not its state, whatever way it is reached.
+            # A module above this one is not its state, however it is reached.
             here = (self.root, *self.inside)
             is_above = any(part is outer for part in value.modules() for outer in here)
             return not is_above and not any(can_be_blank(outer) for outer in around)
@@ -323,7 +336,8 @@ class _Walk:
         )
 
     def check_submodule(self, module: nn.Module, here: Path) -> None:
-        # The layer's own hooks run around its forward, as ever, and its own forward is not its.
+        # The layer's own hooks run around its forward, outside of the op; its own instance forward
+        # is the caller's business.
         if not here:
             return
         if module._forward_hooks or module._forward_pre_hooks:
@@ -337,15 +351,15 @@ _MODULE_FIELDS = frozenset(vars(nn.Module())) - {"training"}
 
 
 def _values(module: nn.Module) -> dict[str, Any]:
-    """The attributes of an instance, with its parameters, buffers and submodules."""
+    """Return the attributes of an instance, with its parameters, buffers and submodules."""
     own = {k: v for k, v in vars(module).items() if k not in _MODULE_FIELDS and k != "forward"}
-    if module._non_persistent_buffers_set:  # what a state_dict leaves out
+    if module._non_persistent_buffers_set:  # the buffers that state_dict leaves out
         own["_non_persistent_buffers_set"] = module._non_persistent_buffers_set
     return {**own, **module._parameters, **module._buffers, **module._modules}
 
 
 def contents_of(item: Any) -> dict[str, Any]:
-    """The attributes of a module or an object."""
+    """Return the attributes of a module or an object by name."""
     return _values(item) if isinstance(item, nn.Module) else vars(item)
 
 
@@ -358,7 +372,7 @@ def _is_container(value: Any) -> bool:
 
 
 def can_be_blank(value: Any) -> bool:
-    """Whether ``value`` is a plain object: all that there is of it is its attributes."""
+    """Whether ``value`` is a plain object, which its attributes describe completely."""
     cls = type(value)
     if isinstance(value, (nn.Module, type)) or any(
         vars(base).get("__slots__") for base in cls.__mro__
@@ -366,17 +380,17 @@ def can_be_blank(value: Any) -> bool:
         return False
     try:
         return hasattr(blank(cls), "__dict__")
-    except TypeError:  # a type of C's, which needs to make its objects itself
+    except TypeError:  # a type written in C, whose objects only its own constructor can make
         return False
 
 
 def blank(cls: type) -> Any:
-    """An object of a class without any attributes."""
+    """Return an object of ``cls`` without any attributes."""
     return cls() if cls is types.SimpleNamespace else object.__new__(cls)
 
 
 def describe(state: State) -> str:
-    """Text that is the same for the same form of state in every process."""
+    """Return text that is the same in every process for equal states."""
     homes = dict(state.registered)
     nodes = [f"{path_text(path)}:{_node_text(node)}" for path, node in state.nodes]
     operands = [f"{path_text(path)}:{homes.get(path, '')}" for path in state.operands]
