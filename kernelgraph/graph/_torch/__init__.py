@@ -1,4 +1,16 @@
-"""TODO."""
+"""Everything that kernelgraph uses of PyTorch beyond its public API.
+
+There is one module for each of torch's subsystems. Other wings write ``from kernelgraph.graph
+import _torch`` and call ``_torch.name``, so that each use is easy to see. To support a new torch
+release, run the tests and mend the entries here.
+
+Invariants:
+
+- No other module of the package uses ``torch._*``, ``torch.utils._pytree``,
+  ``torch.fx.experimental`` or a version counter; ruff's banned-api checks this.
+- Each entry names the torch versions that it was tried on, and why it is needed.
+- An entry wraps one private thing, and decides nothing about kernels.
+"""
 
 from kernelgraph.graph._torch.autograd import (
     any_autocast,

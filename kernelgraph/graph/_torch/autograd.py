@@ -1,4 +1,4 @@
-"""Autograd below its public API: dispatch keys, nodes, transforms and autocast."""
+"""Autograd below its public API: dispatch keys, graph nodes, transforms, autocast, versions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 
 _AUTOGRAD = (
     torch._C.DispatchKey.AutogradFunctionality,
@@ -20,15 +18,18 @@ _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
 def begin_recording(enabled: bool = True) -> tuple[bool, ...]:
-    """Have autograd record what follows, even where the dispatcher is past it; what was before.
+    """Make autograd record the calls that follow, even below autograd in the dispatcher.
 
-    It is in a graph compiled for inference, which a gradient that is computed inside a compiled
-    function ends up in; the results of the reference would not depend on anything, and the
-    gradients be zero. Not a context manager: this is on the way of each call of a kernel. Tried on
-    2.11, 2.13, 2.14.
+    A graph compiled for inference runs its ops below autograd, and a gradient that is computed
+    inside a compiled function ends up in one: there the results of the reference would not depend
+    on anything, and the gradients would be zero. This is no context manager because it runs at
+    each call of a kernel. Tried on 2.11, 2.13, 2.14.
 
     Args:
-        enabled: Whether gradients are enabled; without, this is for code that enables them.
+        enabled: Whether to enable gradients; False is for code that enables them itself.
+
+    Returns:
+        The state before, for `end_recording`.
     """
     before = torch.is_grad_enabled(), *map(_excluded, _AUTOGRAD)
     torch._C._set_grad_enabled(enabled)
@@ -39,7 +40,7 @@ def begin_recording(enabled: bool = True) -> tuple[bool, ...]:
 
 
 def end_recording(before: tuple[bool, ...]) -> None:
-    """As it was before `begin_recording`."""
+    """Restore the state that `begin_recording` returned."""
     torch._C._set_grad_enabled(before[0])
     if True in before[1:]:
         for key, was in zip(_AUTOGRAD, before[1:], strict=True):
@@ -47,33 +48,36 @@ def end_recording(before: tuple[bool, ...]) -> None:
 
 
 set_grad_enabled = torch._C._set_grad_enabled
-"""``torch.set_grad_enabled`` without its object, which takes as long as a call of an op."""
+"""``torch.set_grad_enabled`` without the context manager, which costs as much as a call of an
+op. Tried on 2.11, 2.13, 2.14."""
 
 
 def function_of(node: Any) -> type[torch.autograd.Function]:
-    """The function whose results have ``node`` for their ``grad_fn``. Tried on 2.11, 2.13, 2.14."""
+    """Return the class of the function whose results have ``node`` as their ``grad_fn``. Tried on
+    2.11, 2.13, 2.14."""
     function: type[torch.autograd.Function] = type(node)._forward_cls
     return function
 
 
 def count_of_results(node: Any) -> int:
-    """How many results have ``node`` for their ``grad_fn``. Tried on 2.11, 2.13, 2.14."""
+    """Return how many results have ``node`` as their ``grad_fn``. Tried on 2.11, 2.13, 2.14."""
     return len(node._input_metadata)
 
 
 def splits_forward(function: type[torch.autograd.Function]) -> bool:
-    """Whether a function's forward gets no context. Tried on 2.11, 2.13, 2.14."""
+    """Whether a function has a ``setup_context``, so that its forward gets no context. Tried on
+    2.11, 2.13, 2.14."""
     return function.setup_context is not torch.autograd.Function.setup_context
 
 
 def is_of_op(function: type[torch.autograd.Function]) -> bool:
-    """Whether a function is what ``torch.library.register_autograd`` has made of a formula. Tried
-    on 2.11, 2.13, 2.14."""
+    """Whether ``torch.library.register_autograd`` made a function from a formula. Tried on 2.11,
+    2.13, 2.14."""
     return function.__module__ == "torch._library.autograd"
 
 
 class recording_gradients:  # noqa: N801 (a context manager)
-    """`begin_recording`, and `end_recording`."""
+    """A context manager of `begin_recording` and `end_recording`."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
@@ -91,8 +95,8 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def transforming() -> bool:
-    """Whether the code that runs is differentiated or batched by ``torch.func``, or in forward
-    mode. Tried on 2.11, 2.13, 2.14."""
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active. Tried on
+    2.11, 2.13, 2.14."""
     active: bool = torch._C._are_functorch_transforms_active()
     return active or forward_ad._current_level >= 0
 
@@ -103,11 +107,11 @@ _AUTOCAST_KINDS = tuple(
 
 
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-"""Whether there is an autocast region around the code that runs. Tried on 2.11, 2.13, 2.14."""
+"""Whether an autocast region is active. Tried on 2.11, 2.13, 2.14."""
 
 
 def autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
-    """The device types and dtypes of these regions."""
+    """Return the device types and dtypes of the active autocast regions."""
     return tuple(
         (kind, torch.get_autocast_dtype(kind))
         for kind in _AUTOCAST_KINDS

@@ -1,7 +1,4 @@
-"""What kernelgraph uses of torch beyond its public API, and nothing else uses.
-
-Each entry names the versions that it was tried on; a new torch is tried against this file.
-"""
+"""Dynamo: the frame that is being traced, its graph, its backend, and tracing a second time."""
 
 from __future__ import annotations
 
@@ -25,8 +22,6 @@ from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._guards import Guard, TracingContext
-from torch._subclasses.fake_tensor import is_fake as is_fake
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from kernelgraph.graph._torch.fakes import running_on
@@ -37,18 +32,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def at_trace_time(function: F) -> F:
-    """Have Dynamo run ``function`` when it traces a call of it, and keep the result."""
+    """Make Dynamo run ``function`` at trace time and take its result for a constant."""
     mark: Any = torch.compiler.assume_constant_result
     return mark(function)  # type: ignore[no-any-return]
 
 
 class Frame:
-    """The innermost frame that Dynamo is tracing, seen from a function it runs at trace time.
+    """The innermost frame that Dynamo is tracing, seen from a function that runs at trace time.
 
-    Such a function is marked ``torch.compiler.assume_constant_result``; its caller is this frame.
-    The module of a traced frame is read from here and not passed as an argument: as an argument
-    Dynamo would guard on its identity, and one compiled block could no longer serve all its
-    siblings. Tried on 2.11, 2.13, 2.14.
+    The function is marked with `at_trace_time`, and its caller is this frame. It reads the traced
+    module from here instead of from an argument: Dynamo would guard on the identity of an argument,
+    and one compiled block could no longer serve all its siblings. Tried on 2.11, 2.13, 2.14.
     """
 
     def __init__(self) -> None:
@@ -56,19 +50,19 @@ class Frame:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """A dict that belongs to the graph being traced, and lives as long as its trace."""
+        """A dict of ours on the graph that is being traced. It lives as long as the trace."""
         return _notes(self._tx.output)
 
     def value(self, name: str) -> Any:
-        """The real object behind a local variable that holds a module."""
+        """Return the real object of a local variable that holds a module."""
         return self._tx.symbolic_locals[name].realize().value
 
     def set_callable(self, name: str, value: Callable[..., Any]) -> None:
-        """Give a local variable an op or a Python function for its value; nothing guards it."""
+        """Set a local variable to an op or a Python function, without a guard."""
         self._tx.symbolic_locals[name] = SourcelessBuilder.create(self._tx, value)
 
     def fakes(self, name: str) -> Any:
-        """A local variable with its tensors as fakes, and everything in it guarded.
+        """Return the value of a local variable with fakes for tensors, and guard everything in it.
 
         Raises:
             NotImplementedError: If it holds something that no graph node can take.
@@ -87,17 +81,18 @@ class Frame:
         if variable.is_python_constant():
             return variable.as_python_constant()
         value = variable.as_proxy().node.meta["example_value"]
-        # The value of a number that varies becomes guarded by this: an op takes no symbol for it.
+        # float() guards the value of a symbolic float, which the schema of an op does not take.
         return float(value) if isinstance(value, torch.SymFloat) else value
 
     def guard(self, name: str, path: Path, value: Any) -> None:
-        """Trace anew when what is at ``path`` of a local variable is not ``value`` any more.
+        """Recompile when the part at ``path`` of a local variable is no longer ``value``.
 
         A number that traced code reads may become symbolic once it has changed, and an op's
-        schema takes no symbolic float; a guard alone keeps it a constant.
+        schema takes no symbolic float. A guard alone keeps the number a constant.
         """
         if isinstance(value, (tuple, list, dict, set, frozenset, functools.partial)):
-            # Dynamo's own compares by ==, for which 1 and True are alike; partials by identity.
+            # Dynamo's own guard compares by ==, for which 1 and True are equal, and partials by
+            # identity.
             self.guard_check(name, path, functools.partial(same, value))
             return
         by_identity = isinstance(value, enum.Enum) or callable(value)
@@ -105,23 +100,23 @@ class Frame:
         install_guard(self._source(name, path).make_guard(kind))
 
     def guard_identity(self, name: str) -> None:
-        """Trace anew when a local variable is another object."""
+        """Recompile when a local variable is another object."""
         install_guard(self._source(name, ()).make_guard(GuardBuilder.ID_MATCH))
 
     def guard_type(self, name: str, path: Path) -> None:
-        """Trace anew when what is at ``path`` of a local variable has another type."""
+        """Recompile when the part at ``path`` of a local variable has another type."""
         install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))
 
     def guard_check(self, name: str, path: Path, check: Callable[[Any], bool]) -> None:
-        """Trace anew when ``check`` is not true of what is at ``path`` of a local variable.
+        """Recompile when ``check`` returns False for the part at ``path`` of a local variable.
 
         Tried on 2.11, 2.13, 2.14.
         """
 
         def KERNELGRAPH_CHECK(builder: GuardBuilder, guard: Guard) -> None:  # noqa: N802
             text = f"{check}({guard.name})"
-            # By way of an accessor: Dynamo does not run what guards a module or dict itself while
-            # that has the attributes and keys that it had, whatever has changed inside of these.
+            # Through an accessor: Dynamo skips a guard on a module or dict itself while its
+            # attributes and keys are the same, whatever has changed inside of them.
             result = builder.get_guard_manager(guard).lambda_manager(
                 python_lambda=check,
                 source=text,
@@ -149,44 +144,44 @@ class Frame:
         return source
 
     def peek(self, name: str) -> Any:
-        """A local variable as it is known, without having Dynamo look at it.
+        """Return the value of a local variable without making Dynamo realize it.
 
-        What Dynamo looks at becomes an input of the graph, in that order, and is guarded.
+        A realized variable becomes an input of the graph, in that order, and is guarded.
         """
         return _peek(self._tx, self._tx.symbolic_locals[name])
 
     @property
     def is_root(self) -> bool:
-        """Whether Dynamo traces it for itself, and not where it is called."""
+        """Whether the frame is compiled for itself, and not inlined into a caller."""
         return self._tx.parent is None
 
     @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
-        """What FX nodes carry as ``nn_module_stack``."""
+        """The ``nn_module_stack`` that FX nodes of this frame get."""
         return self._tx.nn_module_stack  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def fake_mode(self) -> Iterator[None]:
-        """Run code on this trace's fake tensors, as Dynamo itself does."""
+        """Run code on the fake tensors of this trace, as Dynamo does."""
         with running_on(self._tx.fake_mode):
             yield
 
     @property
     def backend(self) -> tuple[GraphFunction, Mapping[str, Any]]:
-        """The backend function that will get the graph, and its keyword arguments."""
+        """The backend that will get the graph, and its keyword arguments."""
         return unwrap_backend(self._tx.output.compiler_fn)
 
     def backend_error(self, error: Exception) -> Exception:
-        """``error`` as Dynamo reports what a backend raises."""
+        """Return ``error`` as Dynamo reports an exception of a backend."""
         return BackendCompilerFailed(self.backend[0], error, None).with_traceback(
             error.__traceback__
         )
 
 
 def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
-    """The parts of a container and their keys or names; None of anything else.
+    """Return the parts of a container with their keys or names, or None for anything else.
 
-    Got as Dynamo traces code that reads them. Tried on 2.11, 2.13, 2.14.
+    They are read as traced code would read them. Tried on 2.11, 2.13, 2.14.
     """
     cls = variable.python_type()
     names = cls._fields if is_named_tuple(cls) else field_names(cls)
@@ -201,7 +196,7 @@ def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _call(tx: Any, function: Any, *arguments: Any) -> Any:
-    """The result of a builtin function, as Dynamo traces a call of it."""
+    """Return the result of a builtin function, as Dynamo traces its call."""
     return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
 
 
@@ -217,19 +212,19 @@ def _peek(tx: Any, variable: Any) -> Any:
             return variable.as_python_constant()
         value = variable.as_proxy().node.meta.get("example_value")
         return value.node.hint if isinstance(value, torch.SymFloat) else value
-    except NotImplementedError:  # it has no type that Python could tell, or is in no graph
+    except NotImplementedError:  # Dynamo knows no Python type for it, or it is in no graph
         return None
 
 
 def _made(cls: Any, parts: dict[Any, Any]) -> Any:
-    """The inverse of `_parts_in`."""
+    """Make a container from its parts; the inverse of `_parts_in`."""
     if cls in (tuple, list, torch.Size):
         return cls(parts.values())
     return cls(parts) if cls in (dict, OrderedDict) else cls(**parts)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a nested value, dataclasses included."""
+    """Yield the tensors in a nested value, dataclasses included."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
@@ -239,7 +234,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
-    """The user's backend under torch.compile's wrappers. Tried on 2.11, 2.13, 2.14."""
+    """Return the user's backend from under the wrappers of ``torch.compile``, and its keyword
+    arguments. Tried on 2.11, 2.13, 2.14."""
     kwargs: dict[str, Any] = {}
     compiler = _given_backend(compiler)
     while True:
@@ -256,14 +252,21 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
 
 
 def _given_backend(compiler: Any) -> Any:
-    """What torch.compile gave to Dynamo, which for a DistributedDataParallel has one of its own
-    around it, made for each compile, to hand it the graph in parts. Tried on 2.11, 2.13, 2.14."""
+    """Return the compiler that ``torch.compile`` gave to Dynamo.
+
+    For a DistributedDataParallel Dynamo wraps it, anew for each compile, in one that splits the
+    graph. Tried on 2.11, 2.13, 2.14.
+    """
     return getattr(getattr(compiler, "__self__", None), "backend_compile_fn", compiler)
 
 
 def current_graph() -> tuple[dict[str, Any], object]:
-    """Of the graph that a backend is being given: its `Frame.notes`, and an object that stands
-    for the call of ``torch.compile`` that it comes from. Nothing if Dynamo did not give it."""
+    """Return facts about the graph that a backend is compiling.
+
+    Returns:
+        Its `Frame.notes`, and an object that identifies the call of ``torch.compile`` that it comes
+        from. ``({}, None)`` outside of Dynamo.
+    """
     if TracingContext.try_get() is None:
         return {}, None
     graph = InstructionTranslator.current_tx().output
@@ -271,30 +274,35 @@ def current_graph() -> tuple[dict[str, Any], object]:
 
 
 def _notes(graph: Any) -> dict[str, Any]:
-    # On the graph itself: Dynamo may trace a frame anew, each time with another graph, and
-    # makes no promise of when the old one goes.
+    # On the graph itself: Dynamo may trace a frame several times, each time with a new graph, and
+    # does not say when it drops the old one.
     return vars(graph).setdefault("kernelgraph_notes", {})  # type: ignore[no-any-return]
 
 
 def trace_again() -> NoReturn:
-    """From a backend: have Dynamo trace the frame anew, in the same compile.
+    """Make Dynamo trace the frame again, in the same compile; called by a backend.
 
-    What changed must change the trace, or it goes on for ever. Tried on 2.11, 2.13, 2.14.
+    The caller must have changed something that changes the trace, or this never ends. Dynamo has
+    this exception for floats that cannot become tensors
+    (https://github.com/pytorch/pytorch/pull/140346). Tried on 2.11, 2.13, 2.14.
     """
-    # Without this Dynamo takes the new trace for one that diverged from the first.
+    # Else Dynamo raises an error, because the new trace diverges from the recorded one.
     InstructionTranslator.current_tx().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason="kernelgraph has decided")
 
 
 def named_backend(name: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    """A backend that is registered with Dynamo."""
+    """Return the backend that is registered with Dynamo under ``name``."""
     return lookup_backend(name)
 
 
 @contextlib.contextmanager
 def compiling_apart() -> Iterator[None]:
-    """Compile another graph, or its backward, in the middle of a compile: what Dynamo notes of
-    that, each thing once, stays as it is. Tried on 2.11, 2.13, 2.14."""
+    """Compile another graph, or its backward, in the middle of a compile.
+
+    Dynamo records metrics of a compile, and raises an error where one is set twice; so the outer
+    compile's metrics are put aside. Tried on 2.11, 2.13, 2.14.
+    """
     context = get_metrics_context()
     before, context._metrics = context._metrics, {}
     try:
@@ -304,7 +312,7 @@ def compiling_apart() -> Iterator[None]:
 
 
 def full_graph() -> bool:
-    """Whether Dynamo may not break the graph that a backend is being given. Tried on 2.11, 2.13,
+    """Whether ``fullgraph=True`` holds for the graph that is being compiled. Tried on 2.11, 2.13,
     2.14."""
     translator: Any = InstructionTranslator.current_tx()
     return bool(translator.one_graph or translator.error_on_graph_break)

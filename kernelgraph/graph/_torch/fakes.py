@@ -1,4 +1,4 @@
-"""Fake tensors and their modes."""
+"""Fake tensors and their modes, and running code on real tensors in the middle of a trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch._guards import detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernelgraph.graph._torch.symbols import hint
@@ -24,9 +23,9 @@ from kernelgraph.graph._torch.symbols import hint
 
 @contextlib.contextmanager
 def for_real() -> Iterator[None]:
-    """Run code on real tensors in the middle of a trace, as if nothing were traced.
+    """Run code on real tensors in the middle of a trace, as if nothing were being traced.
 
-    What the code compiles by itself must not find the trace around it either. Tried on 2.11,
+    The tracing context is hidden too, since the code may compile something itself. Tried on 2.11,
     2.13, 2.14.
     """
     with tracing(None), _disable_current_modes(), no_python_dispatcher():
@@ -35,9 +34,9 @@ def for_real() -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_export() -> Iterator[None]:
-    """Run code in the middle of a non-strict export which that does not see.
+    """Run code in the middle of a non-strict export without the export recording it.
 
-    It records, for one, each change of the grad mode. Tried on 2.11, 2.13, 2.14.
+    Export records every change of the grad mode, for example. Tried on 2.11, 2.13, 2.14.
     """
     with for_real(), torch._C.DisableTorchFunction():
         yield
@@ -45,14 +44,18 @@ def out_of_export() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running_on(mode: FakeTensorMode) -> Iterator[None]:
-    """Run code on fakes of ``mode``."""
+    """Run code on fakes of ``mode``. Tried on 2.11, 2.13, 2.14."""
     with mode, enable_python_dispatcher():
         yield
 
 
 @contextlib.contextmanager
 def no_data_pointers() -> Iterator[None]:
-    """Have fakes of the mode that is on raise where something asks for their memory."""
+    """Make fakes of the active mode raise an error where code asks for their memory.
+
+    Native code would otherwise receive a null pointer, which is undefined behaviour. Tried on 2.11,
+    2.13, 2.14.
+    """
     mode: Any = detect_fake_mode()
     allowed = mode._allow_unsafe_data_ptr_access
     mode._allow_unsafe_data_ptr_access = False
@@ -64,13 +67,14 @@ def no_data_pointers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
-    """Run code on fakes of a mode of its own, whose sizes may be symbols of those in ``like``.
+    """Run code on fakes of a separate mode, whose sizes may be symbols of the fakes in ``like``.
 
-    Not in the mode that is tracing: a kernel with threads, say, leaves one in no state to go on.
-    Asking such a fake for its memory raises. Tried on 2.11, 2.13, 2.14.
+    The mode that is tracing is not used, because a kernel that starts threads, for example, may
+    leave it unusable. Asking such a fake for its memory raises. Tried on 2.11, 2.13, 2.14.
     """
     mode: Any = detect_fake_mode(like)
-    if all(tensor.layout is torch.strided for tensor in like):  # others cannot be made anew
+    # Fakes of other layouts cannot be recreated in another mode.
+    if all(tensor.layout is torch.strided for tensor in like):
         mode = FakeTensorMode(
             allow_non_fake_inputs=True, shape_env=getattr(mode, "shape_env", None)
         )
@@ -79,18 +83,20 @@ def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
 
 
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
-    """The mode of the fakes among ``values``, or one that also makes data-dependent sizes."""
+    """Return the mode of the fakes among ``values``, or a new one that supports data-dependent
+    sizes. Tried on 2.11, 2.13, 2.14."""
     found: FakeTensorMode | None = detect_fake_mode(list(values))
     return found or FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
 def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake of ``mode`` with the sizes that ``tensor`` has; a fake is its own."""
+    """Return a fake of ``mode`` with the sizes of ``tensor``; a fake itself unchanged. Tried on
+    2.11, 2.13, 2.14."""
     return mode.from_tensor(tensor, static_shapes=True)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
+    """Return a deep copy of ``module`` with fakes for tensors. Tried on 2.11, 2.13, 2.14."""
     with FakeCopyMode(mode):
         return copy.deepcopy(module)
 
@@ -98,19 +104,19 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def symbolic_like(
     operands: Sequence[Any], everything: bool
 ) -> tuple[list[Any], dict[sympy.Symbol, tuple[int, int]], ShapeEnv]:
-    """Operands like those given, as fakes of a mode of their own whose sizes are symbols.
+    """Return fakes like ``operands``, of a separate mode, whose sizes are symbols.
 
-    No symbol is taken for another because they are equal now, nor for 0 or 1 because it is that
-    now. Tried on 2.11, 2.13, 2.14.
+    Symbols are not merged because they are equal in this call, nor specialized because they are 0
+    or 1 in it. Tried on 2.11, 2.13, 2.14.
 
     Args:
         operands: Tensors and numbers.
-        everything: Whether each size of each tensor becomes a symbol; else only those sizes and
+        everything: Whether every size of every tensor becomes a symbol, or only the sizes and
             ints that are symbolic.
 
     Returns:
-        The operands; for each symbol the operand that it is in, and which of its sizes it is (0
-        for an int); and what the guards are noted in.
+        The fakes; for each symbol the number of its operand and the dimension (0 for an int); and
+        the environment that records guards.
     """
     env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
     places: dict[sympy.Symbol, tuple[int, int]] = {}
@@ -141,8 +147,8 @@ def symbolic_like(
 
 
 def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
-    """The strides of a tensor of other sizes that lies in memory as ``tensor`` does, if that is
-    one piece of it; else those that it has now."""
+    """Return the strides for ``sizes`` in the memory order of ``tensor`` if that is dense, else
+    the strides of ``tensor``."""
     now = [int(hint(n)) for n in tensor.stride()]
     order = sorted(range(len(now)), key=lambda dim: (now[dim], -dim))
     strides: list[Any] = [None] * len(now)
@@ -157,8 +163,10 @@ def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
 
 
 def fakes_for_export(operands: Sequence[Any]) -> list[Any]:
-    """Fakes like ``operands`` that ``torch.export`` takes for example inputs: symbolic sizes are
-    what they are now. Tried on 2.11, 2.13, 2.14."""
+    """Return fakes like ``operands`` for ``torch.export`` to use as example inputs.
+
+    Symbolic sizes become their values in this call. Tried on 2.11, 2.13, 2.14.
+    """
     env = ShapeEnv(tracked_fakes=[])
 
     def fake(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Symbolic sizes: expressions, hints, guards and data-dependent sizes."""
+"""Symbolic sizes: expressions, hints, guards, and sizes that depend on values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch._guards import detect_fake_mode
 from torch._library.fake_impl import FakeImplCtx, set_ctx_getter
-from torch._subclasses.fake_tensor import is_fake as is_fake
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols as free_unbacked_symbols
 
 
 @contextlib.contextmanager
 def forgetting_unbacked_symbols() -> Iterator[None]:
-    """Let fake code make data-dependent sizes, which no node will bind.
+    """Allow code on fakes to create data-dependent sizes that no node will bind.
 
-    Whatever the user set for the rest of the graph: what a layer does inside is its own matter.
-    Tried on 2.11, 2.13, 2.14.
+    This ignores the user's settings, which are about the graph and not about the inside of a
+    layer. Tried on 2.11, 2.13, 2.14.
     """
     mode: Any = detect_fake_mode()
-    # What ``torch.library.get_ctx()`` gives to the fake of an op; its second argument is what it
-    # raises where there can be no such size.
+    # ``torch.library.get_ctx()`` returns this to the fake of an op. The second argument is the
+    # error where no such size can be created.
     context: Any = FakeImplCtx
     env = mode.shape_env
     with set_ctx_getter(lambda: context(mode, "new_dynamic_size() needs fakes with a ShapeEnv")):
@@ -44,25 +43,32 @@ def forgetting_unbacked_symbols() -> Iterator[None]:
 
 
 def bind_unbacked_symbols(made: Iterable[torch.Tensor], given: Iterable[Any]) -> None:
-    """Have the node whose fake made these tensors bind the sizes that are in them for the first
-    time, and not among the operands ``given``. Tried on 2.11, 2.13, 2.14."""
+    """Make the current node bind the data-dependent sizes that its fake has created.
+
+    Args:
+        made: The tensors that the fake returned.
+        given: The operands of the node, whose sizes other nodes have bound.
+
+    Tried on 2.11, 2.13, 2.14.
+    """
     known = {symbol for value in given for symbol in free_unbacked_symbols(value)}
     fresh = {symbol for tensor in made for symbol in free_unbacked_symbols(tensor)} - known
     if fresh:
         mode: Any = detect_fake_mode()
         env = mode.shape_env
-        if not env._ignore_fresh_unbacked_symbols_tls():  # nor does torch then
+        if not env._ignore_fresh_unbacked_symbols_tls():  # in that state torch binds none either
             env.pending_fresh_unbacked_symbols += sorted(fresh, key=str)
 
 
 Expression = sympy.Expr
-"""A size in terms of the symbols of a graph."""
+"""A size as an expression over the symbols of a graph."""
 Relation = sympy.logic.boolalg.Boolean
-"""What is so, or not, of such sizes."""
+"""A condition on such sizes."""
 
 
 def expression(value: Any) -> Any:
-    """What a symbolic int stands for; a constant, and any other value, as it is."""
+    """Return the expression of a symbolic int, its value if it is constant, and any other value
+    unchanged."""
     if not isinstance(value, torch.SymInt):
         return value
     expr = value.node.expr
@@ -70,14 +76,15 @@ def expression(value: Any) -> Any:
 
 
 def evaluate(value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
-    """What a symbolic int is where its symbols are as ``known``; any other value as it is."""
+    """Return the value of a symbolic int for these values of its symbols; any other value
+    unchanged."""
     expr = expression(value)
     return int(expr.xreplace(dict(known))) if isinstance(expr, Expression) else expr
 
 
 def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
-    """The symbols in ``values``, and what they are in the call that is traced: None where that
-    depends on values of tensors. Tried on 2.11, 2.13, 2.14."""
+    """Return the symbols in ``values`` with their values in the traced call, or None for a symbol
+    that depends on the values of tensors. Tried on 2.11, 2.13, 2.14."""
     found: dict[sympy.Symbol, int | None] = {}
     for value in values:
         if isinstance(value, torch.SymInt) and not isinstance(expression(value), int):
@@ -88,24 +95,27 @@ def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
 
 
 def guard_equal(value: torch.SymInt, symbol: sympy.Symbol, other: Any) -> None:
-    """Trace anew when a symbol of the graph that ``value`` is of is not ``other`` any more."""
+    """Recompile when ``symbol``, of the graph that ``value`` belongs to, no longer equals
+    ``other``. Tried on 2.11, 2.13, 2.14."""
     value.node.shape_env.evaluate_expr(sympy.Eq(symbol, other))
 
 
 def hint(value: Any) -> Any:
-    """A number for a symbolic size: what it was where it was traced, or any."""
+    """Return the value of a symbolic size in the traced call, or 2 where it has none. Tried on
+    2.11, 2.13, 2.14."""
     if isinstance(value, torch.SymInt):
         return value.node.hint if value.node.has_hint() else 2
     return value
 
 
 def guards_of(env: ShapeEnv) -> list[sympy.Expr]:
-    """What was taken for granted of the symbols of ``env``. Tried on 2.11, 2.13, 2.14."""
+    """Return the guards on the symbols of ``env``. Tried on 2.11, 2.13, 2.14."""
     return [guard.expr for guard in env.guards]
 
 
 def bounds(known: Any) -> tuple[int, int | None]:
-    """The least and the greatest value in a range of ``torch.export``'s; None for no limit."""
+    """Return the least and the greatest value of a range of ``torch.export``; None for no upper
+    limit. Tried on 2.11, 2.13, 2.14."""
     if known is None:
         return 2, None
     greatest = None if known.upper > 2**62 else int(known.upper)

@@ -1,4 +1,18 @@
-"""TODO."""
+"""Facts about a call that are found before it runs, or by running it aside.
+
+`shapes` infers the output of a call: from a ``fake=``, from runs on fake tensors, or from `probe`,
+which runs the kernel on `sample_inputs`. `output_specs` has the results. `operands` makes inputs to
+try and time kernels with. `aliasing` compares and copies memory. `node_values` finds the fake
+values of FX nodes.
+
+Invariants:
+
+- The caller's tensors are never written into, nor their values read: runs get fakes or copies.
+- Random generators, the grad mode and the trace are afterwards as they were before.
+- Native code never receives a fake tensor's memory: asking for it raises.
+- `owned` returns contiguous tensors that share no memory with inputs or each other.
+- Nothing here registers ops or knows the backend.
+"""
 
 from kernelgraph.graph.infer.aliasing import (
     ALIGNMENT,

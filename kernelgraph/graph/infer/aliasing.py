@@ -1,5 +1,8 @@
-"""What an op may return: tensors that are contiguous and share no memory with anything else; and
-what it may write into: nothing that it does not say."""
+"""Memory of tensors: results that an op may return, and writes into operands.
+
+An op returns tensors that are contiguous and share no memory with its operands or each other. It
+writes into no operand that its schema does not declare.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from torch import Tensor
 from kernelgraph.graph import _torch
 
 ALIGNMENT = 16
-"""In bytes; what Inductor takes for granted of an op's results."""
+"""The alignment in bytes that Inductor assumes for the results of an op."""
 
 
 def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` as an op may return them: contiguous, aligned, at the start of their storage,
-    and sharing no memory with ``inputs`` nor with each other; copied only where they are not.
+    """Return ``tensors`` in a form that an op may return.
 
-    Compilers take the first three from fake tensors, which are so. Empty ones are copied always:
-    autograd sees a write into them too, and by no address of theirs (it is 0) can one tell whose
-    memory they have.
+    Each result is contiguous, aligned, at the start of its storage, and shares no memory with
+    ``inputs`` or another result. A tensor is copied only where it is not so. Compilers assume the
+    first three because fake tensors have them. Empty tensors are always copied: their address is
+    0, so it does not show whose memory they share, and autograd tracks writes into them too.
     """
     taken = [extent(t) for t in inputs]
     made = []
@@ -32,7 +35,7 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
             and start < end
             and start % ALIGNMENT == 0
             and not tensor.storage_offset()
-            # A sign that is yet to be put into the memory.
+            # A lazy conjugate or negation is not in the memory yet.
             and not (tensor.is_conj() or tensor.is_neg())
             and not any(start < e and s < end for s, e in taken)
         )
@@ -46,15 +49,15 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, without the strides of ``tensor``."""
+    """Return a contiguous copy."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the memory that ``tensor`` reaches, on whatever device.
+    """Return the first address of the memory of ``tensor`` and the one after its last.
 
-    By address and not by storage: an array from another library, over the same memory, comes
-    back in a storage of its own.
+    Storages do not tell: an array of another library over the same memory becomes a tensor with
+    another storage.
     """
     start = tensor.data_ptr()
     if tensor.is_contiguous() or tensor.numel() == 0:
@@ -64,13 +67,13 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def reach(tensor: Tensor) -> int:
-    """How many bytes ``tensor`` reaches over."""
+    """Return the number of bytes from the first to the last element of ``tensor``."""
     start, end = extent(tensor)
     return end - start
 
 
 def versions(operands: Sequence[Any]) -> list[int]:
-    """How often torch has written into each operand, where that is counted."""
+    """Return the version counter of each operand; 0 where there is none."""
     return [
         _torch.version_of(v) if isinstance(v, Tensor) and not v.is_inference() else 0
         for v in operands
@@ -84,17 +87,17 @@ def check_unwritten(
     who: str,
     may: Container[int] = (),
 ) -> None:
-    """See that nothing was written into operands but into those that ``may`` be.
+    """Check that a run wrote into no operands but those in ``may``.
 
     Args:
-        before: Their `versions` before the run.
+        before: The `versions` of the operands before the run.
         operands: The operands.
-        names: What each is called.
-        who: What ran.
-        may: Those that it may write into.
+        names: Their names, for the error.
+        who: The kernel or reference that ran, for the error.
+        may: The numbers of the operands that it may write into.
 
     Raises:
-        RuntimeError: If it wrote into another.
+        RuntimeError: If it wrote into another operand.
     """
     for i, (old, new) in enumerate(zip(before, versions(operands), strict=True)):
         if old != new and i not in may:

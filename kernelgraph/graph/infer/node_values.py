@@ -1,4 +1,4 @@
-"""The fake values of a graph's nodes: those that it carries, or those of a run on fakes."""
+"""The fake values of a graph's nodes: those in their metadata, or those of a run on fakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import UnsupportedValue
 
 VALUES = ("val", "example_value")
-"""Where nodes carry their values: as FX passes and torch.export have it, and as Dynamo has it."""
+"""The metadata keys of values: that of FX passes and torch.export, and that of Dynamo."""
 
 
 class NoValue(UnsupportedValue):
@@ -22,10 +22,10 @@ class NoValue(UnsupportedValue):
 
 
 def value_of(node: fx.Node) -> Any:
-    """The fake value that a node carries.
+    """Return the fake value in a node's metadata.
 
     Raises:
-        NoValue: If it carries none.
+        NoValue: If there is none.
     """
     for key in VALUES:
         if key in node.meta:
@@ -34,7 +34,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
-    """A node's arguments in Python's own containers, and ``each`` node in them replaced."""
+    """Return a node's arguments in plain containers, with ``each`` applied to the nodes in them."""
     if isinstance(value, fx.Node):
         return each(value)
     if isinstance(value, list):
@@ -47,7 +47,8 @@ def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any
 
 
 Forwards = Callable[[fx.Node, nn.Module], Callable[..., Any]]
-"""What to call for a node that calls a module; the module is given, with fakes for tensors."""
+"""Returns the function to call for a node that calls a module, given a copy of that module with
+fakes for tensors."""
 
 
 def propagate(
@@ -56,16 +57,16 @@ def propagate(
     values: dict[fx.Node, Any],
     forward_of: Forwards,
 ) -> None:
-    """The value of each node of a graph, and of the graph modules in it, in a run on fakes.
+    """Run a graph on fakes and store the value of each node, inner graph modules included.
 
-    The run is on a copy of the modules, in which each tensor is a fake: nothing of the caller's
-    is written into, not even by a module that sets its own attributes.
+    The run uses copies of the modules in which each tensor is a fake, so nothing of the caller's
+    changes, not even where a module sets its own attributes.
 
     Args:
         graph_module: The graph.
-        example_inputs: Its inputs. Where some are fakes, the values are of the same mode.
-        values: Where to put each value.
-        forward_of: What each node that calls a module calls in this run.
+        example_inputs: Its inputs. Where some are fakes, the values belong to the same mode.
+        values: The dict to store the values in.
+        forward_of: See `Forwards`.
 
     Raises:
         ValueError: If the inputs do not fit the graph.
@@ -90,7 +91,7 @@ def _check_count(graph_module: fx.GraphModule, given: int) -> None:
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     if any(str(node.target).startswith("*") for node in placeholders):
         return
-    needed = sum(not node.args for node in placeholders)  # the others have a default
+    needed = sum(not node.args for node in placeholders)  # the others have defaults
     if not needed <= given <= len(placeholders):
         names = ", ".join(str(node.target) for node in placeholders)
         raise ValueError(f"example_inputs are {given} values, and the graph takes ({names})")
@@ -107,7 +108,7 @@ class _Run(fx.Interpreter):
         values: dict[fx.Node, Any],
     ) -> None:
         super().__init__(copy, graph=graph_module.graph)
-        self.extra_traceback = False  # the error below says all of it
+        self.extra_traceback = False  # the error below says enough
         self._original, self._forward_of, self._values = graph_module, forward_of, values
 
     def run_node(self, n: fx.Node) -> Any:
@@ -123,7 +124,7 @@ class _Run(fx.Interpreter):
                     f"node {n} ({n.target}) does not run on fake tensors of example_inputs: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-        # As of now: a later node may change its shape in place.
+        # Detached, since a later node may change the shape in place.
         self._values[n] = _torch.map_tensors(Tensor.detach, value)
         return value
 
@@ -138,7 +139,7 @@ class _Run(fx.Interpreter):
         if node.op == "call_module":
             module = self.fetch_attr(str(node.target))
         elif node.op == "call_function" and isinstance(node.target, nn.Module):
-            module = node.target  # an extensible function, which holds no tensor
+            module = node.target  # an extensible function, which has no tensors
         else:
             return functools.partial(super().run_node, node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)

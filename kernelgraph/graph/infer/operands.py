@@ -1,4 +1,4 @@
-"""The operands of a run of a call before there are any: the layer's weights, the rest made up."""
+"""Operands to try a call with before it runs: the layer's own weights, and sample inputs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from kernelgraph.selection import device_name
 
 
 class Operands:
-    """Makes the operands of runs of one call: equal ones for equal seeds.
+    """Makes operands for runs of one call; equal seeds give equal operands.
 
     Args:
-        call: The form of the call.
-        operands: Its operands; of tensors only the form counts, and they may be fakes.
-        module: The layer. Its weights are taken where they are at hand.
-        trial: Whether the runs are a trial of how the kernel computes, and not of this very call:
-            at `reduced` sizes, with `disturbed` parameters.
+        call: The signature of the call.
+        operands: The operands of the call; they may be fakes, and their values are not used.
+        module: The layer. Its weights are used where they are real tensors.
+        trial: Whether the runs are to test how the kernel computes, and not this very call: at
+            `reduced` sizes, and with `disturbed` parameters.
 
     Raises:
-        TypeError: If there is an operand that cannot be made up.
+        TypeError: If values for an operand cannot be made up.
     """
 
     def __init__(
         self, call: Call, operands: Sequence[Any], module: nn.Module, *, trial: bool = False
     ) -> None:
         self.bounds: Mapping[int, int] = {}
-        """Of the operands that are indices, the numbers that they are below (see
-        `index_bounds`)."""
+        """For operands that are indices, the bound that they stay below (see `index_bounds`)."""
         self.tables: Sequence[int] = ()
-        """The operands whose last dimension has the same in both halves (see `rotary_tables`)."""
+        """The operands whose last dimension has two equal halves (see `rotary_tables`)."""
         self._given = operands
         self._trial = trial
         self._weights: dict[int, Tensor] = {}
@@ -65,22 +64,26 @@ class Operands:
             self._made_up = [*arguments, *self._made_up[self._first :]]
             plain = tuple(plain[i] if v is None else v for i, v in enumerate(self._made_up))
         self.form: tuple[Any, ...] = plain
-        """What `make` makes, but for the values."""
+        """Everything about the operands that `make` returns except the values."""
 
     def at_own_sizes(self) -> bool:
-        """Have all made at the call's own sizes; whether they were not."""
+        """Make all operands at the sizes of the call from now on.
+
+        Returns:
+            Whether that changes any size.
+        """
         differ = self._made_up != self._own
         self._made_up = self._own
         return differ
 
     @property
     def tensors(self) -> list[Form | Tensor]:
-        """The forms of those that are made up, and the weights."""
+        """The forms of the sample inputs, and the weights."""
         return [*(v for v in self._made_up if isinstance(v, Form)), *self._weights.values()]
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """What they are on, as far as computing there depends on it."""
+        """The names of the devices of the operands."""
         return tuple(sorted({device_name(v.device) for v in self.tensors}))
 
     def apart(self, seed: int | None = None) -> contextlib.AbstractContextManager[None]:
@@ -88,7 +91,7 @@ class Operands:
         return sample_inputs.apart(self._given, seed)
 
     def make(self, seed: int) -> list[Any]:
-        """The operands."""
+        """Return the operands for ``seed``."""
         made = sample_inputs.make(self._made_up, seed, bools=True)
         for i in self.tables:
             first, second = _base(made[i]).chunk(2, -1)
@@ -97,7 +100,9 @@ class Operands:
             made[i] = indices(self._made_up[i], bound, seed)
         for i, form in enumerate(self._made_up[self._first :], self._first):
             if isinstance(form, Form) and len(form.sizes) > 1 and _is_float(form.dtype):
-                made[i].mul_(max(form.sizes[-1], 1) ** -0.5)  # as weights are
+                made[i].mul_(
+                    max(form.sizes[-1], 1) ** -0.5
+                )  # about the scale of initialised weights
         for i, weight in self._weights.items():
             own = weight.detach().clone()
             varied = self._trial and isinstance(weight, nn.Parameter) and _is_float(weight.dtype)
@@ -105,21 +110,25 @@ class Operands:
         return made
 
     def rotary_tables(self, wanted: Sequence[bool]) -> list[int]:
-        """The arguments that may be the cosines and sines of a rotary embedding, whose halves
-        many kernels take to be equal: floats that no gradient is wanted of."""
+        """Return the arguments that may be cosines and sines of a rotary embedding.
+
+        Many kernels assume that the two halves of these are equal. They are floats of which no
+        gradient is wanted.
+        """
         arguments = list(enumerate(self._made_up[: self._first]))
         forms = [(i, v) for i, v in arguments if isinstance(v, Form) and not wanted[i]]
         return [i for i, v in forms if _is_float(v.dtype) and v.sizes and v.sizes[-1] % 2 == 0]
 
     def index_bounds(self, run: Callable[[Sequence[Any]], Any]) -> dict[int, int]:
-        """The sizes that indices among the arguments are below, as far as ``run`` tells.
+        """Find, for each argument that holds indices, the bound that its values stay below.
 
-        An index out of range kills a process with a GPU, and zeros alone say little of a layer
-        that chooses experts. So ``run`` is asked on the CPU, where there is no harm in it. One
-        that checks its indices raises somewhere above, and the largest size whose last index it
-        takes is in range. One that compares them with the numbers in range, as loops over experts
-        do, returns for all others the same: the range is up to the size from which on it does so.
-        (Of more than one dimension: the offsets of segments must be in order as well.)
+        An index out of range kills a process that uses a GPU, and zeros alone do not test a layer
+        that chooses among experts. So ``run`` is called on the CPU, where a wrong index raises an
+        error. A layer that checks its indices raises for large ones: the bound is the largest size
+        whose last index works. A layer that compares indices with those in range, as a loop over
+        experts does, returns the same for all others: the bound is the size from which on it does.
+        The latter is tried only with several dimensions, since offsets of segments, with one,
+        must also be sorted.
         """
         forms = [
             Form(tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v
@@ -152,7 +161,7 @@ class Operands:
                     last = next((n for n in sizes if not _equal(at(n - 1), above)), None)
                     if last is not None and _equal(at(last), above):
                         bounds[i] = last
-            except Exception:  # it cannot be run on the CPU
+            except Exception:  # it does not run on the CPU
                 return {}
         return bounds
 
@@ -181,8 +190,10 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 
 def disturbed(weight: Tensor, seed: int) -> Tensor:
-    """``weight`` with noise of a third of its size, written into it: a norm's weight, which is
-    ones, hides nothing."""
+    """Add noise of a third of its root mean square to ``weight``, in place.
+
+    The weight of a fresh norm is all ones, which would hide a kernel that does not multiply by it.
+    """
     generator = torch.Generator(weight.device).manual_seed(seed)
     noise = torch.randn(weight.shape, dtype=weight.dtype, device=weight.device, generator=generator)
     size = float(weight.abs().float().square().mean().sqrt()) if weight.numel() else 0.0
@@ -190,7 +201,8 @@ def disturbed(weight: Tensor, seed: int) -> Tensor:
 
 
 def indices(form: Form, bound: int, seed: int) -> Tensor:
-    """Indices below ``bound``, the last among them; in one row all differ where they can."""
+    """Return random indices below ``bound`` that include ``bound - 1``; distinct in each row, where
+    the row is not too long."""
     made: Tensor = sample_inputs.make([form], seed)[0]
     base = _base(made)
     generator = torch.Generator().manual_seed(seed)
@@ -208,13 +220,13 @@ def indices(form: Form, bound: int, seed: int) -> Tensor:
 
 
 def _base(tensor: Tensor) -> Tensor:
-    """``tensor`` without its expanded dimensions, which nothing can be written into."""
+    """Return a view of ``tensor`` without expanded dimensions, which in-place ops refuse."""
     sizes = [1 if s == 0 else n for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.as_strided(sizes, tensor.stride())
 
 
 def _on_cpu(value: Any) -> Any:
-    """Of no particular values, but such that what depends on them is not zero."""
+    """Return a CPU tensor like ``value``, with values that do not make results zero."""
     if not isinstance(value, Form):
         return value
     if not _is_float(value.dtype):
@@ -228,12 +240,12 @@ _SMALL = 8
 
 
 def reduced(operands: Sequence[Any], fixed: Collection[int]) -> list[Any]:
-    """Forms and numbers like ``operands``, with small sizes.
+    """Return forms and numbers like ``operands``, with small sizes.
 
-    A size that is above 8, is not ``fixed`` and is nowhere that of a last dimension, for which a
-    kernel may be built, becomes a small multiple of 4. Equal sizes stay equal, and distinct ones
-    distinct and in order; broadcast dimensions stay so. A number that is equal to such a size is
-    taken for it.
+    A size becomes a small multiple of 4 if it is above 8, not ``fixed``, and not that of a last
+    dimension, for which a kernel may be built. Equal sizes stay equal; distinct ones stay distinct
+    and in order; broadcast dimensions stay broadcast. A number that equals such a size changes with
+    it.
     """
     forms = [v for v in operands if isinstance(v, Form)]
     kept = {n for f in forms for n in f.sizes[-1:]} | set(fixed)
@@ -258,10 +270,10 @@ def _smaller(value: Any, smaller: Mapping[int, int]) -> Any:
 def rescaled(
     sizes: Sequence[int], strides: Sequence[int], others: Sequence[int]
 ) -> tuple[int, ...]:
-    """Strides for the sizes ``others``, as ``strides`` are for ``sizes``.
+    """Return strides for the sizes ``others`` that correspond to ``strides`` for ``sizes``.
 
-    From the innermost dimension outwards: one whose stride is so many times the extent of what is
-    inside of it has one that is as many times the new extent.
+    From the innermost dimension outwards, the ratio of each stride to the extent of the dimensions
+    inside of it stays the same.
     """
     made = list(strides)
     extent = new_extent = 1

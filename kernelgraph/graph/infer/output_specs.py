@@ -1,4 +1,4 @@
-"""What is told of a layer's results before there are any."""
+"""Specs of a layer's output: shapes, dtypes and devices of its results, before it runs."""
 
 from __future__ import annotations
 
@@ -13,42 +13,50 @@ from kernelgraph.graph.calls import Runner, Template, UnsupportedValue, flatten_
 
 
 class UnknownShape(Exception):
-    """The shape of a layer's output cannot be told."""
+    """The shape of a layer's output cannot be inferred."""
 
 
 class TensorSpec(NamedTuple):
-    """What is known of one tensor of an output before there is any."""
+    """Shape, dtype and device of one tensor of an output."""
 
     shape: tuple[Any, ...]
+    """Ints and symbolic ints."""
     dtype: torch.dtype
     device: torch.device
 
 
 def make_fakes(results: Sequence[TensorSpec]) -> list[Tensor]:
-    """What an op returns, in the fake mode that is on."""
+    """Return new empty tensors like ``results``; fakes, where a fake mode is active."""
     return [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in results]
 
 
 class OutputSpec(NamedTuple):
-    """What a run tells."""
+    """The output of a call, inferred from a run."""
 
     results: tuple[TensorSpec, ...]
     output: Template
-    """What the layer returns, its tensors taken out."""
+    """The structure that the layer returns, with its tensors taken out."""
     written: tuple[int, ...]
-    """The operands that the run wrote into."""
+    """The numbers of the operands that the run wrote into."""
     source: str = ""
-    """What ran: ``fake``, ``kernel`` or ``reference`` on fakes, or ``probe``."""
+    """The run: ``fake``, ``kernel`` or ``reference`` on fakes, ``probe``, or ``recorded``."""
     fresh: bool = False
-    """Whether there are sizes in it that are the result's own, since they depend on values."""
+    """Whether there are new data-dependent sizes in the results."""
 
 
 def observe(runner: Runner, operands: Sequence[Any]) -> tuple[OutputSpec, list[Tensor]]:
-    """Run a forward with ``operands`` of which it may do as it likes; what it returned.
+    """Run a forward and describe what it returned.
+
+    Args:
+        runner: Runs the forward.
+        operands: The operands, which the forward may write into.
+
+    Returns:
+        The spec of the output, and its tensors.
 
     Raises:
-        UnsupportedValue: If no op can do what it does.
-        Exception: Whatever it raises.
+        UnsupportedValue: If the forward does something that no op can do.
+        Exception: Whatever the forward raises.
     """
     before = [_version(v) for v in operands]
     tensors, output = flatten_tensors(runner.observe(operands))

@@ -1,24 +1,24 @@
-"""A shape function found by running a kernel for real: where nothing runs on fake tensors.
+"""Infers shapes by running a kernel on real tensors, where nothing runs on fake ones.
 
-The kernel is given operands that are made up (`samples`), like those of the call but small:
+The kernel gets sample inputs like the operands of the call, but small:
 
-1. The sizes of a call are numbers and expressions in symbols. A number stays what it is: it is a
-   weight's, most often, and a kernel may be built for it. A symbol that is equal, in the call
-   that is traced, to such a number or to another symbol is taken for the same, and the graph is
-   guarded on that, as Dynamo itself does with sizes that are equal when it first sees them: a
-   native kernel given sizes that do not fit together may read beyond its tensors. (One that
-   checks nothing, and wants of two dynamic sizes other than that they be equal, needs a ``fake``.)
-2. The kernel is run at a first choice of the symbols' values, and once more with other values in
-   the tensors; then with each symbol changed alone, and with all of them changed at once.
-   Expressions follow their symbols. Where it refuses such sizes, multiples of the call's own
-   sizes are tried: it may want multiples of its block, say.
-3. Each size of each result must be a constant, a product of some of the call's symbolic sizes by
-   a constant, or their sum and a constant, in every run (`explain`). The run with all changed
-   takes no part in finding the explanation: it is the test of it.
+1. The sizes of a call are numbers and expressions over symbols. A number stays: it usually is the
+   size of a weight, and a kernel may be built for it. A symbol that equals, in the traced call,
+   such a number or another symbol is tied to it, and the graph gets a guard for that, as Dynamo
+   does for sizes that are equal when it first sees them. A native kernel with sizes that do not
+   fit together may read beyond its tensors. (A kernel that checks nothing and needs another
+   relation between two dynamic sizes needs a ``fake``.)
+2. The kernel runs at a first choice of values for the symbols, and again with other values in the
+   tensors; then with each symbol changed alone, and with all of them changed at once. Where it
+   refuses such sizes, multiples of the call's own sizes are tried: it may need multiples of its
+   block size.
+3. Each size of each result must be a constant, a constant times some of the call's symbolic sizes,
+   or their sum plus a constant, in every run (`explain`). The run with all symbols changed is not
+   used to find the formula; it tests it.
 
-What fits no such formula has no shape function that could be told this way. What fits by chance
-(a kernel that pads to a block far larger than the sizes that were tried) is found out when the
-op's result is checked, at the first call of each size.
+A result that fits no such formula has an unknown shape. One that fits by chance (a kernel that pads
+to a block far larger than the sizes that were tried) is found when the op checks its result, at
+the first call of each size.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from kernelgraph.graph.calls import Runner, Template, UnsupportedValue
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape, observe
 
-# --- explanations -----------------------------------------------------------------------------
+# --- formulas ---------------------------------------------------------------------------------
 
 
 class Formula(NamedTuple):
-    """A size of a result, in terms of the sizes of a call."""
+    """A size of a result as a function of the sizes of a call."""
 
     kind: str
-    """``product``: that of the terms and the constant; ``sum``: likewise."""
+    """``product`` or ``sum``, of the terms and the constant."""
     terms: tuple[int, ...]
-    """Which of the call's sizes."""
+    """The numbers of the call's sizes that are terms."""
     constant: int
 
     def __call__(self, sizes: Sequence[Any]) -> Any:
-        """The size in a call with these ``sizes``; they may be symbolic."""
+        """Return the size in a call with these ``sizes``, which may be symbolic."""
         terms = (sizes[i] for i in self.terms)
         if self.kind == "product":
             return math.prod(terms, start=self.constant)
@@ -63,24 +63,25 @@ _MOST_TERMS = 4
 def explain(
     values: Sequence[int], runs: Sequence[Sequence[int]], terms: Sequence[int]
 ) -> Formula | None:
-    """The simplest formula that gives each of ``values`` in its run; None if there is none.
+    """Find the simplest formula that gives each of ``values`` in its run, or None.
+
+    Formulas with fewer terms come first, and a product before a sum. The constant is computed from
+    the first run.
 
     Args:
-        values: What one size of a result was in each run.
-        runs: What the sizes of the call were in each run.
-        terms: Which of the call's sizes may be in the formula.
-
-    Fewest terms first, a product before a sum. The constant is read off the first run.
+        values: One size of a result, in each run.
+        runs: The sizes of the call, in each run.
+        terms: The numbers of the call's sizes that may be terms.
     """
     for count in range(min(len(terms), _MOST_TERMS) + 1):
         for chosen in itertools.combinations(terms, count):
-            for formula in _read_off(chosen, values[0], runs[0]):
+            for formula in _candidates(chosen, values[0], runs[0]):
                 if all(formula(run) == value for run, value in zip(runs, values, strict=True)):
                     return formula
     return None
 
 
-def _read_off(chosen: tuple[int, ...], value: int, sizes: Sequence[int]) -> Iterator[Formula]:
+def _candidates(chosen: tuple[int, ...], value: int, sizes: Sequence[int]) -> Iterator[Formula]:
     product = math.prod(sizes[i] for i in chosen)
     if product and value % product == 0:
         yield Formula("product", chosen, value // product)
@@ -91,16 +92,16 @@ def _read_off(chosen: tuple[int, ...], value: int, sizes: Sequence[int]) -> Iter
 
 
 class _Explained(NamedTuple):
-    """What is known of the calls with some sizes."""
+    """The formulas for calls with some sizes."""
 
     sizes: tuple[Any, ...]
-    """Numbers, and expressions that stand for any."""
+    """Numbers, and expressions that stand for any number."""
     results: tuple[tuple[tuple[Formula, ...], torch.dtype, torch.device], ...]
     output: Template
     written: tuple[int, ...]
 
     def fits(self, sizes: Sequence[Any]) -> bool:
-        """Whether ``sizes`` are some of those, which are in the same relations."""
+        """Whether ``sizes`` have the same numbers and the same relations between expressions."""
         known: dict[Any, Any] = {}
         for mine, given in zip(self.sizes, sizes, strict=True):
             if not isinstance(mine, _torch.Expression):
@@ -115,7 +116,8 @@ class _Explained(NamedTuple):
             for expr, given in known.items()
         )
 
-    def told(self, sizes: Sequence[Any]) -> OutputSpec:
+    def spec(self, sizes: Sequence[Any]) -> OutputSpec:
+        """Return the spec of the output of a call with these sizes."""
         results = tuple(
             TensorSpec(tuple(formula(sizes) for formula in formulas), dtype, device)
             for formulas, dtype, device in self.results
@@ -124,23 +126,23 @@ class _Explained(NamedTuple):
 
 
 class Probe:
-    """The shapes of what one form of call returns, by running the kernel for real."""
+    """Infers the output of calls with one signature by running the kernel on real tensors."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._known: dict[Any, _Explained] = {}
 
     def __call__(self, operands: Sequence[Any]) -> OutputSpec:
-        """What a call with ``operands`` returns; the values in them are never looked at.
+        """Return the spec of a call's output; the values of ``operands`` are not used.
 
         Raises:
-            UnknownShape: If the sizes of the results cannot be explained.
-            UnsupportedValue: If no op can do what the kernel does.
-            Exception: What the kernel raises, where it raises at any sizes that were tried.
+            UnknownShape: If no formula explains a size of a result.
+            UnsupportedValue: If the kernel does something that no op can do.
+            Exception: Whatever the kernel raises, where it raises at all sizes that were tried.
         """
         sizes = _sizes(operands)
         expressions = tuple(map(_torch.expression, sizes))
-        # The values of Python's types too: 1 is not 1.0.
+        # With the Python types, since 1 and 1.0 are equal.
         form = tuple(map(_form_of, operands))
         explained = self._known.get((form, expressions)) or next(
             (e for (f, _), e in tuple(self._known.items()) if f == form and e.fits(expressions)),
@@ -149,7 +151,7 @@ class Probe:
         if explained is None:
             explained = self._probe(operands, sizes, expressions)
             remember(self._known, (form, expressions), explained)
-        return explained.told(sizes)
+        return explained.spec(sizes)
 
     def _probe(
         self, operands: Sequence[Any], sizes: Sequence[Any], expressions: Sequence[Any]
@@ -169,7 +171,11 @@ class Probe:
     def _runs(
         self, operands: Sequence[Any], free: Mapping[Any, int | None], ties: Mapping[Any, Any]
     ) -> tuple[list[dict[Any, int]], list[OutputSpec]]:
-        """Values of the symbols, and what the kernel returned where they are these."""
+        """Run the kernel at the first choice of sizes that it accepts.
+
+        Returns:
+            The values of the symbols in each run, and the output of each run.
+        """
         choices = _choices(list(free.values()))
         for choice in choices:
             values = []
@@ -198,12 +204,12 @@ def _form_of(value: Any) -> Any:
 
 
 def _sizes(operands: Sequence[Any]) -> tuple[Any, ...]:
-    """All that shapes may depend on: the sizes of tensors, and numbers."""
+    """Return the sizes of tensors, and numbers."""
     return tuple(n for v in operands for n in (tuple(v.shape) if isinstance(v, Tensor) else (v,)))
 
 
 def _ties(hints: Mapping[Any, int | None], numbers: set[int]) -> dict[Any, Any]:
-    """For each symbol that is equal to a number or to an earlier symbol, in the call, that one."""
+    """Return the number or earlier symbol that each symbol equals in the traced call, if any."""
     ties: dict[Any, Any] = {}
     first: dict[int, Any] = {}
     for symbol, hint in hints.items():
@@ -214,15 +220,15 @@ def _ties(hints: Mapping[Any, int | None], numbers: set[int]) -> dict[Any, Any]:
     return ties
 
 
-# Distinct primes: no product or sum of a few is another's. The second is beyond small blocks, to
-# which a kernel may round up.
+# Distinct primes, so that products and sums of a few of them differ. Those in the second row are
+# larger than small blocks, to which a kernel may round up.
 _FIRST = (3, 5, 7, 11, 19, 29, 37, 43)
 _ALONE = (67, 71, 73, 79, 83, 89, 97, 101)
 _TOGETHER = (13, 17, 23, 31, 41, 47, 53, 59)
 
 
 def _choices(hints: Sequence[int | None]) -> list[list[list[int]]]:
-    """Sets of values for symbols that are ``hints`` in the call: the one to try first, and next."""
+    """Return the choices of values for symbols whose values in the traced call are ``hints``."""
     count = len(hints)
     if count == 0:
         return [[[], []]]
@@ -244,17 +250,17 @@ def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:
     if not isinstance(expression, _torch.Expression):
         return expression
     expression = expression.xreplace(dict(ties))
-    # Of a symbol alone it is what the symbol is tied to, which may be an int of Python's.
+    # A lone symbol that is tied to a number becomes a Python int.
     return int(expression) if isinstance(expression, int) or expression.is_number else expression
 
 
 def _explained(
     tied: Sequence[Any], sizes: Sequence[Sequence[int]], runs: Sequence[OutputSpec]
 ) -> _Explained:
-    """What ``runs``, in which the call's sizes were ``sizes``, have in common."""
+    """Find the formulas that explain ``runs``, in which the call's sizes were ``sizes``."""
     one = runs[0]
     for other in runs[1:]:
-        if _form(other) != _form(one):
+        if _structure(other) != _structure(one):
             raise UnknownShape(
                 "what it returns is another structure, dtype or number of dimensions for other "
                 "inputs"
@@ -278,5 +284,5 @@ def _explained(
     return _Explained(tuple(tied), tuple(results), one.output, written)
 
 
-def _form(told: OutputSpec) -> Any:
-    return told.output, [(len(r.shape), r.dtype, r.device) for r in told.results]
+def _structure(spec: OutputSpec) -> tuple[Template, list[tuple[int, torch.dtype, torch.device]]]:
+    return spec.output, [(len(r.shape), r.dtype, r.device) for r in spec.results]

@@ -1,4 +1,4 @@
-"""Operands made up after the form of others: to run a layer before its inputs are there."""
+"""Sample inputs: operands with made-up values, to run a layer before its inputs exist."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 
 UNKNOWN = 8
-"""A size that depends on values, for want of a hint."""
+"""The size used in place of a data-dependent size, which has no hint."""
 
 _FILLED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextlib.contextmanager
 def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
-    """Run code for real in the middle of a trace, and leave nothing of it behind.
+    """Run code on real tensors in the middle of a trace, without a trace of it afterwards.
 
-    No gradient is recorded, and the random numbers that it draws, on the CPU and on the devices
-    of ``operands``, are drawn again by whoever comes next. A backward runs in this thread, not in
-    the device's: it may compile, and this thread has the lock of compilers while it traces.
+    No gradient is recorded, and the random generators of the CPU and of the devices of ``operands``
+    are restored. A backward runs in this thread and not in the device's: it may compile, and this
+    thread holds the compile lock while it traces.
 
     Args:
-        operands: What the code works on.
-        seed: Of the random numbers there; by default they go on.
+        operands: The tensors whose devices the code uses.
+        seed: A seed for the generators; by default they continue.
     """
     devices = {v.device for v in operands if isinstance(v, Tensor)}
     with contextlib.ExitStack() as stack:
@@ -50,25 +50,25 @@ def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
 
 
 def measures(value: Any) -> tuple[Any, ...]:
-    """The sizes and strides of a tensor; a number itself."""
+    """Return the sizes and strides of a tensor; for a number, the number."""
     if not isinstance(value, Tensor):
         return (value,)
     return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
 
 
 def measures_now(value: Any) -> tuple[Any, ...]:
-    """`measures`, with what symbols are in the call that is traced."""
+    """Return `measures` with the values that symbols have in the traced call."""
     return tuple(map(_torch.hint, measures(value)))
 
 
 def sizes_now(operands: Sequence[Any]) -> dict[Any, int]:
-    """What the symbols in sizes and numbers are in the call that is traced."""
+    """Return the values that the symbols in sizes and numbers have in the traced call."""
     hints = _torch.hints(n for value in operands for n in measures(value))
     return {symbol: UNKNOWN if hint is None else hint for symbol, hint in hints.items()}
 
 
 class Form(NamedTuple):
-    """All of a tensor but its values."""
+    """Sizes, strides, dtype and device of a strided tensor."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -77,21 +77,21 @@ class Form(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """How many elements of memory there are from the first to the last."""
+        """The number of elements of memory from the first to the last."""
         if 0 in self.sizes:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
 
 
 def forms(operands: Sequence[Any], size: Callable[[Any], int]) -> list[Any]:
-    """``operands`` with forms for tensors, and numbers for symbols.
+    """Return ``operands`` with a `Form` for each tensor and a number for each symbol.
 
     Args:
         operands: Tensors and numbers.
-        size: What a size, a stride or a symbolic number is to be.
+        size: Returns the number to use for a size, a stride or a symbolic number.
 
     Raises:
-        TypeError: If a tensor is of a kind that cannot be made up.
+        TypeError: If values for a tensor cannot be made up, because it is sparse for example.
     """
     return [_form(value, size) for value in operands]
 
@@ -108,15 +108,15 @@ def _form(value: Any, size: Callable[[Any], int]) -> Any:
 
 
 def make(operands: Sequence[Any], seed: int, *, bools: bool = False) -> list[Any]:
-    """``operands`` with tensors for forms.
+    """Return ``operands`` with a tensor for each `Form`.
 
-    Floats are drawn from a normal distribution; integers are zeros, which are in range as an
-    index wherever anything is; bools are drawn with ``bools``, else False.
+    Floats are normally distributed. Integers are zeros, the one index that is always in range.
+    Bools are random with ``bools``, else False.
 
     Args:
-        operands: Forms, and whatever else.
-        seed: Other values for another seed, the same for the same.
-        bools: See above.
+        operands: Forms, and other values, which stay.
+        seed: The seed of the random values.
+        bools: Whether bools are random.
 
     Raises:
         Exception: What torch raises where it cannot make a tensor of a dtype or on a device.
@@ -139,7 +139,7 @@ def _memory(form: Form, generator: torch.Generator, bools: bool) -> Tensor:
     extent, dtype, device = form.reach, form.dtype, form.device
     if dtype in _FILLED or dtype.is_complex:
         return torch.randn(extent, dtype=dtype, device=device, generator=generator)
-    if dtype.is_floating_point:  # of eight bits
+    if dtype.is_floating_point:  # eight bits, which randn cannot fill
         return torch.randn(extent, device=device, generator=generator).to(dtype)
     if dtype is torch.bool and bools:
         return torch.randint(2, (extent,), device=device, generator=generator).bool()

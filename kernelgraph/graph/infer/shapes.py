@@ -1,4 +1,8 @@
-"""The shapes of what a layer returns: by its ``fake``, by runs on fake tensors, or by a probe."""
+"""Infers what a call of a layer returns and writes into, before it runs.
+
+Shapes come from the layer's ``fake=``, else from a run of the kernel or the reference on fake
+tensors, else from a probe (`kernelgraph.graph.infer.probe`).
+"""
 
 from __future__ import annotations
 
@@ -19,39 +23,38 @@ from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 Source = Callable[[Sequence[Any]], OutputSpec]
-"""What tells the results of calls of one form, given the operands."""
+"""Returns the spec of a call's output, given its operands; one for each call signature."""
 
 
 class _DependsOnValues(UnsupportedValue):
-    """An output's size is not known before there are values."""
+    """The size of an output depends on the values of tensors."""
 
 
 def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> OutputSpec:
-    """Run a forward on fakes that are like ``operands``.
+    """Run a forward on new fakes that are like ``operands``.
 
-    On fakes of its own: the operands belong to whoever traces, and a forward may write into
-    them. Asking such a fake for its memory raises: what native code would do with the null
-    pointer that it would otherwise get is nobody's guess.
+    The operands themselves belong to the trace, and a forward may write into them. Asking such a
+    fake for its memory raises: native code would otherwise receive a null pointer, which is
+    undefined behaviour.
 
     Args:
         runner: Runs the forward.
-        operands: Of tensors only the form counts.
-        source: What the forward is, see `OutputSpec.source`. Only a ``fake`` may return sizes that
-            depend on values.
+        operands: The operands; the values of tensors are not used.
+        source: See `OutputSpec.source`. Only a ``fake`` may return sizes that depend on values.
 
     Raises:
-        UnsupportedValue: If no op can do what it does.
-        Exception: Whatever it raises.
+        UnsupportedValue: If the forward does something that no op can do.
+        Exception: Whatever the forward raises.
     """
     given = [v for v in operands if isinstance(v, Tensor)]
     with (
-        torch.inference_mode(False),  # tensors of inference mode do not count what writes to them
+        torch.inference_mode(False),  # inference tensors have no version counters
         torch.no_grad(),
         _torch.fakes_apart(given),
         _torch.forgetting_unbacked_symbols(),
     ):
         fakes = [_like(v) if isinstance(v, Tensor) else v for v in operands]
-        told, tensors = observe(runner, fakes)
+        spec, tensors = observe(runner, fakes)
     known = {symbol for v in operands for symbol in _torch.free_unbacked_symbols(v)}
     fresh = any(_torch.free_unbacked_symbols(t) - known for t in tensors)
     if fresh and source != "fake":
@@ -60,7 +63,7 @@ def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> O
             "the layer is made extensible, a shape function that takes such a size from "
             "torch.library.get_ctx().new_dynamic_size()"
         )
-    return told._replace(source=source, fresh=fresh)
+    return spec._replace(source=source, fresh=fresh)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -71,25 +74,25 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class ShapeFunction:
-    """The shapes of what one form of call returns."""
+    """Returns the specs of a call's results; one object for each call signature."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._known: dict[Any, tuple[TensorSpec, ...]] = {}
 
     def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
-        """The results of a call with ``operands``, of which the values are never looked at."""
+        """Return the specs for a call with ``operands``, whose values are never read."""
         key = static_key(operands)
         if key is None or key not in self._known:
-            told = self._source(operands)
-            if key is None or told.fresh:  # each call has sizes of its own
-                return told.results
-            remember(self._known, key, told.results)
+            spec = self._source(operands)
+            if key is None or spec.fresh:  # sizes that are created anew for each call
+                return spec.results
+            remember(self._known, key, spec.results)
         return self._known[key]
 
 
 def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that shapes may depend on; None where some of it is symbolic."""
+    """Return everything that shapes may depend on, or None where a part of it is symbolic."""
     key: list[Any] = []
     for value in operands:
         if isinstance(value, Tensor):
@@ -107,17 +110,21 @@ def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
 def infer_output(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
 ) -> tuple[Source, OutputSpec]:
-    """What ``call`` returns, and what tells it of other calls of the form.
+    """Infer the output of a call.
 
-    The layer's ``fake`` stands alone where there is one. Else it is the first that can of
+    Only the layer's ``fake`` is used where it has one. Else the first of these that works:
 
     1. the kernel on fakes, whose results are what the graph will get;
-    2. the reference on fakes, which mostly can where the kernel is native code;
-    3. the kernel run for real, on small inputs that are made up (`kernelgraph.graph.infer.probe`).
+    2. the reference on fakes, which usually works where the kernel is native code;
+    3. the kernel on small real inputs that are made up (`kernelgraph.graph.infer.probe`).
+
+    Returns:
+        A function that infers the output of other calls with this signature, and the spec of this
+        call's output.
 
     Raises:
-        UnknownShape: If none can, or the ``fake`` raises.
-        UnsupportedValue: If the kernel or the reference does what no op can.
+        UnknownShape: If none of them works, or the ``fake`` raises.
+        UnsupportedValue: If the kernel or the reference does something that no op can do.
         AttributeError: If the kernel reads an attribute that the layer does not have.
     """
     if layer.fake is not None:
@@ -134,34 +141,33 @@ def infer_output(
     attempts: list[tuple[str, Source]] = [
         ("the kernel", _on_fakes("kernel", kernel.forward, call)),
         ("the reference", _on_fakes("reference", layer.reference, call)),
-        ("the kernel on inputs made up for it", Probe(Runner(kernel.forward, call))),
+        ("the kernel on sample inputs", Probe(Runner(kernel.forward, call))),
     ]
     errors = []
     for what, source in attempts:
         try:
             if what == "the kernel" and static_key(operands) is None:
-                # A run that fails on symbolic sizes has guarded them by then, for nothing.
+                # First at fixed sizes: a run that fails on symbolic ones leaves useless guards.
                 _at_hints(source, operands)
             return source, source(operands)
         except Exception as error:
             if isinstance(error, AttributeError):
                 _explain_attribute(error, what, kernel, layer, call)
-            # On fakes a kernel may do what it does only there.
+            # What a kernel does on fakes it may not do on real tensors, so only the others count.
             if isinstance(error, _DependsOnValues) or (
                 isinstance(error, UnsupportedValue) and what != "the kernel"
             ):
                 raise
             errors.append(f"{what}: {_text(error)}")
     raise UnknownShape(
-        f"the shape of what kernel {kernel} returns for layer {layer.layer_name} cannot be told "
-        "by running it or the layer on fake tensors, nor by probing it; pass fake= where the "
+        f"cannot infer the shape of what kernel {kernel} returns for layer {layer.layer_name}: "
+        "neither it nor the layer runs on fake tensors, and probing it fails; pass fake= where the "
         f"layer is made extensible ({'; '.join(errors)})"
     )
 
 
 def _at_hints(source: Source, operands: Sequence[Any]) -> OutputSpec:
-    """What ``source`` tells of a call with the sizes that symbols have in the call that is traced;
-    nothing is guarded."""
+    """Call ``source`` with the values that symbols have in the traced call, without guards."""
     known = sample_inputs.sizes_now(operands)
 
     def static(value: Any) -> Any:
@@ -191,7 +197,7 @@ def _on_fakes(source: str, forward: Callable[..., Any], call: Call) -> Source:
 
 
 def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
-    """A hub layer's bare annotations say which attributes it wants."""
+    """Check that the layer has the attributes that the hub layer's bare annotations declare."""
     declared = {n for base in kernel.layer.__mro__ for n in _annotations(base)}
     for path in call.state.absent:
         if path[0] in declared:
@@ -207,7 +213,7 @@ def _annotations(cls: type) -> frozenset[str]:
 def _explain_attribute(
     error: AttributeError, what: str, kernel: Kernel, layer: Extensible, call: Call
 ) -> None:
-    """Say more of an attribute that the object in the layer's place does not have."""
+    """Raise a clearer error for an attribute that the stand-in for the layer does not have."""
     if type(error.obj) not in [cls for _, cls in call.state.nodes]:
         return
     for path, kind in call.state.untaken:
@@ -228,37 +234,44 @@ def _no_attribute(kernel: Kernel, layer: Extensible, name: str) -> AttributeErro
 
 
 class Effects(NamedTuple):
-    """The operands that a call writes into."""
+    """The operands that a call writes into, by number."""
 
     kernel: tuple[int, ...]
+    """The operands that the kernel writes into."""
     layer: tuple[int, ...]
-    """Those that the layer's reference writes into: what is in them is part of its result."""
+    """The operands that the reference writes into. Their new values are part of the result."""
 
 
 def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], told: OutputSpec
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], spec: OutputSpec
 ) -> Effects:
-    """What kernel and reference write into, as far as runs on fakes tell, or the probe; one of
-    which ``told`` comes from.
+    """Find the operands that kernel and reference write into, as far as runs on fakes or the
+    probe show.
+
+    Args:
+        kernel: The kernel.
+        layer: The layer that it stands in for.
+        call: The signature of the call.
+        operands: The operands of the call.
+        spec: The result of `infer_output` for this call; its run is not repeated.
 
     Raises:
-        UnsupportedValue: If the reference does what no op can.
+        UnsupportedValue: If the reference does something that no op can do.
         RuntimeError: If the two do not return the same structure.
     """
-    # One of the two runs is the one that told the shapes.
-    kernels: OutputSpec | None = told
-    references: OutputSpec | None = told
-    if told.source != "kernel":
+    kernels: OutputSpec | None = spec
+    references: OutputSpec | None = spec
+    if spec.source != "kernel":
         kernels = _attempt("kernel", kernel.forward, call, operands)
-    if told.source != "reference":
+    if spec.source != "reference":
         references = _attempt("reference", layer.reference, call, operands)
     if kernels and references and references.output != kernels.output:
         raise RuntimeError(
             f"kernel {kernel} returns {kernels.output.describe()} for layer "
             f"{layer.layer_name}, which returns {references.output.describe()}"
         )
-    if kernels is None and told.source == "probe":
-        kernels = told
+    if kernels is None and spec.source == "probe":
+        kernels = spec
     return Effects(kernels.written if kernels else (), references.written if references else ())
 
 
@@ -269,15 +282,17 @@ def differentiable(
     wanted: Sequence[bool],
     written: Sequence[int],
 ) -> tuple[bool, ...] | None:
-    """Which results a gradient flows through, by a run of the reference on fakes; None where that
-    does not run.
+    """Find the results that a gradient flows through, by a run of the reference on fakes.
 
     Args:
         layer: The layer that is called.
-        call: The form of the call.
-        operands: Its operands.
-        wanted: Of which of them gradients are wanted.
-        written: The operands that the reference writes into: results too, behind the others.
+        call: The signature of the call.
+        operands: The operands of the call.
+        wanted: For each operand, whether a gradient is wanted of it.
+        written: The operands that the reference writes into; they are further results.
+
+    Returns:
+        A flag for each result, or None where the reference does not run on fakes.
     """
     given = [v for v in operands if isinstance(v, Tensor)]
     try:
@@ -291,11 +306,11 @@ def differentiable(
                 _like(v).requires_grad_(needed) if isinstance(v, Tensor) else v
                 for v, needed in zip(operands, wanted, strict=True)
             ]
-            # A layer may write into what it is given, which it could not if these were leaves.
+            # Clones, since a layer that writes into its arguments could not write into leaves.
             fakes = [v.clone() if i in written else v for i, v in enumerate(leaves)]
             results, _ = flatten_tensors(Runner(layer.reference, call)(fakes))
             results += [fakes[i] for i in written]
-    except Exception:  # native code, say
+    except Exception:  # native code, for example
         return None
     return tuple(result.requires_grad for result in results)
 
@@ -310,5 +325,5 @@ def _attempt(
         return None
     except UnsupportedValue:
         raise
-    except Exception:  # native code, say
+    except Exception:  # native code, for example
         return None

@@ -103,10 +103,10 @@ def refuses(self, x):
 
 
 ERROR = (
-    r"the shape of what kernel tests@[0-9a-f]+: Toy returns for layer Layer cannot be told by "
-    r"running it or the layer on fake tensors, nor by probing it; pass fake= where the layer is "
+    r"cannot infer the shape of what kernel tests@[0-9a-f]+: Toy returns for layer Layer: neither "
+    r"it nor the layer runs on fake tensors, and probing it fails; pass fake= where the layer is "
     r"made extensible \(the kernel: RuntimeError: .*numpy.*; the reference: \w+: .*; the kernel on "
-    r"inputs made up for it: ValueError: a sum of zero\)"
+    r"sample inputs: ValueError: a sum of zero\)"
 )
 
 
