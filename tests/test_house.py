@@ -65,7 +65,7 @@ def test_only_the_private_torch_wing_reads_version_counters() -> None:
 
 
 def test_docstring_begins_with_the_thing_or_the_verb() -> None:
-    """"What …", "Of …" and the like have no subject or no verb."""
+    """ "What …", "Of …" and the like have no subject or no verb."""
     vague = re.compile(r"(What|Of|Have|Where|Whether it may|See that|How it) ")
     found = []
     for path in MODULES + DOORS:

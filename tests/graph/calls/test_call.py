@@ -107,7 +107,7 @@ def same(one: Any, other: Any) -> bool:
 
 @settings(max_examples=150)
 @given(VALUES)
-def test_putting_leaves_undoes_taking_them(value):
+def test_unflatten_undoes_flatten(value):
     leaves, template = flatten(value)
     assert all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
     assert same(template.unflatten(leaves), value)
@@ -117,7 +117,7 @@ def test_putting_leaves_undoes_taking_them(value):
 
 
 @given(VALUES)
-def test_of_an_output_only_tensors_are_leaves(value):
+def test_flatten_tensors_takes_only_tensors(value):
     leaves, template = flatten_tensors(value)
     assert all(isinstance(leaf, Tensor) for leaf in leaves)
     assert same(template.unflatten(leaves), value)
@@ -144,7 +144,7 @@ class Words(str):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_other_values_are_refused_by_their_type(value, kind):
+def test_flatten_refuses_other_values_by_type(value, kind):
     message = f"a {kind} is passed or returned: an op takes and gives tensors, numbers and plain"
     for nested in (value, [1, {"a": (value,)}]):
         with pytest.raises(UnsupportedValue, match=re.escape(message)):
@@ -163,7 +163,7 @@ AWKWARD = [
 library = torch.library.Library("kernelgraph_test_call", "FRAGMENT")
 
 
-def test_every_name_is_one_that_an_op_can_have():
+def test_operand_names_are_accepted_by_the_schema_parser():
     names = _unique([*AWKWARD, *AWKWARD])
     assert len(set(names)) == len(names)
     for i, name in enumerate(names):
@@ -174,7 +174,7 @@ def test_every_name_is_one_that_an_op_can_have():
 
 
 @given(st.lists(st.text(max_size=4), max_size=8))
-def test_names_are_distinct_identifiers(texts):
+def test_operand_names_are_distinct_identifiers(texts):
     names = _unique(texts)
     assert len(set(names)) == len(texts)
     assert all(name.isascii() and name.isidentifier() for name in names)
@@ -195,7 +195,7 @@ class Layer(nn.Module):
         return self.act(x * self.weight + self.eps) * scale
 
 
-def test_a_call_names_its_operands():
+def test_call_names_its_operands():
     x = torch.ones(2)
     call, operands = call_of(Layer(), x, 3, [x, 4.0], scale=2.0, masks={"a": x}, flag=True)
     assert call.schema == (
@@ -210,7 +210,7 @@ def test_a_call_names_its_operands():
     assert [type(o) for o in operands[6:]] == [nn.Parameter, float]
 
 
-def test_an_autocast_region_belongs_to_the_form():
+def test_call_includes_the_autocast_region():
     x = torch.ones(2)
     with torch.autocast("cpu", torch.bfloat16):
         inside, _ = call_of(Layer(), x)
@@ -244,7 +244,7 @@ X = torch.ones(2)
         (((X, Color.RED), {}), ((X, "red"), {})),
     ],
 )
-def test_another_form_is_described_otherwise(one, other):
+def test_call_of_another_signature_has_another_description(one, other):
     layer = Layer()
 
     def described(arguments):
@@ -254,7 +254,7 @@ def test_another_form_is_described_otherwise(one, other):
     assert described(one) != described(other)
 
 
-def test_numbers_and_sizes_do_not_belong_to_the_form():
+def test_call_excludes_numbers_and_sizes():
     one, other = call_of(Layer(), X, 2)[0], call_of(Layer(), torch.ones(5), 3)[0]
     assert one.describe() == other.describe()
 
@@ -264,7 +264,7 @@ def described_here() -> str:
     return call_of(layer, X, 1, {"b": X, "a": None}, scale=(X, "é"))[0].describe()
 
 
-def test_a_form_is_described_alike_in_another_process():
+def test_call_has_the_same_description_in_another_process():
     done = subprocess.run(
         [
             sys.executable,

@@ -29,7 +29,7 @@ class Constants(dict[str, Any]):
 
 @settings(max_examples=150)
 @given(VALUES)
-def test_an_expression_makes_what_was_taken_apart(value: Any) -> None:
+def test_expression_evaluates_to_the_unflattened_value(value: Any) -> None:
     """What an expression evaluates to is what `Template.unflatten` makes."""
     leaves, template = flatten(value)
     constants = Constants()
@@ -40,7 +40,7 @@ def test_an_expression_makes_what_was_taken_apart(value: Any) -> None:
 
 
 @given(st.one_of(st.floats(), st.integers(), st.booleans(), st.none(), st.text()))
-def test_a_literal_is_the_value(value: Any) -> None:
+def test_literal_evaluates_to_the_value(value: Any) -> None:
     constants = Constants()
     made = evaluated(literal(value, constants), constants)
     assert type(made) is type(value)
@@ -58,7 +58,7 @@ def test_a_literal_is_the_value(value: Any) -> None:
         (("a", "0", "class"), "getattr(getattr(x.a, '0'), 'class')"),
     ],
 )
-def test_access_is_what_read_does(path: Path, text: str) -> None:
+def test_access_evaluates_to_what_read_returns(path: Path, text: str) -> None:
     assert access("x", path) == text
     inner = SimpleNamespace(b=1, **{"0": SimpleNamespace(**{"class": 2})})
     value = SimpleNamespace(a=[{"k'": 3}] if (0,) in path else inner)

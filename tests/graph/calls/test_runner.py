@@ -17,7 +17,7 @@ from tests.graph.calls.test_call import Layer, X
 from tests.support.op_calls import call_of
 
 
-def test_a_runner_makes_the_call_again():
+def test_runner_makes_the_call_again():
     layer = Layer()
     call, operands = call_of(layer, X, {"a": [X]}, scale=2.0)
     runner = Runner(Layer.forward, call)
@@ -34,7 +34,7 @@ class Joined(nn.Module):
         return (len(xs), sorted(table), len(flags))
 
 
-def test_containers_among_the_arguments_are_new_for_each_call():
+def test_runner_makes_new_argument_containers_for_each_call():
     call, operands = call_of(Joined(), X, [X], {"a": X}, flags=["f"])
     runner = Runner(Joined.forward, call)
     assert [runner(operands) for _ in range(3)] == [(2, ["a", "new"], 2)] * 3
@@ -43,7 +43,7 @@ def test_containers_among_the_arguments_are_new_for_each_call():
     assert [runner(operands) for _ in range(3)] == [(1, ["new"], 1)] * 3
 
 
-def test_threads_do_not_see_each_other():
+def test_runner_keeps_threads_apart():
     barrier = threading.Barrier(8)
 
     def forward(self, x, *rest, scale=1.0, **more):
@@ -62,7 +62,7 @@ def test_threads_do_not_see_each_other():
             assert [r[0].item() for r in results] == [2.0 * i**3 for i in range(8)]
 
 
-def test_a_forward_may_call_itself():
+def test_runner_serves_a_forward_that_calls_itself():
     def forward(self, x, *rest, scale=1.0, **more):
         if scale > 0:
             inner = runner([x + 1, scale - 1, *operands[2:]])
@@ -76,7 +76,7 @@ def test_a_forward_may_call_itself():
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_runner_keeps_no_tensor(fails, nested):
+def test_runner_keeps_no_tensor_between_calls(fails, nested):
     def forward(self, *args, **kwargs):
         if fails:
             raise ValueError("toy")
@@ -106,7 +106,7 @@ def test_a_runner_keeps_no_tensor(fails, nested):
     assert [r() for r in references] == [None] * len(references)
 
 
-def test_observing_a_call_tells_what_it_sets():
+def test_observe_names_the_attributes_that_a_call_sets():
     def helper(layer):
         layer.inner.cache = 1
         layer.count = 2
@@ -125,7 +125,7 @@ def test_observing_a_call_tells_what_it_sets():
         Runner(Outer.forward, call).observe(operands)
 
 
-def test_a_runner_works_in_the_autocast_region_of_its_call():
+def test_runner_enters_the_autocast_region_of_its_call():
     layer = nn.Linear(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
         call, operands = call_of(layer, X)

@@ -28,7 +28,7 @@ shapes = st.lists(
 
 
 @given(shapes, st.sets(st.sampled_from([9, 64, 16]), max_size=2))
-def test_sizes_are_reduced_consistently(shapes, fixed):
+def test_reduced_sizes_keep_their_relations(shapes, fixed):
     """Equal sizes stay equal, others distinct and in order; none grows; last dimensions, fixed
     sizes and those up to 8 stay."""
     before = [form(shape) for shape in shapes]
@@ -46,7 +46,7 @@ def test_sizes_are_reduced_consistently(shapes, fixed):
     assert [became[n] for n in free] == sorted(became[n] for n in free)
 
 
-def test_what_the_sizes_become():
+def test_reduced_sizes_are_small_multiples_of_4():
     x, y, index = form((4, 2048, 64)), form((2048, 1, 64)), form((300, 2), dtype=torch.int64)
     made = reduced([x, y, index, 2048, 300, 7, 0.5], {64})
     assert [f.sizes for f in made[:3]] == [(4, 16, 64), (16, 1, 64), (12, 2)]
@@ -57,7 +57,7 @@ layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "pa
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=4), layouts, st.data())
-def test_strides_are_rescaled_as_the_layout_is(sizes, layout, data):
+def test_rescaled_strides_keep_the_layout(sizes, layout, data):
     """The strides for other sizes are those that the same views would have there."""
     others = [1 if n == 1 else data.draw(st.integers(2, 30)) for n in sizes]
 
@@ -84,7 +84,7 @@ def test_strides_are_rescaled_as_the_layout_is(sizes, layout, data):
     st.lists(st.tuples(st.integers(1, 6), st.integers(0, 40)), max_size=4),
     st.data(),
 )
-def test_no_layout_overlaps_that_did_not(dims, data):
+def test_rescaled_strides_add_no_overlap(dims, data):
     """Whatever the strides: where no two elements share memory, none do at other sizes."""
     sizes, strides = [n for n, _ in dims], [s for _, s in dims]
     others = [1 if n == 1 else data.draw(st.integers(2, 6)) for n in sizes]
@@ -121,13 +121,13 @@ def operands(x, index, **kwargs):
 X, INDEX = torch.randn(100, 16), torch.zeros(100, 1, dtype=torch.int64)
 
 
-def test_the_weights_are_the_layers_own():
+def test_operands_use_the_weights_of_the_layer():
     made = operands(X, INDEX)
     assert torch.equal(made["weight"], torch.ones(16))
     assert made["x"].shape == (100, 16)
 
 
-def test_in_a_trial_parameters_are_disturbed_and_buffers_not():
+def test_trial_operands_disturb_parameters_and_not_buffers():
     made = operands(X, INDEX, trial=True)
     assert 0.1 < made["weight"].std() < 0.6
     assert 0.03 < made["zero"].std() < 0.3
@@ -136,7 +136,7 @@ def test_in_a_trial_parameters_are_disturbed_and_buffers_not():
     assert not made["index"].any()
 
 
-def test_equal_ones_for_equal_seeds():
+def test_operands_are_equal_for_equal_seeds():
     module = Layer()
     call, given_ = call_of(module, X, INDEX)
     maker = Operands(call, given_, module, trial=True)
@@ -178,11 +178,11 @@ def bounds(run, *args):
         (lambda table, index: table[index + 1_000_000], {}),
     ],
 )
-def test_what_tells_the_range_of_an_index(run, bound):
+def test_index_bounds_finds_the_range_of_an_index(run, bound):
     assert bounds(run, torch.randn(5, 16), torch.zeros(40, 2, dtype=torch.int64)) == bound
 
 
-def test_two_indices():
+def test_index_bounds_finds_the_ranges_of_two_indices():
     table = torch.randn(5, 3, 16)
     index = torch.zeros(40, 2, dtype=torch.int64)
     assert bounds(lambda t, i, j: t[i, j], table, index, index) == {1: 5, 2: 3}
@@ -194,7 +194,7 @@ def test_two_indices():
     st.integers(0, 9),
     st.booleans(),
 )
-def test_indices_are_in_range_to_the_last_and_distinct_in_a_row(sizes, dtype, seed, expanded):
+def test_indices_reach_the_bound_and_differ_in_a_row(sizes, dtype, seed, expanded):
     """All are below the bound, one is the last below it, and a row has each once where it can."""
     table, index = torch.randn(6, 16), torch.zeros(sizes, dtype=dtype)
     if expanded and sizes:

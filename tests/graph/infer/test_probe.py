@@ -99,7 +99,7 @@ def explicable(draw: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 @given(explicable(), st.lists(st.integers(1, 200), min_size=4, max_size=4))
 @example(("product", (0, 1), 1, 2), [9, 12, 1, 1])
-def test_a_probe_tells_what_the_kernel_gives_at_any_sizes(formula, sizes):
+def test_probe_infers_the_shape_at_any_sizes(formula, sizes):
     """Whatever the kernel's shape is made of, dims, constants, products and sums, the probe tells
     at every size the shape that the kernel then has."""
     kind, terms, constant, count = formula
@@ -127,7 +127,7 @@ POOL = {
 
 
 @pytest.mark.parametrize("name", POOL)
-def test_what_no_formula_gives_is_refused(name):
+def test_probe_refuses_a_size_without_a_formula(name):
     def native(self, x, y):
         return torch.from_numpy(np.zeros(POOL[name](len(x.numpy()), len(y.numpy()))))
 
@@ -139,7 +139,7 @@ def test_what_no_formula_gives_is_refused(name):
 
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=2), min_size=1), st.data())
-def test_an_explanation_holds_in_every_run(runs, data):
+def test_explain_finds_the_simplest_formula_of_all_runs(runs, data):
     """`explain` gives no formula that one of its runs contradicts, and the shortest there is."""
     values = data.draw(st.lists(st.integers(0, 99), min_size=len(runs), max_size=len(runs)))
     formula = explain(values, runs, [0, 1])
@@ -172,7 +172,7 @@ def native_scale(self, x):
 WEIGHT = {"weight": nn.Parameter(torch.ones(16))}
 
 
-def test_a_static_call_is_run_at_its_own_sizes():
+def test_probe_runs_a_static_call_at_its_own_sizes():
     probed = Probed(native_scale, torch.ones(6, 16), **WEIGHT)
     (result,) = probed().results
     assert (result.shape, result.dtype) == ((6, 16), torch.float32)
@@ -180,7 +180,7 @@ def test_a_static_call_is_run_at_its_own_sizes():
     assert probed.at((6, 16)) == [(6, 16)]
 
 
-def test_each_dynamic_size_is_varied_alone_and_then_all():
+def test_probe_varies_each_dynamic_size_alone_and_then_all():
     probed = Probed(lambda self, x, y: x + y[0], torch.ones(6, 7, 16), torch.ones(9, 16))
     (result,) = probed((0, 0), (0, 1), (1, 0)).results
     assert [str(n) for n in result.shape][2:] == ["16"]
@@ -194,7 +194,7 @@ def test_each_dynamic_size_is_varied_alone_and_then_all():
     assert all(a != b for a, b in zip(together, first, strict=True))
 
 
-def test_a_size_that_equals_one_of_the_weights_stays_it():
+def test_probe_keeps_a_size_that_equals_one_of_a_weight():
     """A native kernel given another would read beyond the weight."""
     probed = Probed(native_scale, torch.ones(6, 16), **WEIGHT)
     (result,) = probed((0, 0), (0, 1)).results
@@ -204,7 +204,7 @@ def test_a_size_that_equals_one_of_the_weights_stays_it():
     assert len(probed.env.guards) == 1
 
 
-def test_sizes_that_are_equal_in_the_call_stay_equal():
+def test_probe_keeps_equal_sizes_equal():
     probed = Probed(
         lambda self, x, y: torch.from_numpy(x.numpy() + y.numpy()), *[torch.ones(6)] * 2
     )
@@ -214,7 +214,7 @@ def test_sizes_that_are_equal_in_the_call_stay_equal():
     assert probed.at((8,), (8,)) == [(8,)]
 
 
-def test_sizes_follow_the_symbols_they_are_made_of():
+def test_probe_varies_expressions_with_their_symbols():
     def doubled(self, x, y):
         return torch.from_numpy(np.add(x.numpy().repeat(2), y.numpy()))
 
@@ -227,7 +227,7 @@ def test_sizes_follow_the_symbols_they_are_made_of():
     assert probed.at((5,), (10,)) == [(10,)]
 
 
-def test_other_relations_are_probed_anew():
+def test_probe_runs_again_for_other_relations_of_sizes():
     def longer(self, x, y):
         return torch.from_numpy(np.zeros(len(y.numpy()) - len(x.numpy())))
 
@@ -241,7 +241,7 @@ def test_other_relations_are_probed_anew():
     assert len(probed.runs) == count + 2
 
 
-def test_where_small_sizes_are_refused_multiples_of_the_own_are_tried():
+def test_probe_tries_multiples_of_own_sizes_where_small_ones_raise():
     def blocks(self, x):
         if x.shape[0] % 16:
             raise ValueError("not a multiple of 16")
@@ -253,7 +253,7 @@ def test_where_small_sizes_are_refused_multiples_of_the_own_are_tried():
     assert probed.at((64, 2)) == [(64, 2)]
 
 
-def test_numbers_count_as_sizes():
+def test_probe_varies_numbers_like_sizes():
     def repeats(self, x, n):
         return torch.from_numpy(np.zeros((n, len(x.numpy()))))
 
@@ -268,7 +268,7 @@ def test_numbers_count_as_sizes():
 # --- what is run, and what is left of it --------------------------------------------------------
 
 
-def test_operands_are_made_up_like_those_of_the_call():
+def test_probe_inputs_are_like_the_operands():
     seen: list[Any] = []
 
     def looks(self, *xs):
@@ -294,7 +294,7 @@ def test_operands_are_made_up_like_those_of_the_call():
     assert zeros == [False, False, False, True, True, False, False, True]
 
 
-def test_the_values_differ_from_run_to_run():
+def test_probe_inputs_differ_between_runs():
     def branch(self, x):
         return torch.from_numpy(x.numpy()[x.numpy() > 0])
 
@@ -302,7 +302,7 @@ def test_the_values_differ_from_run_to_run():
         Probed(branch, torch.ones(64))()
 
 
-def test_nothing_is_left_of_a_probe():
+def test_probe_leaves_no_trace():
     x, seen = torch.ones(4), []
 
     def draws(self, x):
@@ -322,7 +322,7 @@ def test_nothing_is_left_of_a_probe():
         assert isinstance(torch.empty(1), FakeTensor)
 
 
-def test_what_a_kernel_writes_into_is_told():
+def test_probe_finds_the_operands_that_a_kernel_writes_into():
     def writes(self, x, y):
         y.numpy()
         y.add_(1)
@@ -331,7 +331,7 @@ def test_what_a_kernel_writes_into_is_told():
     assert Probed(writes, torch.ones(4), torch.ones(4))().written == (1,)
 
 
-def test_a_kernel_may_compile_something_of_its_own():
+def test_probe_allows_a_kernel_to_compile_something():
     inner = torch.compile(lambda x: x * 2, backend="eager")
 
     def nested(self, x):
@@ -341,7 +341,7 @@ def test_a_kernel_may_compile_something_of_its_own():
     torch.compiler.reset()
 
 
-def test_what_a_kernel_raises_comes_through():
+def test_probe_raises_the_error_of_the_kernel():
     def fails(self, x):
         raise ValueError(f"no {tuple(x.shape)}")
 
@@ -357,12 +357,12 @@ def test_what_a_kernel_raises_comes_through():
         (lambda self, x: setattr(self, "y", x.numpy()) or x, "sets y of the layer"),
     ],
 )
-def test_what_no_op_can_do_is_refused(forward, message):
+def test_probe_refuses_what_no_op_can_do(forward, message):
     with pytest.raises(UnsupportedValue, match=message):
         Probed(forward, torch.ones(4))()
 
 
-def test_another_form_of_result_for_other_inputs_is_refused():
+def test_probe_refuses_a_structure_that_depends_on_inputs():
     def ranks(self, x):
         return torch.from_numpy(x.numpy() if len(x) > 10 else x.numpy()[None])
 
@@ -371,7 +371,7 @@ def test_another_form_of_result_for_other_inputs_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["sparse", "subclass"])
-def test_a_tensor_that_cannot_be_made_up_is_an_error(kind):
+def test_probe_refuses_a_tensor_without_sample_values(kind):
     class Special(Tensor):
         pass
 
@@ -381,7 +381,7 @@ def test_a_tensor_that_cannot_be_made_up_is_an_error(kind):
         probed.probe([x])
 
 
-def test_more_dynamic_sizes_than_can_be_probed_are_refused():
+def test_probe_refuses_more_than_eight_dynamic_sizes():
     shape = tuple(range(2, 11))
     probed = Probed(
         lambda self, x: torch.from_numpy(x.numpy()),

@@ -82,7 +82,7 @@ def told_by(*works: str, fake: bool = False) -> list[str]:
     return [*ran, result.source]
 
 
-def test_fake_then_kernel_then_reference_then_probe():
+def test_infer_output_tries_fake_then_kernel_then_reference_then_probe():
     assert told_by("fake", "kernel", "reference", fake=True) == ["fake", "fake"]
     assert told_by("kernel", "reference") == ["kernel", "kernel"]
     assert told_by("reference") == ["kernel", "reference", "reference"]
@@ -110,7 +110,7 @@ ERROR = (
 )
 
 
-def test_one_error_says_why_nothing_tells_the_shape():
+def test_infer_output_raises_one_error_with_every_reason():
     with pytest.raises(UnknownShape, match=ERROR):
         lowered(layer(branches), kernel(refuses), torch.ones(4))
     fake = lambda self, x: torch.empty_like(x)  # noqa: E731
@@ -118,12 +118,12 @@ def test_one_error_says_why_nothing_tells_the_shape():
     assert lowered(layer(branches, fake), kernel(native), torch.ones(4))()[0].item() == 2
 
 
-def test_a_compile_ends_in_that_error():
+def test_compile_raises_the_error_of_infer_output():
     with pytest.raises(Exception, match=r"UnknownShape: " + ERROR):
         compiled(layer(branches), refuses)(torch.ones(4))
 
 
-def test_a_fake_that_raises_is_an_error_that_names_the_layer():
+def test_fake_that_raises_is_an_error_that_names_the_layer():
     def fake(self, x):
         raise TypeError("no")
 
@@ -145,14 +145,14 @@ def opaque(self, x):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_a_layer_and_a_kernel_that_no_fake_can_run(inner):
+def test_compile_probes_a_kernel_that_runs_on_no_fakes(inner):
     f = compiled(layer(loop), opaque, inner)
     for rows in (3, 5, 7):  # static, then dynamic
         x = torch.randn(rows, 4)
         assert torch.equal(f(x), x + rows)
 
 
-def test_what_a_probe_took_for_equal_is_guarded():
+def test_probe_guards_sizes_that_it_ties():
     def reference(self, x):
         return loop(self, x) * self.weight
 
@@ -168,12 +168,12 @@ def test_what_a_probe_took_for_equal_is_guarded():
         torch.testing.assert_close(f(x), x * module.weight + rows)
 
 
-def test_an_op_with_a_probe_holds_to_what_torch_asks_of_it():
+def test_op_with_a_probe_passes_opcheck():
     op = lowered(layer(loop), kernel(opaque), torch.randn(6, 4))
     torch.library.opcheck(op.overload, tuple(op.operands))
 
 
-def test_an_op_is_probed_in_the_middle_of_another_trace():
+def test_op_is_probed_inside_another_trace():
     """Its fake is asked by whoever traces, with sizes that were not there when it was made."""
     op = lowered(layer(loop), kernel(opaque), torch.randn(6, 4))
     for how in ("fake", "symbolic"):
@@ -184,7 +184,7 @@ def test_an_op_is_probed_in_the_middle_of_another_trace():
         assert len(node.users) == 1
 
 
-def test_a_number_that_is_dynamic_counts_as_a_size():
+def test_dynamic_number_counts_as_a_size():
     runs = []
 
     def repeats(self, x, n):
@@ -209,7 +209,7 @@ def test_a_number_that_is_dynamic_counts_as_a_size():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_probe_is_asked_anew_for_other_sizes(dynamic):
+def test_probe_runs_again_for_other_sizes(dynamic):
     def flattens(self, x):
         return torch.from_numpy(x.numpy().reshape(-1))
 
@@ -236,7 +236,7 @@ def fake_positive(self, x):
 
 
 @pytest.mark.parametrize("toy", [positive, native_positive])
-def test_such_sizes_are_refused_without_a_fake(toy):
+def test_data_dependent_size_is_refused_without_a_fake(toy):
     x = torch.randn(6, 4)
     for allowed in (False, True):
         mode = FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=allowed))
@@ -247,7 +247,7 @@ def test_such_sizes_are_refused_without_a_fake(toy):
 @pytest.mark.parametrize("toy", [positive, native_positive])
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_fake_may_say_so(toy, inner, dynamic):
+def test_fake_may_return_a_data_dependent_size(toy, inner, dynamic):
     module = nn.Sequential(layer(positive, fake_positive), nn.Linear(4, 4))
     f = compiled(module, toy, inner, dynamic=dynamic)
     for count in (9, 12):
@@ -259,7 +259,7 @@ def test_a_fake_may_say_so(toy, inner, dynamic):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_gradients_flow_through_such_sizes(inner):
+def test_gradient_flows_through_a_data_dependent_size(inner):
     def weighted(self, x):
         return positive(self, x) * self.weight
 
@@ -277,7 +277,7 @@ def test_gradients_flow_through_such_sizes(inner):
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_a_size_that_depends_on_values_on_the_way_in(native):
+def test_operand_may_have_a_data_dependent_size(native):
     """The result of one such layer is the argument of the next, which is probed."""
     first = layer(positive, fake_positive)
     second = type("Second", (nn.Module,), {"forward": loop, "__module__": __name__})
@@ -291,7 +291,7 @@ def test_a_size_that_depends_on_values_on_the_way_in(native):
         assert torch.equal(f(x), expected)
 
 
-def test_two_calls_have_sizes_of_their_own():
+def test_two_calls_have_separate_data_dependent_sizes():
     one = layer(positive, fake_positive)
     module = nn.Sequential(one)
 
@@ -303,7 +303,7 @@ def test_two_calls_have_sizes_of_their_own():
     torch.testing.assert_close(f(x, y), twice(x, y))
 
 
-def test_each_call_of_the_op_has_a_size_of_its_own():
+def test_each_op_call_has_its_own_data_dependent_size():
     mode = FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=False))
     op = lowered(
         layer(positive, fake_positive), kernel(native_positive), torch.randn(6, 4), mode=mode
@@ -320,7 +320,7 @@ def test_each_call_of_the_op_has_a_size_of_its_own():
     assert not env.allow_dynamic_output_shape_ops, "the rest of the graph is as the user set it"
 
 
-def test_what_a_fake_leaves_open_is_not_checked_and_the_rest_is():
+def test_op_checks_only_the_sizes_that_a_fake_states():
     wrong = lambda self, x: positive(self, x).sum(0)  # noqa: E731
     f = compiled(
         layer(positive, fake_positive), lambda self, x: torch.from_numpy(wrong(self, x).numpy())
@@ -329,7 +329,7 @@ def test_what_a_fake_leaves_open_is_not_checked_and_the_rest_is():
         f(torch.randn(6, 4))
 
 
-def test_sizes_inside_a_layer_may_depend_on_values():
+def test_layer_may_use_data_dependent_sizes_inside():
     """Whatever the user set for the rest of the graph."""
 
     def scatter(self, x):
