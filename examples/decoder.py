@@ -59,7 +59,7 @@ def _like_hidden_states(
     return torch.empty_like(hidden_states)
 
 
-# The loop below depends on the data: its output's shape can't be had by running it on fakes.
+# The loop below depends on the data, so a run on fakes cannot infer the output's shape.
 @use_kernel_forward_from_hub("MoEExperts", fake=_like_hidden_states)
 class MoEExperts(nn.Module):
     """hidden_states [T, H], top_k_index and top_k_weights [T, K] -> [T, H].

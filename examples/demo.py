@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def show(title: str, model: Decoder, input_ids: Tensor) -> None:
-    """Compile ``model`` with kernels; print what they are, how exact and how fast."""
+    """Compile ``model`` with kernels; print which they are, their errors and their times."""
     print(f"\n{title}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     compiled = with_progress(
         "compiling with hubkernels",
@@ -77,7 +77,7 @@ def show(title: str, model: Decoder, input_ids: Tensor) -> None:
     if model.config.experts and expected.dtype != torch.float32:
         print("  (rounding sends a token to another expert here and there)")
 
-    # Without the kernel the experts' loop breaks the graph; Inductor gets what it can.
+    # Without the kernel, the loop over experts breaks the graph.
     inductor = with_progress("compiling with Inductor", torch.compile(model), input_ids)
     calls = {
         "eager": model,
@@ -91,7 +91,7 @@ def show(title: str, model: Decoder, input_ids: Tensor) -> None:
 
 
 def with_progress(what: str, compiled: Any, input_ids: Tensor) -> Any:
-    """Call ``compiled`` for the first time, and say what it takes."""
+    """Call ``compiled`` for the first time, and print the time."""
     print(f"  {what} ...", end="", flush=True)
     started = time.perf_counter()
     compiled(input_ids)
@@ -100,7 +100,7 @@ def with_progress(what: str, compiled: Any, input_ids: Tensor) -> Any:
 
 
 def layer_errors(model: nn.Module, kernelized: nn.Module, input_ids: Tensor) -> dict[str, float]:
-    """The largest error of each kernel against its reference, on the model's own values."""
+    """Return the largest error of each kernel against its reference, on the model's own values."""
     errors: dict[str, float] = {}
 
     def compare(path: str) -> Callable[..., None]:
@@ -122,8 +122,8 @@ def layer_errors(model: nn.Module, kernelized: nn.Module, input_ids: Tensor) -> 
 
 
 def median_ms(calls: dict[str, Callable[[Tensor], Any]], input_ids: Tensor) -> dict[str, float]:
-    """The median time of each call in milliseconds; they take turns, so that a machine which is
-    slower for a while is slower for all."""
+    """Return the median time of each call in milliseconds. The calls take turns, so that a machine
+    that is slower for a while slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(RUNS + 2):
         for name, call in calls.items():

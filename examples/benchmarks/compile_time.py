@@ -1,7 +1,7 @@
-"""Compile time of a 16-layer decoder: hubkernels against Inductor alone.
+"""Compares compile times of a 16-layer decoder: hubkernels against Inductor alone.
 
-Each is compiled cold, in a process and a cache of its own, and then warm, in a second process with
-that cache; in turns. Targets: at most 1.05 of Inductor, cold and warm.
+Each compiles cold, in a new process with an empty cache, and then warm, in a second process with
+that cache. The two take turns. Targets: at most 1.05 of Inductor, cold and warm.
 
     python examples/benchmarks/compile_time.py
 """
@@ -41,7 +41,7 @@ def compile_once(backend: str) -> None:
     )
     model = Decoder(DecoderConfig(hidden=64, intermediate=128, layers=LAYERS)).to(device)
     input_ids = torch.randint(1024, (2, 32), device=device)
-    # What a process pays once whatever it compiles: imports, the toolchain, the kernel's load.
+    # A process pays once for imports, the toolchain and loading the kernel.
     torch.compile(Decoder(DecoderConfig(layers=1)).to(device), backend=backend)(input_ids)
     torch.compiler.reset()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def compile_once(backend: str) -> None:
 
 
 def seconds(backend: str, cache: str) -> float:
-    """How long the compile takes in a new process with ``cache``."""
+    """Return the seconds that the compile takes in a new process with ``cache``."""
     done = subprocess.run(
         [sys.executable, __file__, backend],
         env={
@@ -68,7 +68,7 @@ def seconds(backend: str, cache: str) -> float:
 
 
 def main() -> None:
-    """Compile with each backend in turns and print the ratios."""
+    """Compile with the backends in turns and print the ratios."""
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(RUNS):
         for backend in BACKENDS:

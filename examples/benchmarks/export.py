@@ -1,9 +1,9 @@
-"""What a program with kernels baked in costs beside the compiled model that it comes from.
+"""Compares a program with kernels baked in with the compiled model that it comes from.
 
-The decoder of the examples, with its kernels, in turn: as torch.compile has it, as a program that
-was saved and loaded, that compiled, and as a package of AOTInductor. All run the same kernels, and
-the ratios are those of medians of interleaved rounds. Target: the package at most 1.02 of the
-compiled model. Also: how long exporting, saving and loading take, and how large the files are.
+The example decoder runs with its kernels in four ways that take turns: compiled by torch.compile;
+as a program that was saved and loaded; that program compiled; and as an AOTInductor package. All
+run the same kernels. The ratios are those of medians. Target: the package at most 1.02 of the
+compiled model. It also prints the times of export, save and load, and the sizes of the files.
 
     python examples/benchmarks/export.py [--device cuda] [--experts 8] [--no-aot]
 """
@@ -95,12 +95,12 @@ def measure(model: Decoder, scratch: Path, device: str, aot: bool) -> None:
 
 
 def model_without_kernels(model: Decoder) -> Any:
-    """The model, if it can be exported without them; else what is left of it."""
+    """Return the model without kernels if it can be exported so, else the part that can."""
     return model if not model.config.experts else model.embed
 
 
 def timed(what: str, call: Callable[[], Any]) -> Any:
-    """Do it, and print how long that took."""
+    """Run a step and print how long it took."""
     started = time.perf_counter()
     made = call()
     print(f"{what}: {time.perf_counter() - started:.2f} s")
@@ -108,7 +108,7 @@ def timed(what: str, call: Callable[[], Any]) -> Any:
 
 
 def compare(tokens: torch.Tensor, ways: dict[str, Callable[..., Any]]) -> None:
-    """Print the median of each way, and its ratio to the first's."""
+    """Print the median of each way, and its ratio to that of the first."""
     for call in ways.values():
         for _ in range(5):
             call(tokens)

@@ -1,6 +1,6 @@
-"""What ``import kernelgraph`` adds to ``import torch``. Target: at most 3 %.
+"""Measures what ``import kernelgraph`` adds to ``import torch``. Target: at most 3 %.
 
-Each is timed in processes of its own, in turns.
+Each run is a new process.
 
     python examples/benchmarks/import_time.py
 """
@@ -21,7 +21,7 @@ started = time.perf_counter()
 import kernelgraph
 alone_s = time.perf_counter() - started
 for name in kernelgraph.__all__:  # each is loaded at its first use
-    if name != "rewrite":  # which needs torch's compiler, as long to load again as torch
+    if name != "rewrite":  # rewrite needs torch's compiler, which takes as long to load as torch
         getattr(kernelgraph, name)
 print(torch_s, alone_s, time.perf_counter() - started)
 """

@@ -1,6 +1,6 @@
-"""What ``kernelize`` costs a layer, and that the cost of a model grows with its size alone.
+"""Measures what ``kernelize`` costs for each layer, and that the cost grows linearly.
 
-The model is a stack of blocks that hold extensible layers of three classes, all of which get a
+The model is a stack of blocks that hold extensible layers of three classes, and each layer gets a
 kernel that is already loaded. ``named_modules()`` alone is the floor: every layer must be visited.
 
     python examples/benchmarks/kernelize.py
@@ -47,7 +47,7 @@ class Kernel(nn.Module):
 
 
 class ToyRepository:
-    """A repository whose kernel is there already."""
+    """A repository whose kernel is already loaded."""
 
     def load(self) -> type[nn.Module]:
         return Kernel
@@ -66,7 +66,7 @@ def model_of(layers: int) -> nn.Module:
 
 
 def microseconds(work: Callable[[nn.Module], object], model: nn.Module) -> float:
-    """The fastest of a few runs, in microseconds: what disturbs a run only ever slows it."""
+    """Return the fastest of a few runs, in microseconds: disturbances only slow a run down."""
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()

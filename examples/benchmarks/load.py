@@ -1,8 +1,8 @@
-"""What loading a kernel from the cache costs beside Python's own ``import`` of the same module.
+"""Compares loading a kernel from the cache with Python's own ``import`` of the same module.
 
 The kernel is served by a Hub on this machine, in a repository of the size of the Hub's larger ones
-(40 variants of 10 files), and is in the cache. Each round imports it anew. Its binary is small:
-what the digests of large ones cost is measured apart. Targets: at most 2 ms more than ``import``;
+(40 variants of 10 files), and is in the cache. Each round imports it again. Its binary is small;
+the digests of large ones are measured separately. Targets: at most 2 ms more than ``import``;
 no request where the commit is pinned, one otherwise; digests at hashlib's speed.
 
     python examples/benchmarks/load.py
@@ -45,7 +45,7 @@ DIGESTED = 200 * 1024 * 1024
 
 
 def main() -> None:
-    """Print each time, and the ratio to what it is held against."""
+    """Print each time, and its ratio to the time that it is compared with."""
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as scratch:
         os.environ |= {
             "HF_ENDPOINT": hub.endpoint,
@@ -96,7 +96,7 @@ def measure_loading(hub: LoopbackHub) -> None:
 
 
 def median(call: Callable[[], object], forget: str | None) -> float:
-    """The time of ``call``, in ms, each time with the modules of a prefix forgotten."""
+    """Return the time of ``call`` in ms; the modules of a prefix are dropped before each call."""
     times = []
     for _ in range(ROUNDS + 1):
         for module in [m for m in sys.modules if forget and m.startswith(forget)]:

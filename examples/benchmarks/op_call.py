@@ -1,16 +1,16 @@
-"""What a call of a kernel costs in a graph that Inductor compiled, over the kernel itself.
+"""Measures what a call of a kernel costs in a graph compiled by Inductor, over the kernel itself.
 
     python examples/benchmarks/op_call.py
 
-Compared are, call by call: the hub layer's forward called directly, as ``kernelize`` without
-``TORCH_COMPILE`` leaves it; the op that kernelgraph makes of it; and an op that is defined and
-implemented by hand with nothing around the same forward, which is the floor of what torch offers.
-The kernel does next to nothing, so what is seen is the way to it. A call's cost is the difference
-of graphs with 64 and with 16 calls of one layer, which leaves out what a graph and its guards
-cost. The aims: at most 4 us over the direct call, and at most 1.1 of the bare op.
+It compares three calls: the hub layer's forward called directly, as ``kernelize`` without
+``TORCH_COMPILE`` does; the op that kernelgraph makes of it; and an op defined and implemented by
+hand around the same forward, the least that torch offers. The kernel does almost nothing, so the
+time is that of the call. The cost of a call is the difference between graphs with 64 and with 16
+calls of one layer, which leaves out the graph and its guards. Targets: at most 4 us over the direct
+call, and at most 1.1 of the bare op.
 
-On a machine with a GPU the same graphs are also timed as CUDA graphs, where the aim is at most
-1.02 of the kernel alone, captured by hand.
+On a machine with a GPU the same graphs are also timed as CUDA graphs, where the target is at
+most 1.02 of the kernel alone, captured by hand.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Kernel(nn.Module):
 
 
 class ToyRepository:
-    """A repository whose kernel is there already."""
+    """A repository whose kernel is already loaded."""
 
     def load(self) -> type[nn.Module]:
         return Kernel
@@ -81,21 +81,21 @@ class Bare(Scale):
 
 
 def calls(layer: Callable[[Tensor], Tensor], count: int) -> Callable[[Tensor], Tensor]:
-    """A function that calls ``layer`` one time after the other."""
+    """Return a function that calls ``layer`` repeatedly."""
 
     def run(x: Tensor) -> Tensor:
         for _ in range(count):
             x = layer(x)
         return x
 
-    # Dynamo keeps what it compiled by code object, and looks through all of one's: each has its
-    # own, so that none is slowed down by the others.
+    # Dynamo keeps compiled code by code object and searches all entries of one. So each function
+    # has its own.
     run.__code__ = run.__code__.replace(co_name=f"run_{count}")
     return run
 
 
 def programs(device: str, options: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
-    """What is compared: functions from a number of calls to something that makes them."""
+    """Return the programs to compare: functions from a number of calls to a program."""
 
     def direct(count: int) -> Any:
         layer = kernelgraph.kernelize(Scale().to(device), mode=Mode.INFERENCE)
@@ -119,7 +119,7 @@ def programs(device: str, options: dict[str, Any]) -> dict[str, Callable[[int], 
 
 
 def cpu_times() -> dict[str, float]:
-    """Microseconds a call, the least of rounds in which all programs take turns."""
+    """Return microseconds per call, the least of rounds in which all programs take turns."""
     x = torch.ones(1, SIZE)
     made = {
         (name, count): make(count)
@@ -141,7 +141,7 @@ def cpu_times() -> dict[str, float]:
 
 
 def cuda_graph_times() -> dict[str, float]:
-    """Microseconds a call under CUDA graphs, from the medians of replays that take turns."""
+    """Return microseconds per call in CUDA graphs, from the medians of replays in turns."""
     x = torch.ones(1 << 16, SIZE, device="cuda")
     made = programs("cuda", {"triton.cudagraphs": True})
     runs: dict[tuple[str, int], Callable[[], Any]] = {}
@@ -166,7 +166,7 @@ def cuda_graph_times() -> dict[str, float]:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """What replays the kernels of ``run`` as a CUDA graph."""
+    """Return a function that replays the kernels of ``run`` as a CUDA graph."""
     for _ in range(3):
         run()
     graph = torch.cuda.CUDAGraph()

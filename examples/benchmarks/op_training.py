@@ -1,15 +1,14 @@
-"""What the forward and backward of a layer cost in a compiled graph, over its kernel alone.
+"""Measures the forward and backward of a layer in a compiled graph, over its kernel alone.
 
     python examples/benchmarks/op_training.py
 
-Compared are a function that calls layers, compiled with hubkernels, and the forwards of the same
-hub layers called eagerly, one after the other, each with the gradients of all that can have one.
-The calls do not depend on one another, as in a model's graph each has weights and inputs of its
-own, and there is nothing in the graph besides. A call's cost is the difference of many calls and
-few, divided; that leaves out what a graph and its guards cost. It is given as a whole, and up to
-where the GPU has got all its work, which is what the call costs the host.
+It compares a function that calls layers, compiled with hubkernels, with eager calls of the forwards
+of the same hub layers, each with all gradients. The calls are independent: each has its own weights
+and inputs, and the graph has nothing else. The cost of a call is the difference between many calls
+and few, divided by their number, which leaves out the graph and its guards. Two times are printed:
+the whole, and the time until the GPU has all its work, which is the cost on the host.
 
-The aims: at most 1.03 of the kernel's time, and no more memory. The shapes are those of the models
+Targets: at most 1.03 of the kernel's time, and no more memory. The shapes are those of the models
 in ``training.py``.
 """
 
@@ -32,7 +31,7 @@ from programs import DEVICE, DTYPE, MODELS, Kernels, kernel_sets, machine, mappe
 from training import TOKENS, peak_mb
 
 COUNTS = {"RMSNorm": (8, 32), "SiluAndMul": (8, 32), "MoEExperts": (2, 8)}
-"""How many calls there are in the two graphs of a layer; few of the experts, which are large."""
+"""The numbers of calls in the two graphs of a layer; few for the experts, which are large."""
 WARM_UP = 3
 ROUNDS = 40 if DEVICE == "cuda" else 15
 
@@ -42,7 +41,7 @@ Forward = Callable[[Inputs], list[Tensor]]
 
 
 def layers_and_inputs(name: str, count: int) -> tuple[Layers, Inputs]:
-    """Layers called ``name`` and the arguments of a call of each, with the model's shapes."""
+    """Return layers called ``name`` and arguments for a call of each, with the model's shapes."""
     title = "experts" if name == "MoEExperts" else "dense"
     config, (batch, length) = MODELS[title], TOKENS[title]
     make: dict[str, Callable[[], nn.Module]] = {
@@ -70,18 +69,18 @@ def layers_and_inputs(name: str, count: int) -> tuple[Layers, Inputs]:
 
 
 def eager(layers: Layers, hub_layer: type[nn.Module]) -> Forward:
-    """Calls of the kernel itself."""
+    """Return calls of the kernel itself."""
     calls = [functools.partial(hub_layer.forward, layer) for layer in layers]
     return lambda inputs: [call(*given) for call, given in zip(calls, inputs, strict=True)]
 
 
 def compiled(layers: Layers) -> Forward:
-    """Calls of the layers, in one graph."""
+    """Return calls of the layers, in one graph."""
 
     def run(inputs: Inputs) -> list[Tensor]:
         return [layer(*given) for layer, given in zip(layers, inputs, strict=True)]
 
-    # Each has its own code object, so that Dynamo keeps them apart.
+    # Each has its own code object, by which Dynamo keeps compiled code.
     run.__code__ = run.__code__.replace(co_name=f"run_{len(layers)}")
     forward: Forward = torch.compile(
         run, backend="hubkernels", fullgraph=True, options={"policy": "always"}
@@ -90,7 +89,7 @@ def compiled(layers: Layers) -> Forward:
 
 
 def step_of(forward: Forward, layers: Layers, inputs: Inputs) -> Callable[[], None]:
-    """The forward, and the gradients of all inputs and weights."""
+    """Run the forward, and compute the gradients of all inputs and weights."""
     wanted = [t for given in inputs for t in given if t.requires_grad]
     wanted += [parameter for layer in layers for parameter in layer.parameters()]
     gradients = [torch.randn_like(out) for out in forward(inputs)]
@@ -102,7 +101,7 @@ def step_of(forward: Forward, layers: Layers, inputs: Inputs) -> Callable[[], No
 
 
 def seconds(step: Callable[[], None]) -> tuple[float, float]:
-    """Until the step is done, and until the host is done with it."""
+    """Return the time until the step is done, and until the host is done with it."""
     synchronize()
     started = time.perf_counter()
     step()
@@ -130,7 +129,7 @@ def show(name: str, kernels: Kernels) -> None:
     def a_call(of: Callable[[str, int], float], way: str) -> float:
         return (of(way, many) - of(way, few)) / (many - few)
 
-    # Without a GPU the host does it all.
+    # Without a GPU the host does all the work.
     parts = ("as a whole", "on the host") if DEVICE == "cuda" else ("as a whole",)
     for part, what in enumerate(parts):
 

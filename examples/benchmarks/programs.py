@@ -1,4 +1,4 @@
-"""Ways to run the example decoder, and how long they take: what training.py and workloads.py share.
+"""Ways to run the example decoder, and their timing, for training.py and workloads.py.
 
 On a GPU the models are large and in bfloat16, elsewhere tiny and in float32.
 """
@@ -45,13 +45,13 @@ FUNCTIONS = {"RMSNorm": "rms_norm", "SiluAndMul": "silu_and_mul", "MoEExperts": 
 
 
 def decoder(config: DecoderConfig) -> Decoder:
-    """The model, with the device's own random numbers: a CPU would take seconds to draw them."""
+    """Return the model, with random weights drawn on the device: a CPU would take seconds."""
     with torch.device(DEVICE):
         return Decoder(config).to(DTYPE)
 
 
 class Loaded:
-    """A repository whose hub layer is there already."""
+    """A repository whose hub layer is already loaded."""
 
     def __init__(self, layer: type[nn.Module]) -> None:
         self.layer = layer
@@ -61,11 +61,11 @@ class Loaded:
 
 
 Kernels = dict[str, Any]
-"""Repositories, by the names of the layers that they are for."""
+"""Repositories by layer name."""
 
 
 def kernel_sets() -> dict[str, Kernels]:
-    """The sets of kernels that run here, by name."""
+    """Return the sets of kernels that run on this machine, by name."""
     root = build(backends=(DEVICE,))
     sets: dict[str, Kernels] = {
         "examples": {name: LocalLayerRepository(root, layer_name=name) for name in FUNCTIONS}
@@ -78,7 +78,7 @@ def kernel_sets() -> dict[str, Kernels]:
 
 
 def mapped(kernels: Kernels) -> Any:
-    """The scope in which ``kernels`` are chosen, and no others."""
+    """Return a mapping scope with ``kernels`` and no others."""
     return use_kernel_mapping({n: {DEVICE: k} for n, k in kernels.items()}, inherit_mapping=False)
 
 
@@ -97,12 +97,12 @@ class Program:
         self.kernels = kernels
 
     def begin(self) -> None:
-        """Let go of what the last step left: gradients, and results that CUDA graphs hold."""
+        """Free the gradients of the last step, and the results that CUDA graphs hold."""
         self.model.zero_grad()
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def step(self, input_ids: Tensor) -> Tensor:
-        """Forward, loss and backward; gives the loss."""
+        """Run forward, loss and backward; return the loss."""
         logits = self.call(input_ids)[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ class Program:
         return math.hypot(*(g.float().norm().item() for g in gradients))
 
     def told(self, result: Tensor) -> str:
-        """What the step that gave ``result`` computed, in words."""
+        """Describe the result of a step in words."""
         return f"loss {result.item():.4f}, gradient {self.gradient_norm():.4f}"
 
 
@@ -121,7 +121,7 @@ class Inference(Program):
     """A way to run a model for its logits."""
 
     def step(self, input_ids: Tensor) -> Tensor:
-        """The forward; gives the logits."""
+        """Run the forward; return the logits."""
         with torch.no_grad():
             logits: Tensor = self.call(input_ids)
         return logits
@@ -131,14 +131,14 @@ class Inference(Program):
 
 
 def calling(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function of its own that calls ``model``."""
+    """Return a new function, with its own code object, that calls ``model``."""
 
     def run(input_ids: Tensor) -> Tensor:
         out: Tensor = model(input_ids)
         return out
 
-    # Dynamo keeps what it compiled by code object and backend. With one code object for two sets
-    # of kernels the second would get the graph of the first.
+    # Dynamo keeps compiled code by code object and backend. With one code object, a second set of
+    # kernels would get the graph of the first.
     run.__code__ = run.__code__.replace(co_name="run")
     return run
 
@@ -146,7 +146,7 @@ def calling(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def median_ms(
     programs: dict[str, Program], input_ids: Tensor, rounds: int, limit_s: float
 ) -> dict[str, float]:
-    """The median time of each program's step in milliseconds. They take turns, the slow ones
+    """Return the median time of each program's step in milliseconds. They take turns, the slow ones
     fewer, so that a machine which is slower for a while is slower for all; in another order each
     time, since a device runs slower after what made it hot.
 
@@ -168,7 +168,7 @@ def median_ms(
 
 
 def seconds(program: Program, input_ids: Tensor) -> float:
-    """How long a step takes."""
+    """Return the time of a step."""
     program.begin()
     synchronize()
     started = time.perf_counter()
@@ -183,7 +183,7 @@ def synchronize() -> None:
 
 
 def machine() -> str:
-    """What this runs on. On a CPU it is one thread, since others may be busy."""
+    """Describe the device. A CPU gets one thread, since others may be busy."""
     if DEVICE == "cpu":
         torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "one thread"

@@ -1,16 +1,16 @@
-"""What the FX pass costs, that its cost grows with the graph alone, and its share of a compile.
+"""Measures the FX pass: its cost, that it grows linearly with the graph, its share of a compile.
 
-Three times: as the backend runs it, on the graph modules that Dynamo makes, whose code is written
-only when somebody calls them; on torch.fx's own, whose code is written at once; and as
-`kernelgraph.rewrite`, which also gives the new nodes their fake values.
+It runs three times: as the backend runs it, on graph modules of Dynamo, which generate code only
+when they are called; on graph modules of torch.fx, whose code is generated at once; and as
+`kernelgraph.rewrite`, which also gives the new nodes fake values.
 
 The graphs are chains of pointwise ops in which every tenth node is an extensible layer, a leaf,
-for which a kernel is there already. They are built with torch.fx, with fake values, and never run.
+whose kernel is already loaded. They are built with torch.fx, with fake values, and never run.
 
     python examples/benchmarks/rewrite.py
 
 The compiles that the pass is compared with run in the same process on smaller graphs of the same
-kind, for which the pass has been run, and are scaled up by their number of nodes: Inductor's, with
+kind, after the pass, and are scaled up by their number of nodes: Inductor's, with
 empty caches, and that of aot_eager, which traces the graph once more and generates no code.
 """
 
@@ -62,7 +62,7 @@ class Kernel(nn.Module):
 
 
 class ToyRepository:
-    """A repository whose kernel is there already."""
+    """A repository whose kernel is already loaded."""
 
     def load(self) -> type[nn.Module]:
         return Kernel
@@ -90,7 +90,7 @@ PASSES: dict[str, tuple[Run, type[fx.GraphModule]]] = {
 def graph_of(
     nodes: int, kind: type[fx.GraphModule] = _LazyGraphModule
 ) -> tuple[fx.GraphModule, Tensor]:
-    """A chain of ``nodes`` nodes, every tenth a layer, and the fake that it takes."""
+    """Return a chain of ``nodes`` nodes, every tenth a layer, and its fake input."""
     mode = FakeTensorMode()
     value = mode.from_tensor(torch.ones(8, SIZE))
     graph, root = fx.Graph(), nn.Module()
@@ -108,7 +108,7 @@ def graph_of(
 
 
 def seconds_of_pass(name: str, nodes: int) -> float:
-    """The fastest of a few runs: what disturbs a run only ever slows it."""
+    """Return the fastest of a few runs: disturbances only slow a run down."""
     run, kind = PASSES[name]
     best = float("inf")
     for _ in range(REPEATS):
@@ -123,7 +123,7 @@ def seconds_of_pass(name: str, nodes: int) -> float:
 
 
 def seconds_of_compile(backend: str, nodes: int) -> float:
-    """A backend's work on such a graph, the pass done."""
+    """Compile such a graph, after the pass."""
     graph_module, value = graph_of(nodes)
     backend_s(graph_module)
     context = TracingContext(value.fake_mode)  # type: ignore[attr-defined]

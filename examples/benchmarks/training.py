@@ -1,17 +1,17 @@
-"""A training step of a decoder, dense and with a mixture of experts, with kernels and without.
+"""Times a training step of a decoder, dense and with experts, with kernels and without.
 
     python examples/benchmarks/training.py [dense] [experts]
 
-Compared are the model run eagerly, eagerly with kernels (``kernelize``), compiled by Inductor, and
-by Inductor with kernels (hubkernels, each kernel that there is). The kernels are those of the
+It compares the model run eagerly, eagerly with kernels (``kernelize``), compiled by Inductor, and
+compiled by Inductor with every kernel (hubkernels). The kernels are those of the
 example repository and, on a machine with a GPU where the package is installed, liger-kernel's. A
 step is the forward, the loss and the backward; the optimizer, which would do the same for all, is
 left out, and the vocabulary is small. The loss is computed eagerly.
 
 On a GPU the models are large and in bfloat16, elsewhere tiny and in float32. All times are medians
-of one run in which the programs take turns. The memory is the peak of a step over what there was
-before it. At the end it is counted how often the forward of each kernel ran in a step, which has to
-be once for each layer: a backward that ran it again would be paid for twice.
+of one run in which the programs take turns. The memory is the peak of a step over the memory
+before it. At the end the program counts how often the forward of each kernel ran in a step. That
+must be once for each layer: a backward that runs it again costs it twice.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ TOKENS = {
 WARM_UP = 3
 ROUNDS = 20
 SECONDS = 3.0 if DEVICE == "cuda" else 1.0
-"""A program gets no more turns than fit in here, though at least three."""
+"""The seconds for the turns of a program; it gets at least three."""
 
 
 def programs(model: nn.Module, sets: dict[str, Kernels]) -> dict[str, Program]:
-    """What is compared, by name. Nothing is compiled yet."""
+    """Return the programs to compare, by name. Nothing is compiled yet."""
     made = {
         "eager": Program(model, model, {}),
         "Inductor": Program(model, torch.compile(calling(model)), {}),
@@ -73,7 +73,7 @@ def programs(model: nn.Module, sets: dict[str, Kernels]) -> dict[str, Program]:
 
 
 def warm_up(programs: dict[str, Program], input_ids: Tensor) -> None:
-    """Compile and tune, and say what it takes and what each program computes."""
+    """Compile and tune; print the time and the result of each program."""
     for name, program in programs.items():
         started = time.perf_counter()
         with mapped(program.kernels):
@@ -87,7 +87,7 @@ def warm_up(programs: dict[str, Program], input_ids: Tensor) -> None:
 
 
 def peak_mb(run: Callable[[], object]) -> float:
-    """The most memory that there is on the GPU during ``run``, over what there is before."""
+    """Return the peak GPU memory during ``run``, over the memory before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -120,7 +120,7 @@ def counted(
 
 
 def forwards(program: Program, input_ids: Tensor) -> Counter[str]:
-    """How often the forward of each kernel runs in a step."""
+    """Return how often the forward of each kernel runs in a step."""
     program.model.zero_grad()
     with counting(program.kernels) as counts:
         program.step(input_ids)
@@ -129,7 +129,7 @@ def forwards(program: Program, input_ids: Tensor) -> Counter[str]:
 
 
 def show(model: nn.Module, sets: dict[str, Kernels], input_ids: Tensor) -> bool:
-    """Measure a model; gives whether the forward of each kernel ran once for each layer."""
+    """Measure a model; return whether each kernel's forward ran once for each layer."""
     compared = programs(model, sets)
     warm_up(compared, input_ids)
     ms = median_ms(compared, input_ids, ROUNDS, SECONDS)

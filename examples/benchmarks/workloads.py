@@ -1,4 +1,4 @@
-"""Six workloads of a decoder in six ways: eager, compiled, with kernels, and with CUDA graphs.
+"""Times six workloads of a decoder in six ways: eager, compiled, with kernels, with CUDA graphs.
 
     python examples/benchmarks/workloads.py [dense-decode] [moe-training] ... [--columns eager ...]
 
@@ -13,8 +13,8 @@ the model, which is what these layers see of it. A training step is as in traini
 The reference of the experts has a loop that depends on the data. Inductor breaks the graph there.
 
 The kernels are liger-kernel's on a GPU where the package is installed, else the example
-repository's. ``--policy`` is hubkernels' option; without it the backend has its defaults. A column
-gives what it computed, in words, so that one which computes something else is seen.
+repository's. ``--policy`` is hubkernels' option; without it the backend has its defaults. Each
+column prints what it computed, which shows a column that computes something else.
 
 Times are medians of one run in which the columns take turns. Targets: hubkernels at most 1.02 of
 the best of eager, inductor and kernelized; hubkernels+graphs at most 1.02 of the best of all the
@@ -81,7 +81,7 @@ class Workload(NamedTuple):
 
 class Column(NamedTuple):
     backend: str = ""
-    """Of torch.compile; empty: not compiled."""
+    """The ``mode`` of torch.compile; empty: not compiled."""
     graphs: bool = False
     kernelized: bool = False
 
@@ -115,7 +115,7 @@ COLUMNS = {
 if DEVICE == "cpu":
     COLUMNS = {name: column for name, column in COLUMNS.items() if not column.graphs}
 PLAIN = ("eager", "kernelized", "inductor")
-"""What hubkernels is compared with."""
+"""The columns that hubkernels is compared with."""
 COMPILED = ("inductor", "hubkernels")
 """The columns whose first calls are compared."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KERNELGRAPH_CACHE_DIR")
@@ -124,13 +124,13 @@ WARM_UP = 3
 SECOND_PROCESSES = 3
 ROUNDS = 100 if DEVICE == "cuda" else 20
 SECONDS = 1.5 if DEVICE == "cuda" else 0.5
-"""A program gets no more turns than fit in here, though at least three."""
+"""The seconds for the turns of a program; it gets at least three."""
 
 
 def program(
     column: Column, model: nn.Module, kernels: Kernels, training: bool, policy: str | None
 ) -> Program:
-    """The column's way to run ``model``. Nothing is compiled yet."""
+    """Return the column's way to run ``model``. Nothing is compiled yet."""
     kind = Program if training else Inference
     if column.kernelized:
         mode = Mode.TRAINING if training else Mode.INFERENCE
@@ -139,7 +139,7 @@ def program(
         return kind(model, model, kernels)
     how: dict[str, Any] = {"mode": "reduce-overhead"} if column.graphs else {}
     if policy and column.backend == "hubkernels":
-        # torch.compile takes a mode or options. What the mode stands for is the second option.
+        # torch.compile takes a mode or options. The second option is what the mode stands for.
         how = {"options": {"policy": policy, "triton.cudagraphs": column.graphs}}
     compiled = torch.compile(calling(model), backend=column.backend, **how)
     return kind(model, compiled, kernels)
@@ -162,7 +162,7 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
     done: dict[str, Any] = {"columns": {}, "chosen": []}
     programs: dict[str, Program] = {}
     with mapped(kernels):
-        # Hubkernels is the first, since its first call is to be that of a new process.
+        # hubkernels comes first, since its first call must be that of a new process.
         for name in sorted(parsed.columns, key="hubkernels".__ne__):
             column = COLUMNS[name]
             use_caches(parsed.child / ("" if parsed.no_first else column.backend))
@@ -173,7 +173,7 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
                 told = made.told(made.step(input_ids))
                 made.begin()
             except Exception as error:
-                # Dynamo says in the first line whose error it is that the second tells.
+                # Dynamo names the origin of the error in the first line, the error in the second.
                 lines = f"{type(error).__name__}: {error}".splitlines()
                 done["columns"][name] = {"failed": " ".join(lines[:2])}
                 continue
@@ -188,13 +188,13 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def use_caches(folder: Path) -> None:
-    """Have what is compiled from here on kept in ``folder``."""
+    """Keep what is compiled from here on in ``folder``."""
     for name in CACHES:
         os.environ[name] = str(folder / name.lower())
 
 
 def chosen(report: Report) -> list[str]:
-    """What was decided, a line for each kind of layer."""
+    """Return the decisions, a line for each kind of layer."""
     alike = Counter((d.layer, d.outcome) for d in report.decisions)
     return [f"{layer}, {count}: {outcome}" for (layer, outcome), count in alike.items()]
 
@@ -202,7 +202,7 @@ def chosen(report: Report) -> list[str]:
 def child(
     parsed: argparse.Namespace, name: str, columns: list[str], caches: Path, *only: str
 ) -> subprocess.Popen[str]:
-    """A process that measures ``columns`` of the workload ``name``."""
+    """Start a process that measures ``columns`` of the workload ``name``."""
     policy = ["--policy", parsed.policy] if parsed.policy else []
     only += ("--no-first",) if parsed.no_first else ()
     return subprocess.Popen(
@@ -216,7 +216,7 @@ def child(
 
 
 def result(process: subprocess.Popen[str], columns: list[str]) -> dict[str, Any]:
-    """What `measure` gave in the process; each column has failed if the process has."""
+    """Return what `measure` returned in the process; all columns have failed if it has."""
     out = process.communicate()[0]
     if process.returncode == 0:
         return dict(json.loads(out.splitlines()[-1]))
@@ -225,12 +225,12 @@ def result(process: subprocess.Popen[str], columns: list[str]) -> dict[str, Any]
 
 
 def first_call(done: dict[str, Any], column: str) -> float:
-    """The seconds of a column's first call; NaN where it failed."""
+    """Return the seconds of a column's first call; NaN where it failed."""
     return float(done["columns"][column].get("first", math.nan))
 
 
 def run(parsed: argparse.Namespace, name: str, caches: Path) -> dict[str, float]:
-    """Measure a workload in processes of its own, show it, and give its ms by column."""
+    """Measure a workload in new processes, print it, and return its ms by column."""
     compared = not parsed.no_first and set(COMPILED) <= set(parsed.columns)
     first: dict[str, dict[str, float]] = {}
 
@@ -246,7 +246,7 @@ def run(parsed: argparse.Namespace, name: str, caches: Path) -> dict[str, float]
     if compared and not parsed.no_second:
         calls: dict[str, list[float]] = {column: [] for column in COMPILED}
         for _ in range(SECOND_PROCESSES):
-            # Side by side, so that a machine which is slower for a while is slower for both.
+            # At the same time, so that a machine that is slower for a while slows both.
             started = {column: start(column) for column in COMPILED}
             for column, process in started.items():
                 calls[column].append(first_call(result(process, [column]), column))
@@ -256,7 +256,7 @@ def run(parsed: argparse.Namespace, name: str, caches: Path) -> dict[str, float]
 
 
 def show(name: str, done: dict[str, Any], first: dict[str, dict[str, float]]) -> None:
-    """Print what was measured of a workload."""
+    """Print the measurements of a workload."""
     workload = WORKLOADS[name]
     print(f"\n{name}: {workload.layers} layers, tokens {list(workload.tokens)}")
     columns = {column: done["columns"][column] for column in COLUMNS if column in done["columns"]}
@@ -277,7 +277,7 @@ def show(name: str, done: dict[str, Any], first: dict[str, dict[str, float]]) ->
 
 
 def ratios(ms: dict[str, float], experts: bool) -> Iterator[tuple[str, float, str]]:
-    """What is compared, the ratio and what it is to be, as far as the columns ran."""
+    """Return each comparison, its ratio and its target, for the columns that ran."""
     for column, others in (("hubkernels", PLAIN), ("hubkernels+graphs", tuple(COLUMNS))):
         others = tuple(other for other in others if other in ms and other != column)
         if column in ms and others:
@@ -334,7 +334,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as root:
         for name in parsed.names or WORKLOADS:
-            # Where no first calls are compared, caches that others filled save time.
+            # Where no first calls are compared, shared caches save time.
             caches = Path(root) if parsed.no_first else Path(root, name)
             rows[name] = run(parsed, name, caches)
     table(rows, parsed.columns)
