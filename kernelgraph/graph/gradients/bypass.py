@@ -1,11 +1,12 @@
-"""A kernel's ``torch.autograd.Function``, run past autograd: all calls of a form but the first.
+"""Calls of a kernel's ``torch.autograd.Function`` past autograd.
 
 Most kernels for training are one function that is called with the operands. Autograd around it
-takes longer than many such kernels do. The first call of a form runs on a `Tape`, with autograd,
-and tells what the function is and what it saves. In those that follow its ``apply`` is caught: the
-function's own ``forward`` is called, and later its ``backward``, with a context of ours. Each time
-it is seen, by identity, that the arguments are the operands, that the layer returns what the
-function did, and that it saves what it did. A call that is not so goes the long way.
+takes longer than many such kernels do. The first call with operands of some sizes and strides runs
+on a `Tape`, with autograd, and tells which function it is and what it saves. In the calls that
+follow, its ``apply`` is intercepted: its own ``forward`` is called, and later its ``backward``,
+with a `Context` in place of autograd's. Each call is checked, by identity: the arguments must be
+the operands, the layer must return what the function returned, and the function must save what it
+saved in the first call. A call that differs is made again on a tape.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,131 +22,58 @@ from torch.autograd.function import Function
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Runner, tuple_of
+from kernelgraph.graph.gradients.function_calls import (
+    PRIVATE,
+    FunctionCallSpec,
+    describe_function_call,
+    is_view_at,
+)
 from kernelgraph.graph.gradients.gradient import Source, SourceKind
-from kernelgraph.graph.gradients.tape import Tape, laid_out
-from kernelgraph.graph.infer import ALIGNMENT, reach
-
-OWN = -1
+from kernelgraph.graph.gradients.tape import Tape, with_strides
+from kernelgraph.graph.infer import ALIGNMENT
 
 
-class Save(NamedTuple):
-    """A tensor that a function saves."""
-
-    source: int
-    """Which of `Form.sources` it is in, or `OWN`: a tensor that is the kernel's."""
-    place: tuple[Any, ...] | None
-    """Its shape, strides and offset in the source; None: it is all of it."""
-
-
-class Form(NamedTuple):
-    """What the first call with operands of some sizes and strides tells of those that follow."""
-
-    function: type[Function]
-    asked: tuple[bool, ...]
-    """Its context's ``needs_input_grad``."""
-    arguments: tuple[tuple[int, int], ...]
-    """Which of its arguments gradients are wanted of, and which operands these are, in their
-    order."""
-    shapes: tuple[tuple[Any, ...], ...]
-    """The shapes and dtypes of these."""
-    results: tuple[tuple[Any, ...], ...]
-    """The shapes, dtypes and devices of the results."""
-    spans: tuple[int, ...]
-    """How many bytes each operand reaches over; 0 for a number."""
-    sources: tuple[Source, ...]
-    """What the backward is given."""
-    strides: tuple[tuple[int, ...], ...]
-    """Of each of these."""
-    saves: tuple[Save, ...]
-    split: bool
-    """Whether its forward gets no context, and its ``setup_context`` does."""
-    dispatched: bool
-    """Whether it is a registered op's, which torch calls only where gradients are recorded."""
-
-
-def form_of(
-    tape: Tape, operands: Sequence[Any], made: Sequence[Tensor], sources: Sequence[Source]
-) -> Form | None:
-    """What a closed tape tells; None if the call is not that of one function.
+def bypass_spec(
+    tape: Tape, operands: Sequence[object], made: Sequence[Tensor], sources: Sequence[Source]
+) -> FunctionCallSpec | None:
+    """Describe the call on a closed tape, and have its function's ``apply`` intercepted.
 
     Args:
-        tape: The tape of a call.
-        operands: What it was called with.
-        made: What was given out for its results.
-        sources: What the backward is given.
-    """
-    node: Any = tape.node()
-    if node is None or tape.tied or len(tape.roots) != len(made):
-        return None
-    given = {
-        Source(SourceKind.OPERAND, i): v for i, v in enumerate(operands) if isinstance(v, Tensor)
-    }
-    given |= {Source(SourceKind.RESULT, k): v for k, v in enumerate(made)}
-    ends = tape.ends(node)
-    function = _torch.function_of(node)
-    # An operand that is wanted and not passed has no gradient, which the engine tells.
-    if (
-        ends is None
-        or len(ends) != len(tape.leaves)
-        or any(v.numel() == 0 for v in given.values())
-        or any(v.is_complex() for v in made)  # whose conjugates are to be resolved
-        or "vjp" in vars(function)
-        or not catch(function)
-    ):
-        return None
-    saves = []
-    for saved in tape.saves:
-        if saved.tensor is not None:
-            saves.append(Save(OWN, None))
-        else:
-            whole = given[saved.source]
-            place = (saved.shape, saved.stride, saved.offset)
-            is_whole = place == (whole.shape, whole.stride(), 0)
-            saves.append(Save(sources.index(saved.source), None if is_whole else place))
-    asked: tuple[bool, ...] = node.needs_input_grad
-    at = [j for j, needed in enumerate(asked) if needed]
-    arguments = sorted(zip(at, ends, strict=True), key=lambda pair: pair[1])
-    return Form(
-        function,
-        asked,
-        tuple(arguments),
-        tuple((operands[i].shape, operands[i].dtype) for _, i in arguments),
-        tuple((v.shape, v.dtype, v.device) for v in made),
-        tuple(reach(v) if isinstance(v, Tensor) else 0 for v in operands),
-        tuple(sources),
-        tuple(given[source].stride() for source in sources),
-        tuple(saves),
-        _torch.splits_forward(function),
-        _torch.is_of_op(function),
-    )
-
-
-# --- catching a function's apply ----------------------------------------------------------------
-
-
-class _Caught(threading.local):
-    call: Direct | None = None
-    """The call in this thread whose function is to be run past autograd."""
-
-
-_caught = _Caught()
-
-
-def catch(function: type[Function]) -> bool:
-    """Have `Direct` calls run ``function`` in this thread; anybody else's go on as ever.
+        tape, operands, made, sources: As `describe_function_call` takes them.
 
     Returns:
-        Whether they do: one with an ``apply`` of its own is left alone.
+        None if such calls cannot be made past autograd.
+    """
+    spec = describe_function_call(tape, operands, made, sources)
+    return spec if spec is not None and intercept_apply(spec.function) else None
+
+
+# --- intercepting a function's apply ------------------------------------------------------------
+
+
+class _Interception(threading.local):
+    call: BypassedCall | None = None
+    """The call in this thread whose function is to run past autograd."""
+
+
+_interception = _Interception()
+
+
+def intercept_apply(function: type[Function]) -> bool:
+    """Route calls of ``function`` within a `BypassedCall` to that call; others stay as they are.
+
+    Returns:
+        False for a function with an ``apply`` of its own, which is left alone.
     """
     if "apply" in vars(function):
         return hasattr(vars(function)["apply"], "__kernelgraph__")
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return cls.apply(*args, **kwargs)  # Dynamo knows what this is, and does not come here
-        call = _caught.call
+            return cls.apply(*args, **kwargs)  # Dynamo replaces this call, and never enters it
+        call = _interception.call
         made = None
-        if call is not None and cls is call.form.function and not kwargs:
+        if call is not None and cls is call.spec.function and not kwargs:
             made = call.run(args)
         return super(function, cls).apply(*args, **kwargs) if made is None else made
 
@@ -156,60 +84,64 @@ def catch(function: type[Function]) -> bool:
 
 
 class Context:
-    """What a ``torch.autograd.Function`` gets as ``ctx``."""
+    """The ``ctx`` that a ``torch.autograd.Function`` receives in a `BypassedCall`."""
 
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
-        self.to_save: Sequence[Any] = ()
-        self.saved_tensors: tuple[Any, ...] = ()
+        self.to_save: Sequence[object] = ()
+        self.saved_tensors: tuple[Tensor, ...] = ()
         self.materialize_grads = True
 
-    def save_for_backward(self, *tensors: Any) -> None:
+    def save_for_backward(self, *tensors: object) -> None:
         self.to_save = tensors
 
-    def save_for_forward(self, *tensors: Any) -> None:
-        """For forward mode, which there is none of."""
+    def save_for_forward(self, *tensors: object) -> None:
+        """Do nothing: there is no forward mode here."""
 
-    def mark_non_differentiable(self, *tensors: Any) -> None:
-        """It is known which results these are."""
+    def mark_non_differentiable(self, *tensors: object) -> None:
+        """Do nothing: the first call has told which results these are."""
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materialize_grads = value
 
-    # mark_dirty is not here: a call that writes into its operands goes the long way.
+    # mark_dirty is missing: a call that writes into its operands is made again on a tape.
 
 
-class Direct:
+# --- one call, and its backward -----------------------------------------------------------------
+
+
+class BypassedCall:
     """One call of a function past autograd, and its backward."""
 
-    __slots__ = ("context", "form", "inputs", "kept", "outputs")
+    __slots__ = ("context", "inputs", "kept", "outputs", "spec")
 
-    def __init__(self, form: Form, inputs: tuple[Any, ...]) -> None:
-        self.form = form
+    def __init__(self, spec: FunctionCallSpec, inputs: tuple[Any, ...]) -> None:
+        self.spec = spec
         self.inputs = inputs
-        """The operands, as the forward gets them."""
+        """The operands, as the forward receives them."""
         self.context: Context | None = None
         self.outputs: Any = None
         self.kept: list[Any] = []
-        """What the kernel saved that is its own; None for what is another's."""
+        """For each tensor that the kernel saved: the tensor if it is private, else None."""
 
     def run(self, args: tuple[Any, ...]) -> Any:
-        """What the function returns; None if it is not called as in the first call."""
-        form, inputs = self.form, self.inputs
-        if self.context is not None or len(args) != len(form.asked):
+        """Call the function's forward; return None if ``args`` are not those of the first call."""
+        spec, inputs = self.spec, self.inputs
+        needs_input_grad = spec.needs_input_grad
+        if self.context is not None or len(args) != len(needs_input_grad):
             return None
-        for argument, operand in form.arguments:
-            if args[argument] is not inputs[operand]:
+        for wanted in spec.arguments:
+            if args[wanted.argument] is not inputs[wanted.operand]:
                 return None
-        for value, asked in zip(args, form.asked, strict=True):
-            if not asked and isinstance(value, Tensor) and value.requires_grad:
+        for value, needed in zip(args, needs_input_grad, strict=True):
+            if not needed and isinstance(value, Tensor) and value.requires_grad:
                 return None
-        function: Any = form.function
-        self.context = context = Context(form.asked)
+        function: Any = spec.function
+        self.context = context = Context(needs_input_grad)
         was = torch.is_grad_enabled()
         _torch.set_grad_enabled(False)
         try:
-            if form.split:
+            if spec.has_setup_context:
                 self.outputs = function.forward(*args)
                 function.setup_context(context, args, self.outputs)
             else:
@@ -219,35 +151,35 @@ class Direct:
         return self.outputs
 
     def close(self, results: Sequence[Tensor] | None, starts: Sequence[int]) -> Any:
-        """The results to give out; None if the call was not as the first.
+        """Return the results for the caller; None if the call differs from the first one.
 
         Args:
-            results: What the layer returned.
+            results: The tensors that the layer returned.
             starts: The addresses of the operands; 0 for a number.
         """
-        form, context = self.form, self.context
+        spec, context = self.spec, self.context
         if results is None or context is None:
             return None
         outputs = self.outputs if isinstance(self.outputs, tuple) else (self.outputs,)
-        if len(results) != len(form.results) or len(outputs) != len(results):
+        if len(results) != len(spec.results) or len(outputs) != len(results):
             return None
         ranges = []
-        for result, output, (shape, dtype, _) in zip(results, outputs, form.results, strict=True):
-            fits = result is output and type(result) is Tensor and result.shape == shape
-            if not (fits and result.dtype is dtype and result.is_contiguous()):
+        for result, output, expected in zip(results, outputs, spec.results, strict=True):
+            fits = result is output and type(result) is Tensor and result.shape == expected.shape
+            if not (fits and result.dtype is expected.dtype and result.is_contiguous()):
                 return None
             first = result.data_ptr()
             if result.storage_offset() or first % ALIGNMENT:
                 return None
             last = first + result.nbytes
-            for start, span in zip(starts, form.spans, strict=True):
+            for start, span in zip(starts, spec.spans, strict=True):
                 if first < start + span and start < last:
                     return None
             ranges.append((first, last))
         if len(ranges) > 1 and any(b > c for (_, b), (c, _) in pairwise(sorted(ranges))):
             return None
         saved, context.to_save = context.to_save, ()
-        if len(saved) != len(form.saves) or not self._keep(saved, results, starts, ranges):
+        if len(saved) != len(spec.saved) or not self._keep(saved, results, starts, ranges):
             return None
         self.inputs, self.outputs = (), None
         return [result.detach() if result._is_view() else result for result in results]
@@ -259,27 +191,29 @@ class Direct:
         starts: Sequence[int],
         ranges: Sequence[tuple[int, int]],
     ) -> bool:
-        """Keep what is the kernel's own; whether all that it saved is as in the first call."""
-        form, kept = self.form, self.kept
-        for tensor, (source, place) in zip(saved, form.saves, strict=True):
-            if source == OWN:
+        """Keep the private tensors; return whether the kernel saved the same as in the first
+        call."""
+        spec, kept = self.spec, self.kept
+        for tensor, expected in zip(saved, spec.saved, strict=True):
+            if expected.source == PRIVATE:
                 if not isinstance(tensor, Tensor):
                     return False
-                at = tensor.data_ptr()
-                for start, span in zip(starts, form.spans, strict=True):
-                    if start <= at < start + span:
+                address = tensor.data_ptr()
+                for start, span in zip(starts, spec.spans, strict=True):
+                    if start <= address < start + span:
                         return False
                 for first, last in ranges:
-                    if first <= at < last:
+                    if first <= address < last:
                         return False
                 kept.append(tensor)
                 continue
-            what, i = form.sources[source]
-            whole = self.inputs[i] if what is SourceKind.OPERAND else results[i]
-            if place is None:
-                same = tensor is whole or _is_at(tensor, whole, (whole.shape, whole.stride(), 0))
+            kind, number = spec.sources[expected.source]
+            whole = self.inputs[number] if kind is SourceKind.OPERAND else results[number]
+            view = expected.view
+            if view is None:
+                same = tensor is whole or is_view_at(tensor, whole, whole.shape, whole.stride(), 0)
             else:
-                same = _is_at(tensor, whole, place)
+                same = is_view_at(tensor, whole, view.shape, view.stride, view.offset)
             if not same:
                 return False
             kept.append(None)
@@ -288,97 +222,101 @@ class Direct:
     def gradients(
         self, grads: Sequence[Tensor | None], given: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """As `Tape.gradients`; ``given`` is as `Form.sources`."""
-        form, context = self.form, self.context
+        """Run the backward as `Tape.gradients` does.
+
+        Args:
+            grads: The gradients of the results.
+            given: The tensors of `FunctionCallSpec.sources`.
+            needs: For each operand, whether its gradient is wanted now.
+        """
+        spec, context = self.spec, self.context
         assert context is not None
-        if tuple([tensor.stride() for tensor in given]) != form.strides:
-            given = [laid_out(t, s) for t, s in zip(given, form.strides, strict=True)]
-        saved = []
-        for own, (source, place) in zip(self.kept, form.saves, strict=True):
-            if source == OWN:
-                saved.append(own)
-            elif place is None:
-                saved.append(given[source])
-            else:
-                shape, stride, offset = place
-                whole = given[source]
-                saved.append(whole.as_strided(shape, stride, whole.storage_offset() + offset))
         if context.materialize_grads and [g for g in grads if g is None]:
             grads = [
                 torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-                for gradient, (shape, dtype, device) in zip(grads, form.results, strict=True)
+                for gradient, (shape, dtype, device) in zip(grads, spec.results, strict=True)
             ]
-        context.saved_tensors = tuple(saved)
+        context.saved_tensors = self._saved_tensors(given)
         was = torch.is_grad_enabled()
         _torch.set_grad_enabled(False)
         try:
-            made = form.function.backward(context, *grads)
+            made = spec.function.backward(context, *grads)
         finally:
             _torch.set_grad_enabled(was)
             context.saved_tensors = ()
         made = made if isinstance(made, tuple) else (made,)
         found = []
-        for (j, i), (shape, dtype) in zip(form.arguments, form.shapes, strict=True):
-            if needs[i]:
-                gradient = made[j]
+        for wanted in spec.arguments:
+            if needs[wanted.operand]:
+                gradient = made[wanted.argument]
                 if gradient is not None and (
-                    gradient.dtype is not dtype or gradient.shape != shape
-                ):  # as the engine makes it fit
-                    gradient = gradient.to(dtype).sum_to_size(shape)
+                    gradient.dtype is not wanted.dtype or gradient.shape != wanted.shape
+                ):  # as autograd's engine does
+                    gradient = gradient.to(wanted.dtype).sum_to_size(wanted.shape)
                 found.append(gradient)
         return found
 
-
-def _is_at(tensor: Any, whole: Tensor, place: tuple[Any, ...]) -> bool:
-    shape, stride, offset = place
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.data_ptr() - whole.data_ptr() == offset * whole.itemsize
-        and tensor.dtype is whole.dtype
-        and tensor.shape == shape
-        and tensor.stride() == stride
-    )
+    def _saved_tensors(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        spec = self.spec
+        if tuple([tensor.stride() for tensor in given]) != spec.source_strides:
+            given = [with_strides(t, s) for t, s in zip(given, spec.source_strides, strict=True)]
+        saved = []
+        for private, expected in zip(self.kept, spec.saved, strict=True):
+            if expected.source == PRIVATE:
+                saved.append(private)
+                continue
+            whole, view = given[expected.source], expected.view
+            if view is not None:
+                offset = whole.storage_offset() + view.offset
+                whole = whole.as_strided(view.shape, view.stride, offset)
+            saved.append(whole)
+        return tuple(saved)
 
 
 # --- the forward op -----------------------------------------------------------------------------
 
 
-def recording(
+def bypassing_forward(
     runner: Runner,
     wanted: Sequence[bool],
     *,
-    table: dict[Any, Form | None],
-    first: Callable[..., Any],
-    taken: Callable[[Any], Sequence[Tensor] | None],
-    kept: Callable[[Direct], Tensor],
+    specs: dict[Any, FunctionCallSpec | None],
+    first_call: Callable[..., Any],
+    tensors_of: Callable[[Any], Sequence[Tensor] | None],
+    keep: Callable[[BypassedCall], Tensor],
 ) -> Callable[..., Any]:
-    """The forward of an op whose gradient is the kernel's own. For a norm with a weight it reads::
+    """Write the forward of an op whose gradient is the kernel's own.
+
+    For a norm with a weight it reads::
 
         def written(a0, a1):
-            form = (inference(), a0.shape, a0.stride(), a0.is_inference(), a1.shape, ..., )
-            known = table.get(form)
-            if known is None or is_grad_enabled():
-                return first(form, (a0, a1, ))
+            key = (inference(), a0.shape, a0.stride(), a0.is_inference(), a1.shape, ..., )
+            spec = specs.get(key)
+            if spec is None or is_grad_enabled():
+                return first_call(key, (a0, a1, ))
             o0 = a0
             a0 = o0.detach()
             a0.requires_grad = True
             ...
-            call = Direct(known, (a0, a1, ))
-            caught.call = call
+            call = BypassedCall(spec, (a0, a1, ))
+            outer = interception.call
+            interception.call = call
             ...  # the call, see `Runner`
-            results = call.close(taken(result), (o0.data_ptr(), o1.data_ptr(), ))
+            results = call.close(tensors_of(result), (o0.data_ptr(), o1.data_ptr(), ))
             if results is None:
-                table[form] = None
-                return first(form, (o0, o1, ))
-            return (*results, kept(call))
+                specs[key] = None
+                return first_call(key, (o0, o1, ))
+            return (*results, keep(call))
 
     Args:
         runner: Calls the kernel.
-        wanted: Of which operands gradients are wanted.
-        table: What is known of a form of call; None of one that goes the long way.
-        first: ``(form, operands)``: goes the long way.
-        taken: The tensors of what the kernel returned; None if they are not as they should be.
-        kept: Gives the handle that a call is kept under.
+        wanted: For each operand, whether its gradient is wanted.
+        specs: The specs of calls, by the sizes and strides of their operands; None for calls that
+            always go to ``first_call``.
+        first_call: ``(key, operands)``: makes a call on a tape.
+        tensors_of: Returns the tensors of a result of the kernel; None if it has an unexpected
+            structure.
+        keep: Keeps a call for its backward, and returns its handle.
     """
     operands, tensors = runner.operands, runner.call.tensors
     every = tuple_of(operands)
@@ -386,29 +324,33 @@ def recording(
     key = [f"a{i}.{what}" for i in tensors for what in ("shape", "stride()", "is_inference()")]
     key += [a for i, a in enumerate(operands) if i not in tensors]
     before = [
-        f"form = {tuple_of(['inference()', *key])}",
-        "known = table.get(form)",
-        "if known is None or is_grad_enabled():",
-        f"    return first(form, {every})",
+        f"key = {tuple_of(['inference()', *key])}",
+        "spec = specs.get(key)",
+        "if spec is None or is_grad_enabled():",
+        f"    return first_call(key, {every})",
     ]
     for i in tensors:
         before += [f"o{i} = a{i}", f"a{i} = o{i}.detach()"]
         before += [f"a{i}.requires_grad = True"] if wanted[i] else []
-    before += [f"call = Direct(known, {every})", "outer = caught.call", "caught.call = call"]
-    before += ["recorded = begin_recording() if known.dispatched else None"]
+    before += [f"call = BypassedCall(spec, {every})"]
+    before += ["outer = interception.call", "interception.call = call"]
+    before += ["recorded = begin_recording() if spec.is_registered_op else None"]
     starts = tuple_of(f"o{i}.data_ptr()" if i in tensors else "0" for i in range(len(operands)))
     after = [
-        f"results = call.close(taken(result), {starts})",
+        f"results = call.close(tensors_of(result), {starts})",
         "if results is None:",
-        "    table[form] = None",
-        f"    return first(form, {originals})",
-        "return (*results, kept(call))",
+        "    specs[key] = None",
+        f"    return first_call(key, {originals})",
+        "return (*results, keep(call))",
     ]
-    names: dict[str, Any] = {"table": table, "first": first, "taken": taken, "kept": kept}
-    names |= {"Direct": Direct, "caught": _caught, "inference": torch.is_inference_mode_enabled}
-    names["is_grad_enabled"] = torch.is_grad_enabled
+    names: dict[str, Any] = {"specs": specs, "first_call": first_call}
+    names |= {"tensors_of": tensors_of, "keep": keep}
+    names |= {"BypassedCall": BypassedCall, "interception": _interception}
+    names |= {"inference": torch.is_inference_mode_enabled}
+    names |= {"is_grad_enabled": torch.is_grad_enabled}
     names |= {"begin_recording": _torch.begin_recording, "end_recording": _torch.end_recording}
-    always = ["caught.call = outer", "recorded is None or end_recording(recorded)"]
-    # What it raises, it raises again the long way, or it does not like the context.
+    always = ["interception.call = outer", "recorded is None or end_recording(recorded)"]
+    # An error counts as a call that differs: on the tape it is raised again, unless the
+    # `Context` has caused it.
     made: Callable[..., Any] = runner.around(before, "result = None", after, names, always=always)
     return made

@@ -1,11 +1,11 @@
-"""Where the gradient of an op for training comes from."""
+"""The source of the gradient of an op for training."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -54,27 +54,31 @@ class OwnBackward(NamedTuple):
 
 
 RECOMPUTED = "its backward runs the layer's own forward again, for its gradient"
-"""What is done about a kernel whose own backward may not be used, in words."""
+"""The remedy for a kernel whose own backward may not be used, in the words of a warning."""
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Where the gradient of an op for training comes from."""
+    """The source of the gradient of an op for training."""
 
     wanted: tuple[bool, ...]
-    """Of which operands there are gradients."""
+    """For each operand, whether the op has a gradient of it."""
     own: OwnBackward | None = None
-    """The kernel's own backward; None: that of the layer's reference, which is run again."""
+    """The kernel's own backward; None: the layer's reference is run again for the gradient."""
     why: str = field(default="", compare=False)
-    """Why not the kernel's own."""
+    """The reason for not using the kernel's own backward."""
 
     def __str__(self) -> str:
         return "kernel" if self.own else f"reference: {self.why}" if self.why else "reference"
 
 
-def wanted_of(operands: Sequence[Any], *, every: bool = False) -> tuple[bool, ...]:
-    """Of which operands gradients are wanted: of those that require them, or of ``every`` one
-    that could."""
+def wanted_of(operands: Sequence[object], *, every: bool = False) -> tuple[bool, ...]:
+    """Tell for each operand whether its gradient is wanted.
+
+    Args:
+        operands: The operands of a call.
+        every: Mark every operand that could have a gradient, and not only those that require one.
+    """
     return tuple(
         isinstance(v, Tensor)
         and (v.requires_grad or (every and (v.is_floating_point() or v.is_complex())))

@@ -1,17 +1,18 @@
-"""A run of a kernel's forward, with what the kernel's own backward needs, kept until that runs.
+"""A run of a kernel's forward, kept with what the kernel's own backward needs until that runs.
 
 The forward runs on leaves, so that autograd, or the kernel's ``torch.autograd.Function``, builds
 a small graph of its own. The memory of operands and results is not the kernel's to keep: a
 compiler that has seen their last use puts other values there. So hooks for saved tensors note
-which of them the kernel saves, and the backward is given them anew
-(https://docs.pytorch.org/docs/stable/autograd.html#saved-tensors-hooks-doc). The rest is kept.
+which of them the kernel saves, and the backward receives them anew
+(https://docs.pytorch.org/docs/stable/autograd.html#saved-tensors-hooks-doc). The other saved
+tensors stay.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +24,15 @@ from kernelgraph.graph.calls import Call
 from kernelgraph.graph.gradients.gradient import Source, SourceKind
 from kernelgraph.graph.infer import contiguous_copy, extent
 
+T = TypeVar("T")
+
 
 class NoGradient(Exception):
-    """A result that a gradient is to flow through has none."""
+    """A result that a gradient should flow through has none."""
 
 
 class _Record:
-    """What a run of a forward saves, and what its backward is given of that.
+    """The tensors that a run of a forward saves, and what its backward receives for them.
 
     An object of its own: what autograd keeps refers to it, and the tape to what autograd keeps. A
     cycle through autograd's nodes would never be freed.
@@ -38,28 +41,29 @@ class _Record:
     __slots__ = ("copied", "given", "saved")
 
     def __init__(self) -> None:
-        self.saved: list[_Saved] = []
+        self.saved: list[_SavedTensor] = []
         self.given: Mapping[Source, Tensor] = {}
         self.copied = False
-        """Whether the kernel's backward gets copies of what is its own."""
+        """Whether the kernel's backward receives copies of the kernel's private tensors."""
 
-    def pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(self, tensor.detach())
+    def pack(self, tensor: Tensor) -> _SavedTensor:
+        saved = _SavedTensor(self, tensor.detach())
         self.saved.append(saved)
         return saved
 
 
-class _Saved:
-    """A tensor that the kernel saved: one of its own, or where it is in an operand or a result."""
+class _SavedTensor:
+    """A tensor that the kernel saved: a private one, or a view of an operand or a result."""
 
     __slots__ = ("base", "offset", "record", "shape", "source", "stride", "tensor")
 
     def __init__(self, record: _Record, tensor: Tensor) -> None:
         self.record = record
         self.tensor: Tensor | None = tensor
+        """The tensor, if it is private to the kernel."""
 
-    def place(self, source: Source, whole: Tensor) -> None:
-        """Let go of the tensor, which is in the memory of ``whole``."""
+    def replace_by_view(self, source: Source, whole: Tensor) -> None:
+        """Release the tensor, and note which view of ``whole`` it is."""
         tensor = self.tensor
         assert tensor is not None
         self.source, self.base = source, whole.stride()
@@ -68,82 +72,85 @@ class _Saved:
         self.tensor = None
 
 
-def _unpack(saved: _Saved) -> Tensor:
+def _unpack(saved: _SavedTensor) -> Tensor:
     if saved.tensor is not None:
         return saved.tensor.clone() if saved.record.copied else saved.tensor
     whole = saved.record.given[saved.source]
-    if whole.stride() != saved.base:  # the compiler has laid it out anew
-        whole = laid_out(whole, saved.base)
+    if whole.stride() != saved.base:  # the compiler has changed the layout
+        whole = with_strides(whole, saved.base)
     if saved.offset == 0 and saved.shape == whole.shape and saved.stride == saved.base:
         return whole
     offset = whole.storage_offset() + saved.offset
     return whole.as_strided(saved.shape, saved.stride, offset)
 
 
-def laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    """A copy of ``tensor`` in other strides."""
+def with_strides(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Copy ``tensor`` into memory with other strides."""
     made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
     return made.copy_(tensor)
 
 
 class Tape:
-    """One run of a forward.
+    """One run of a forward, for a backward that runs later.
 
     Args:
-        call: The form of the call.
-        operands: What the forward is to be called with.
-        wanted: Of which operands gradients are wanted.
-        sources: The operands and results that the backward will be given; what else the kernel
-            saves of them is copied. None: all.
-        holds: Whether the kernel keeps operands or results where no hook sees it: it gets copies.
+        call: The signature of the call.
+        operands: The operands that the forward is called with.
+        wanted: For each operand, whether its gradient is wanted.
+        sources: The operands and results that the backward will receive; other tensors that the
+            kernel saves of them are copied. None: all.
+        hidden_saves: Whether the kernel keeps operands or results where no hook sees it. It then
+            receives copies.
     """
 
     def __init__(
         self,
         call: Call,
-        operands: Sequence[Any],
+        operands: Sequence[object],
         wanted: Sequence[bool],
         sources: frozenset[Source] | None,
         *,
-        holds: bool = False,
+        hidden_saves: bool = False,
     ) -> None:
         self.seen: set[Source] = set()
         """The operands and results that the kernel has saved."""
         self._record = _Record()
         self._sources = sources
-        self._holds = holds
-        self._lent: list[tuple[Source, Tensor]] = []
-        self.saves: list[_Saved] = []
-        """What the kernel saved."""
+        self._hidden_saves = hidden_saves
+        self._external: list[tuple[Source, Tensor]] = []
+        """The operands and results whose memory is not the kernel's to keep."""
+        self.saved: list[_SavedTensor] = []
+        """The tensors that the kernel saved."""
         self.roots: list[tuple[int, GradientEdge]] = []
-        """The results that a gradient flows through, and where it goes from each."""
+        """For each result that a gradient flows through, its number and its gradient edge."""
         self.leaves: dict[int, Tensor] = {}
-        """The operands that gradients are wanted of; of weights that are tied the first."""
+        """The operands whose gradients are wanted; of tied weights only the first."""
 
-        def own(i: int, operand: Tensor) -> Tensor:
-            made = contiguous_copy(operand) if holds else operand.detach()
+        def leaf(i: int, operand: Tensor) -> Tensor:
+            made = contiguous_copy(operand) if hidden_saves else operand.detach()
             if wanted[i]:
                 self.leaves[i] = made.requires_grad_()
             return made
 
-        self.inputs = call.counterparts(operands, own)
-        """What to call the forward with."""
+        self.inputs = call.counterparts(operands, leaf)
+        """The operands that the forward is really called with."""
         tensors = [v for v in self.inputs if isinstance(v, Tensor)]
         self.tied = len({id(v) for v in tensors}) < len(tensors)
-        """Whether some of the weights are."""
-        if not holds:
-            given = enumerate(operands)
-            self._lent += [
-                (Source(SourceKind.OPERAND, i), v) for i, v in given if isinstance(v, Tensor)
+        """Whether some weights are tied."""
+        if not hidden_saves:
+            self._external += [
+                (Source(SourceKind.OPERAND, i), v)
+                for i, v in enumerate(operands)
+                if isinstance(v, Tensor)
             ]
 
     @property
     def kept(self) -> list[Tensor]:
-        """What the kernel saved that is its own."""
-        return [saved.tensor for saved in self.saves if saved.tensor is not None]
+        """The saved tensors that are private to the kernel."""
+        return [saved.tensor for saved in self.saved if saved.tensor is not None]
 
-    def run(self, forward: Callable[[Sequence[Any]], Any]) -> Any:
-        """What ``forward`` returns of `inputs`; autograd sees it."""
+    def run(self, forward: Callable[[Sequence[Any]], T]) -> T:
+        """Call ``forward`` with `inputs`, recorded by autograd."""
         with _torch.recording_gradients(), saved_tensors_hooks(self._record.pack, _unpack):
             return forward(self.inputs)
 
@@ -153,53 +160,54 @@ class Tape:
         """End the recording.
 
         Args:
-            results: What the forward returned.
-            made: What is given out in their place, the same memory or copies.
-            flows: Through which of them a gradient flows.
+            results: The result tensors of the forward.
+            made: The tensors that the caller receives in their place, with the same memory or as
+                copies.
+            flows: For each result, whether a gradient flows through it.
 
         Raises:
-            NoGradient: If it cannot.
+            NoGradient: If a result that a gradient should flow through has none.
         """
-        if not self._holds:
-            self._lent += [(Source(SourceKind.RESULT, k), tensor) for k, tensor in enumerate(made)]
+        if not self._hidden_saves:
+            self._external += [(Source(SourceKind.RESULT, k), v) for k, v in enumerate(made)]
         for saved in self._record.saved:
-            self._settle(saved)
-        self.saves = self._record.saved
-        self._record.saved, self._lent, self.inputs = [], [], []
+            self._classify(saved)
+        self.saved = self._record.saved
+        self._record.saved, self._external, self.inputs = [], [], []
         for k, (result, flow) in enumerate(zip(results, flows, strict=True)):
             if flow:
                 self.roots.append((k, self._root(k, result)))
-        if not self._holds:
+        if not self._hidden_saves:
             for leaf in self.leaves.values():
-                _hollow(leaf)
+                _drop_memory(leaf)
 
     def _root(self, number: int, result: Tensor) -> GradientEdge:
         if not result.requires_grad:
             raise NoGradient(f"result {number} has no gradient")
-        if result.grad_fn is None or self._holds or result._is_view():
+        if result.grad_fn is None or self._hidden_saves or result._is_view():
             with _torch.recording_gradients():
                 return get_gradient_edge(result)
-        # As get_gradient_edge, which makes a view to keep the graph alive by; this is quicker.
-        _hollow(result)
+        # get_gradient_edge makes a view to keep the graph alive; this is quicker.
+        _drop_memory(result)
         return GradientEdge(result.grad_fn, result.output_nr, result)  # type: ignore[arg-type]
 
-    def _settle(self, saved: _Saved) -> None:
-        """Tell what of the saved is in memory that is not the kernel's."""
+    def _classify(self, saved: _SavedTensor) -> None:
+        """Find out whether a saved tensor is private, and if not, which view it is."""
         tensor = saved.tensor
         assert tensor is not None
         if tensor.numel() == 0:
             return
         start, end = extent(tensor)
-        for source, whole in self._lent:
+        for source, whole in self._external:
             first, last = extent(whole)
             if start < last and first < end:
                 self.seen.add(source)
                 known = self._sources is None or source in self._sources
                 inside = first <= start and end <= last
-                # Of numbers there are others in the same memory: other parts, and conjugates.
-                same = _reading(tensor) == _reading(whole)
+                # The same memory can hold other numbers too: real parts, and conjugates.
+                same = _interpretation(tensor) == _interpretation(whole)
                 if known and inside and same:
-                    saved.place(source, whole)
+                    saved.replace_by_view(source, whole)
                 else:
                     saved.tensor = tensor.clone()
                 return
@@ -212,51 +220,44 @@ class Tape:
         *,
         copied: bool = False,
     ) -> list[Tensor | None]:
-        """The gradients of the operands that ``needs`` marks; None where there is none.
+        """Run the backward, and return the gradients of the operands that ``needs`` marks.
+
+        None stands for a gradient that does not exist.
 
         Args:
-            grads: Those of the results.
+            grads: The gradients of the results.
             given: The operands and results that the kernel has saved.
-            needs: Of which operands gradients are wanted now, at most those of the forward.
-            copied: Whether the backward writes into what else the kernel saved, and gets copies.
+            needs: For each operand, whether its gradient is wanted now. Only gradients that were
+                wanted in the forward may be.
+            copied: Whether the backward writes into the kernel's private tensors, and therefore
+                receives copies.
         """
         self._record.given, self._record.copied = given, copied
         try:
             with _torch.recording_gradients(enabled=False):
-                found = self._found(grads, needs)
+                found = self._differentiate(grads, needs)
         finally:
             self._record.given = {}
         return [found.get(i) for i, needed in enumerate(needs) if needed]
 
-    def _found(
+    def _differentiate(
         self, grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> dict[int, Tensor | None]:
         leaves = {i: leaf for i, leaf in self.leaves.items() if needs[i]}
         flowing = [(edge, g) for k, edge in self.roots if (g := grads[k]) is not None]
         if not flowing or not leaves:
             return {}
-        edges, own = zip(*flowing, strict=True)
-        made = torch.autograd.grad(
-            edges, list(leaves.values()), own, retain_graph=True, allow_unused=True
+        edges, incoming = zip(*flowing, strict=True)
+        found = torch.autograd.grad(
+            edges, list(leaves.values()), incoming, retain_graph=True, allow_unused=True
         )
-        return dict(zip(leaves, made, strict=True))
+        return dict(zip(leaves, found, strict=True))
 
-    def ends(self, node: Any) -> list[int] | None:
-        """The operands that gradients of a ``torch.autograd.Function`` are of, one for each of its
-        arguments that it makes a gradient of; None if they are not all operands."""
-        indices = {id(leaf): i for i, leaf in self.leaves.items()}
-        at = [
-            indices.get(id(getattr(end, "variable", None)))
-            for end, _ in node.next_functions
-            if end is not None
-        ]
-        found = [i for i in at if i is not None]
-        if not len(set(found)) == len(at) == sum(node.needs_input_grad):
-            return None
-        return found
+    def function_node(self) -> Any:
+        """Return the node of the one ``torch.autograd.Function`` that made the results.
 
-    def node(self) -> Any:
-        """The one ``torch.autograd.Function`` that the whole graph is, if so, with all results."""
+        None if they come from another kind of node, from several, or are not all that it made.
+        """
         node: Any = self.roots[0][1].node if self.roots else None
         if not isinstance(node, BackwardCFunction):
             return None
@@ -265,30 +266,49 @@ class Tape:
         edges = [(edge.node is node, edge.output_nr) for _, edge in self.roots]
         return node if edges == [(True, k) for k in range(len(edges))] else None
 
+    def differentiated_operands(self, node: Any) -> list[int] | None:
+        """Return which operand each argument is that a function computes a gradient for.
 
-def _reading(tensor: Tensor) -> tuple[torch.dtype, bool, bool]:
-    """How the memory of ``tensor`` is read."""
+        None if one of these arguments is no operand, or the same operand as another.
+
+        Args:
+            node: The function's node in the graph.
+        """
+        indices = {id(leaf): i for i, leaf in self.leaves.items()}
+        operands = [
+            indices.get(id(getattr(edge, "variable", None)))
+            for edge, _ in node.next_functions
+            if edge is not None
+        ]
+        found = [i for i in operands if i is not None]
+        if not len(set(found)) == len(operands) == sum(node.needs_input_grad):
+            return None
+        return found
+
+
+def _interpretation(tensor: Tensor) -> tuple[torch.dtype, bool, bool]:
+    """Return what numbers the memory of ``tensor`` stands for."""
     return tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def _hollow(tensor: Tensor) -> None:
+def _drop_memory(tensor: Tensor) -> None:
     """Take a tensor's memory from it; the graph that it is in stays."""
     key = tensor.dtype, tensor.device
-    if key not in _hollows:
-        _hollows[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    tensor.data = _hollows[key]
+    if key not in _empty_tensors:
+        _empty_tensors[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = _empty_tensors[key]
 
 
-_hollows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_empty_tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def handle() -> Tensor:
-    """A handle that no tape is under."""
+    """Create a handle that no tape is kept under."""
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
-class _Handle(weakref.ref[Any]):
-    """To the memory of a handle."""
+class _Handle(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to the memory of a handle."""
 
     __slots__ = ("address",)
     address: int
@@ -296,7 +316,7 @@ class _Handle(weakref.ref[Any]):
 
 class Tapes:
     """Tapes under handles: scalars on the CPU, which a graph keeps as long as it can run the
-    backward. A tape goes with the memory of its handle, by whose address it is known."""
+    backward. A tape is freed with the memory of its handle, whose address identifies it."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, _Handle]] = {}
@@ -305,20 +325,20 @@ class Tapes:
         return len(self._kept)
 
     def keep(self, tape: object) -> Tensor:
-        """A handle for ``tape``."""
+        """Keep ``tape``, and return its handle."""
         made = handle()
-        # To the storage: autograd may keep another tensor over it.
-        reference = _Handle(made.untyped_storage(), self._gone)
+        # A reference to the storage: autograd may keep another tensor over it.
+        reference = _Handle(made.untyped_storage(), self._free)
         reference.address = address = made.data_ptr()
         self._kept[address] = tape, reference
         return made
 
-    def _gone(self, reference: _Handle) -> None:
+    def _free(self, reference: _Handle) -> None:
         # Another handle may have the memory by now.
         if (found := self._kept.get(reference.address)) is not None and found[1] is reference:
             del self._kept[reference.address]
 
     def get(self, handle: Tensor) -> Any:
-        """The tape under ``handle``; None if that is a copy of one."""
+        """Return the tape under ``handle``; None if that is a copy of a handle."""
         found = self._kept.get(handle.data_ptr())
         return None if found is None else found[0]

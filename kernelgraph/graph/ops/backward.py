@@ -16,17 +16,17 @@ from torch import Tensor
 from kernelgraph.cache import remember
 from kernelgraph.graph.calls import Leaf, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.gradients import (
-    Direct,
-    Form,
+    BypassedCall,
+    FunctionCallSpec,
     NoGradient,
     OwnBackward,
     Recompute,
     SourceKind,
     Tape,
     Tapes,
-    form_of,
+    bypass_spec,
+    bypassing_forward,
     handle,
-    recording,
 )
 from kernelgraph.graph.infer import check_unwritten, contiguous_copy, owned, versions
 from kernelgraph.graph.ops.fast_path import Known
@@ -182,14 +182,14 @@ class ByKernel(Differentiable):
             for i, wanted in enumerate(self.wanted)
             if wanted
         }
-        self._direct: dict[Any, Form | None] = {}
-        self.forward = recording(
+        self._direct: dict[Any, FunctionCallSpec | None] = {}
+        self.forward = bypassing_forward(
             self._run_kernel,
             self.wanted,
-            table=self._direct,
-            first=self._first,
-            taken=self._taken,
-            kept=self.tapes.keep,
+            specs=self._direct,
+            first_call=self._first,
+            tensors_of=self._taken,
+            keep=self.tapes.keep,
         )
 
     @property
@@ -208,7 +208,7 @@ class ByKernel(Differentiable):
             operands,
             self.wanted,
             frozenset(self._sources),
-            holds=self._own.hidden_saves,
+            hidden_saves=self._own.hidden_saves,
         )
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
         before = versions(operands) if sizes not in self._known else None
@@ -235,7 +235,7 @@ class ByKernel(Differentiable):
         if form not in self._direct and not (
             self._own.hidden_saves or self._own.overwrites.private
         ):
-            remember(self._direct, form, form_of(tape, operands, made, self._sources))
+            remember(self._direct, form, bypass_spec(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
 
     def _taken(self, result: Any) -> Sequence[Tensor] | None:
@@ -275,7 +275,7 @@ class ByKernel(Differentiable):
         for k in self._own.overwrites.grads:
             own[k] = None if (gradient := grads[k]) is None else contiguous_copy(gradient)
         try:
-            if isinstance(tape, Direct):
+            if isinstance(tape, BypassedCall):
                 made = tape.gradients(own, saved, needs)
             else:
                 given = dict(zip(self._sources, saved, strict=True))

@@ -153,7 +153,7 @@ class OnTape:
         self._trial, self._seed = trial, seed
         self._before = trial.maker.make(seed)
         self._operands = [_copy(v) if isinstance(v, Tensor) else v for v in self._before]
-        self.tape = Tape(trial.call, self._operands, trial.wanted, sources, holds=holds)
+        self.tape = Tape(trial.call, self._operands, trial.wanted, sources, hidden_saves=holds)
         results, _ = flatten_tensors(self.tape.run(trial.kernel_runner.observe))
         self.flows = tuple(result.requires_grad for result in results)
         tensors = [v for v in self._operands if isinstance(v, Tensor)]
