@@ -1,10 +1,10 @@
-"""Kinds of eager calls: what a decision for a call depends on, as a key that is quick to make."""
+"""Keys of eager calls: everything that the decision for a call depends on, quick to compute."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,37 @@ from kernelgraph.graph.calls import (
 )
 
 V = TypeVar("V")
-_MOST_FORMS = 16
+
+Key: TypeAlias = tuple[Hashable, ...]
+"""The key of a call: one item for each value that the call depends on."""
+
+MAX_LAYOUTS = 16
+"""The largest number of state layouts that a `CallTable` remembers."""
 
 
-class Kinds(Generic[V]):
-    """Values by the kind of a call: the forms of the tensors that a layer is called with and that
-    it holds, the other values among them, and the autocast region.
+class CallTable(Generic[V]):
+    """Values by the key of a call.
 
-    A layer's class does not say where it has what its forward reads: one instance has a bias, and
-    another has not. So there is one table for each `_Form` of the layer.
+    The key covers the types, shapes, strides, dtypes and devices of the tensors that a layer is
+    called with and that it holds, the other values among them, and the autocast region.
+
+    The class of a layer does not say where the state is that its forward reads: one instance has
+    a bias, and another has none. So there is one table for each `_StateLayout`.
     """
 
     def __init__(self) -> None:
-        self._forms: tuple[_Form[V], ...] = ()
+        self._layouts: tuple[_StateLayout[V], ...] = ()
 
-    def get(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> V | None:
-        """The value for a call, if there is one."""
-        for form in self._forms:
-            key = form.key(module, args, kwargs)
-            if key is not None and (value := form.values.get(key)) is not None:
+    def __len__(self) -> int:
+        return sum(len(layout.values) for layout in self._layouts)
+
+    def get(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> V | None:
+        """Return the value for a call, if there is one."""
+        for layout in self._layouts:
+            key = layout.key(module, args, kwargs)
+            if key is not None and (value := layout.values.get(key)) is not None:
                 return value
         return None
 
@@ -52,8 +64,8 @@ class Kinds(Generic[V]):
         self,
         module: nn.Module,
         state: State,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         value: V,
     ) -> None:
         """Set the value for a call.
@@ -65,29 +77,33 @@ class Kinds(Generic[V]):
             kwargs: Its keyword arguments.
             value: The value.
         """
-        for form in self._forms:
-            if (key := form.key(module, args, kwargs)) is not None and form.tells(module):
-                remember(form.values, key, value)
+        for layout in self._layouts:
+            if (key := layout.key(module, args, kwargs)) is not None and layout.covers(module):
+                remember(layout.values, key, value)
                 return
-        form = _Form(module, state)
-        if (key := form.key(module, args, kwargs)) is not None:
-            form.values[key] = value
-            self._forms = (form, *self._forms[: _MOST_FORMS - 1])
+        layout = _StateLayout(module, state)
+        if (key := layout.key(module, args, kwargs)) is not None:
+            layout.values[key] = value
+            self._layouts = (layout, *self._layouts[: MAX_LAYOUTS - 1])
 
 
-class _Form(Generic[V]):
-    """Where a layer has what its calls depend on, and the values for calls by what that is."""
+class _StateLayout(Generic[V]):
+    """The places in a layer that its calls read, and the values for calls of layers like it."""
 
     def __init__(self, module: nn.Module, state: State) -> None:
         paths = (*state.tensors, *(path for path, _ in state.values))
         values = tuple_of(_quick_access(module, path) for path in paths)
-        self._read: Callable[[Any], tuple[Any, ...]] = write(["module"], [f"return {values}"], {})
+        self._read: Callable[[nn.Module], tuple[object, ...]] = write(
+            ["module"], [f"return {values}"], {}
+        )
         self._types = [(path, type(read(module, path))) for path in state.types]
         self._checks = state.checks
-        self.values: dict[Any, V] = {}
+        self.values: dict[Key, V] = {}
 
-    def key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call depends on; None where the layer is not of this form."""
+    def key(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Key | None:
+        """Return the key of a call; None where the layer has another layout."""
         try:
             held = self._read(module)
             for path, cls in self._types:
@@ -98,20 +114,23 @@ class _Form(Generic[V]):
                     return None
         except (AttributeError, KeyError, IndexError, TypeError):
             return None
-        key: tuple[Any, ...] = tuple(map(_key, args + held))
+        key: Key = tuple(map(_key, args + held))
         if kwargs:
             key += tuple([(name, _key(value)) for name, value in kwargs.items()])
         if _torch.any_autocast():
             key += (_torch.autocast_regions(),)
         return key
 
-    def tells(self, module: nn.Module) -> bool:
-        """Whether keys tell all that there is to tell of a layer's state."""
-        return not any(map(_is_odd, map(_key, self._read(module))))
+    def covers(self, module: nn.Module) -> bool:
+        """Whether keys contain the whole value of all that the layer's calls read."""
+        return not any(map(_is_opaque, map(_key, self._read(module))))
 
 
 def _quick_access(module: nn.Module, path: Path) -> str:
-    """What is at ``path`` of ``module``, past the attribute lookup of modules, which is slow."""
+    """Return an expression for the value at ``path`` of ``module``.
+
+    It avoids the attribute lookup of modules, which is slow.
+    """
     start, value = "module", module
     for i, step in enumerate(path):
         homes = ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ()
@@ -121,22 +140,22 @@ def _quick_access(module: nn.Module, path: Path) -> str:
     return start
 
 
-_ODD = object()
+_OPAQUE = object()
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
-def _key(value: Any) -> Any:
-    """The type and form of a tensor, the type and value of anything else that is data.
+def _key(value: Any) -> Key:
+    """Return the type and layout of a tensor, or the type and value of other data.
 
-    Of what a call cannot be made again with it is the type and `_ODD`: it keeps the reference,
-    whatever it is.
+    For a value that a call cannot be repeated with it is the type and `_OPAQUE`: the layer then
+    keeps its reference, whatever the value is.
     """
     cls: type = type(value)
     if cls in _TENSORS or isinstance(value, Tensor):
         try:
-            layout: Any = value.stride()
-        except RuntimeError:  # a sparse one
+            layout: Hashable = value.stride()
+        except RuntimeError:  # a sparse tensor
             layout = value.layout
         return cls, value.shape, layout, value.dtype, value.device, value.requires_grad
     if cls in _PLAIN:
@@ -149,8 +168,8 @@ def _key(value: Any) -> Any:
         return cls, *(_key(getattr(value, name)) for name in names)
     if is_constant(value) or is_data(value):
         return cls, stable_text(value)
-    return cls, _ODD
+    return cls, _OPAQUE
 
 
-def _is_odd(key: Any) -> bool:
-    return key is _ODD or (type(key) is tuple and any(map(_is_odd, key)))
+def _is_opaque(key: Hashable) -> bool:
+    return key is _OPAQUE or (type(key) is tuple and any(map(_is_opaque, key)))

@@ -1,4 +1,4 @@
-"""``kernelize``: swap the forwards of a model's extensible layers for kernels, in place."""
+"""``kernelize``: replace the forwards of a model's extensible layers by kernels, in place."""
 
 from __future__ import annotations
 
@@ -40,108 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernelgraph")
 
-_FALLBACK_CASES = {
-    Reason.NO_LAYER: KernelizeFallback.NO_LAYER,
-    Reason.NO_DEVICE: KernelizeFallback.NO_DEVICE,
-    Reason.NO_CAPABILITY: KernelizeFallback.NO_COMPATIBLE_PROPERTIES,
-    Reason.NO_MODE: KernelizeFallback.NO_COMPATIBLE_MODE,
-    Reason.NO_BACKWARD: KernelizeFallback.NO_COMPATIBLE_MODE,
-    Reason.CANNOT_LOAD: KernelizeFallback.CANNOT_LOAD,
-}
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the layers of one class were kernelized: enough to do it again in another process."""
-
-    cls: type[nn.Module]
-    selection: Selection
-    target: Target
-    mode: Mode
-    function: Callable[..., Any]
-    """What runs the kernel on an instance."""
-    verify_gradients: bool = True
-    """Whether its gradients are compared with the reference's before it trains."""
-    wrong_gradient: str = "recompute"
-    """What a kernel whose gradient is wrong may do: see `kernelize`."""
-
-    def __reduce__(self) -> Any:
-        # The layers of a class share their recipe, and so do their pickles: this is once a class.
-        made_from = (self.cls, self.selection, self.target, self.mode)
-        return _remake, (*made_from, self.verify_gradients, self.wrong_gradient)
-
-
-def _remake(
-    cls: type[nn.Module],
-    selection: Selection,
-    target: Target,
-    mode: Mode,
-    *gradients: Any,  # none in pickles of versions that did not verify them
-) -> Recipe:
-    """Unpickle a `Recipe`: for its kernel, or where that is not to be had here, the reference."""
-    try:
-        if (layer := extensible(cls)) is None:
-            raise TypeError("the class is not extensible in this process")
-        outcome = decide_again(layer, selection, target, mode)
-        if isinstance(outcome, Kernel):
-            return _recipe(cls, layer, outcome, target, mode, Gradients(*gradients), Notes())
-        why = because(outcome.reason, outcome.detail)
-    except Exception as error:  # a kernel is not worth the weights that come with it
-        why = f"{type(error).__name__}: {error}"
-    logger.warning("unpickled layers %s run their reference: %s", cls.__qualname__, why)
-    return Recipe(cls, selection, target, mode, reference_of(cls), *gradients)
-
-
-class KernelForward(BoundForward):
-    """What ``kernelize`` puts on the instance.
-
-    Unlike a bound method it can say how it is copied (bound to the copy) and pickled (by what it
-    was made from).
-    """
-
-    recipe: Recipe
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KernelForward:
-        return _bind(copy.deepcopy(self.args[0], memo), self.recipe)
-
-    def __reduce__(self) -> Any:
-        return _bind, (self.args[0], self.recipe)
-
-
-def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
-    forward = KernelForward(recipe.function, module)
-    forward.recipe, forward.mode = recipe, recipe.mode
-    forward.gradients = Gradients(recipe.verify_gradients, recipe.wrong_gradient)
-    return forward
-
-
-def _recipe(
-    cls: type[nn.Module],
-    layer: Extensible,
-    kernel: Kernel,
-    target: Target,
-    mode: Mode,
-    gradients: Gradients,
-    notes: Notes,
-) -> Recipe:
-    """The recipe that runs ``kernel`` on the instances of ``cls`` in ``mode``."""
-    function = kernel.forward
-    if Mode.TRAINING in mode:
-        function = training_forward(kernel, layer, gradients, notes)
-    if Mode.TORCH_COMPILE in mode:
-        from kernelgraph.graph.compile import kernelized_forward
-
-        function = kernelized_forward(kernel, layer, function)
-    return Recipe(cls, kernel.selection, target, mode, function, *gradients)
-
-
-class _Plan(NamedTuple):
-    """What was decided for the layers of a class."""
-
-    decided: tuple[str, str, str, Reason, str, str]
-    """The fields of `Decision` after ``path``."""
-    recipe: Recipe | None
-    """None where the reference is kept."""
+# --- the public function ------------------------------------------------------------------------
 
 
 def kernelize(
@@ -153,38 +53,38 @@ def kernelize(
     verify_gradients: bool = True,
     wrong_gradient: str = "recompute",
 ) -> nn.Module:
-    """Swap the forwards of ``model``'s extensible layers for kernels of the current mapping.
+    """Replace the forwards of ``model``'s extensible layers by kernels of the current mapping.
 
     The model is changed in place, all of it or, where an error is raised, none of it. Every layer
     is decided anew at each call, so another mode, mapping or device takes effect, and a layer
-    that has no kernel any more gets its reference back. `kernelgraph.last_report` says what was
-    decided; each decision is also logged at INFO on the logger ``kernelgraph``.
+    that has no kernel any more gets its reference back. `kernelgraph.last_report` returns what
+    was decided; each decision is also logged at INFO on the logger ``kernelgraph``.
 
-    A deep copy and a pickle of the model keep its kernels. A shallow `copy.copy` of a layer goes on
-    running on the layer that it is a copy of, until it is kernelized itself; and a model that is
-    moved to another device is to be kernelized again.
+    A deep copy and a pickle of the model keep its kernels. A shallow `copy.copy` of a layer runs
+    on the layer that it was copied from until it is kernelized itself. A model that was moved to
+    another device must be kernelized again.
 
-    No kernel trains on its word alone. Where a gradient is wanted of a layer that was kernelized
-    for training, the first call of each kind compares the kernel's output and gradients with those
-    of the layer's reference. What is found wrong is told by one WARNING, and by the report.
+    No kernel trains unverified. The first time that a layer kernelized for training is called in
+    some way with a gradient wanted, the kernel's output and gradients are compared with those of
+    the layer's reference. One WARNING and the report say what is wrong.
 
     Args:
-        model: Any module; its extensible layers, and the extensible functions attached to its
+        model: Any module. Its extensible layers, and the extensible functions attached to its
             modules, are changed.
         mode: ``Mode.INFERENCE`` or ``Mode.TRAINING``. With ``| Mode.TORCH_COMPILE`` the layers
             also become custom-op nodes in the graph of whichever backend compiles the model.
         device: The device to choose kernels for; by default that of the model's first parameter
             or buffer.
         use_fallback: Whether a layer may keep its reference where no kernel fits. False raises
-            instead; a `KernelizeFallback` says in which cases it may.
+            an error instead; a `KernelizeFallback` says in which cases it may.
         verify_gradients: Whether the outputs and gradients of kernels are compared with the
             reference's before they train. With False a missing gradient is still found, and a
-            wrong one is believed.
-        wrong_gradient: What is done where a kernel's gradient is missing or wrong: with
-            ``"recompute"`` its forward is used and the gradient is the reference's, which is run
-            again for it; with ``"reference"`` the reference is used for all of it.
+            wrong one is not.
+        wrong_gradient: What happens where a kernel's gradient is missing or wrong. With
+            ``"recompute"`` the kernel's forward is used, and the reference is run again for the
+            gradient; with ``"reference"`` the reference is used for both.
 
-    The ``kernels`` package's ``Mode``, ``Device`` and ``KernelizeFallback`` will do as well.
+    The ``Mode``, ``Device`` and ``KernelizeFallback`` of the ``kernels`` package are accepted too.
 
     Returns:
         ``model`` itself.
@@ -192,58 +92,45 @@ def kernelize(
     Raises:
         TypeError: If an argument is of the wrong type, or a hub layer is impure or does not fit.
         ValueError: If ``mode`` is not one to kernelize for, the device is unknown or cannot be
-            told, a kernel was registered for a mode that it does not support, or no kernel fits
-            and ``use_fallback`` does not allow the reference.
+            derived from the model, a kernel was registered for a mode that it does not support,
+            or no kernel fits and ``use_fallback`` does not allow the reference.
         Exception: Whatever a repository raises where it cannot be loaded, unless
             ``KernelizeFallback.CANNOT_LOAD`` is allowed.
+
+    Example:
+        With the kernels of ``examples/kernels``, for a layer that is tagged with their name:
+
+        >>> @kg.use_kernel_forward_from_hub("SiluAndMul")
+        ... class SiluAndMul(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         gate, up = x.chunk(2, dim=-1)
+        ...         return torch.nn.functional.silu(gate) * up
+        >>> kernel = kg.LocalLayerRepository("examples/kernels", layer_name="SiluAndMul")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), SiluAndMul())
+        >>> with kg.use_kernel_mapping({"SiluAndMul": {"cpu": kernel}}):
+        ...     model = kg.kernelize(model, mode=kg.Mode.INFERENCE)
+        >>> [decision] = kg.last_report().kernels
+        >>> decision.path, decision.layer
+        ('1', 'SiluAndMul')
+        >>> with torch.inference_mode():
+        ...     model(torch.ones(2, 8)).shape
+        torch.Size([2, 8])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"kernelize changes an nn.Module, not {model!r}")
     mode = Mode.parse(mode)
     tried(mode)
-    target = _target(model, device)
-    allowed = KernelizeFallback.parse(use_fallback)
-    gradients = Gradients.parse(verify_gradients, wrong_gradient)
-    mapping = current_mapping()
-    notes = Notes()
-
-    layers: dict[type, Extensible | None] = {}
-    plans: dict[type, _Plan] = {}
-    decisions: list[Decision] = []
-    changes: list[tuple[nn.Module, Recipe | None]] = []
-    for path, module in candidates(model):
-        cls = type(module)
-        if cls not in layers:
-            layers[cls] = extensible(cls)
-        if (layer := layers[cls]) is None:
-            continue
-        own = module.__dict__.get("forward")
-        left = None
-        if own is not None and type(own) is not KernelForward:
-            left = Reason.OWN_FORWARD
-        elif layer.condition is not None and not layer.condition(module):
-            left = Reason.CONDITION
-            changes.append((module, None))
-        if left is not None:
-            decisions.append(Decision(path, layer.layer_name, target.type, str(mode), left))
-            continue
-        # Only now, so that what nobody wants is not loaded, and is no error.
-        if cls not in plans:
-            plans[cls] = _plan(cls, layer, path, target, mode, mapping, allowed, gradients, notes)
-        plan = plans[cls]
-        if plan.recipe is not None and Mode.TRAINING in mode:
-            notes.places[module] = len(decisions)
-        decisions.append(Decision(path, *plan.decided))
-        changes.append((module, plan.recipe))
-
-    for module, recipe in changes:
-        # Around nn.Module.__setattr__, which looks for parameters first and is slow.
-        if recipe is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = _bind(module, recipe)
-    notes.report = Report("kernelize", tuple(decisions))
-    publish(notes.report)
+    run = _Kernelization(
+        _target(model, device),
+        mode,
+        KernelizeFallback.parse(use_fallback),
+        Gradients.parse(verify_gradients, wrong_gradient),
+        current_mapping(),
+    )
+    for path, module in named_layers(model):
+        run.decide(path, module)
+    run.install()
+    run.report()
     return model
 
 
@@ -256,12 +143,13 @@ def _target(model: nn.Module, device: str | torch.device | Device | None) -> Tar
         )
     try:
         return target_of(found)
-    except ValueError as error:  # meta, say
+    except ValueError as error:  # the meta device, for example
         raise ValueError(f"the model is on {found}: pass device ({error})") from None
 
 
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, with its path; and each extensible function attached to one."""
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module of ``model`` once, and each extensible function attached to one, with its
+    path."""
     visited: set[nn.Module] = set()
     has_functions: dict[type, bool] = {}
     for path, module in model.named_modules(visited):
@@ -271,34 +159,213 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             has_functions[cls] = hasattr(cls, FUNCTIONS)
         if has_functions[cls] or FUNCTIONS in module.__dict__:
             for name, function in functions_of(module).items():
-                if function not in visited:  # nor, then, does named_modules visit it again
-                    visited.add(function)
+                if function not in visited:
+                    visited.add(function)  # and named_modules does not visit it again
                     yield f"{path}.{name}" if path else name, function
 
 
-def _plan(
+# --- one run ------------------------------------------------------------------------------------
+
+_FALLBACK_CASES = {
+    Reason.NO_LAYER: KernelizeFallback.NO_LAYER,
+    Reason.NO_DEVICE: KernelizeFallback.NO_DEVICE,
+    Reason.NO_CAPABILITY: KernelizeFallback.NO_COMPATIBLE_PROPERTIES,
+    Reason.NO_MODE: KernelizeFallback.NO_COMPATIBLE_MODE,
+    Reason.NO_BACKWARD: KernelizeFallback.NO_COMPATIBLE_MODE,
+    Reason.CANNOT_LOAD: KernelizeFallback.CANNOT_LOAD,
+}
+
+
+class _ClassPlan(NamedTuple):
+    """The decision for the layers of one class."""
+
+    decision: Decision
+    """The decision without a path."""
+    recipe: Recipe | None
+    """None where the reference is kept."""
+
+
+class _Kernelization:
+    """One run of ``kernelize``: the decisions for its layers, and the changes that follow."""
+
+    def __init__(
+        self,
+        target: Target,
+        mode: Mode,
+        allowed: KernelizeFallback,
+        gradients: Gradients,
+        mapping: KernelMapping,
+    ) -> None:
+        self._target = target
+        self._mode = mode
+        self._allowed = allowed
+        self._gradients = gradients
+        self._mapping = mapping
+        self._notes = Notes()
+        self._layers: dict[type, Extensible | None] = {}
+        self._plans: dict[type, _ClassPlan] = {}
+        self._decisions: list[Decision] = []
+        self._changes: list[tuple[nn.Module, Recipe | None]] = []
+
+    def decide(self, path: str, module: nn.Module) -> None:
+        """Decide for a module, if it is an extensible layer. Nothing is changed yet."""
+        cls = type(module)
+        if cls not in self._layers:
+            self._layers[cls] = extensible(cls)
+        if (layer := self._layers[cls]) is None:
+            return
+        own = module.__dict__.get("forward")
+        if own is not None and type(own) is not KernelForward:
+            self._keep_reference(path, layer, Reason.OWN_FORWARD)
+            return
+        if layer.condition is not None and not layer.condition(module):
+            self._keep_reference(path, layer, Reason.CONDITION)
+            self._changes.append((module, None))
+            return
+        # Planned at the first instance that needs it: what none needs is not loaded, and its
+        # absence is no error.
+        if cls not in self._plans:
+            self._plans[cls] = self._plan(cls, layer, path)
+        plan = self._plans[cls]
+        if plan.recipe is not None and Mode.TRAINING in self._mode:
+            self._notes.places[module] = len(self._decisions)
+        self._decisions.append(Decision(path, *plan.decision[1:]))
+        self._changes.append((module, plan.recipe))
+
+    def _keep_reference(self, path: str, layer: Extensible, reason: Reason) -> None:
+        self._decisions.append(self._decision(layer, reason)._replace(path=path))
+
+    def _decision(
+        self, layer: Extensible, reason: Reason, kernel: str = "", detail: str = ""
+    ) -> Decision:
+        device, mode = self._target.type, str(self._mode)
+        return Decision("", layer.layer_name, device, mode, reason, kernel, detail)
+
+    def _plan(self, cls: type[nn.Module], layer: Extensible, path: str) -> _ClassPlan:
+        """Decide for a class of layers, whose first instance to need it is at ``path``."""
+        outcome = decide(
+            layer,
+            self._target,
+            self._mode,
+            self._mapping,
+            keep_unloadable=KernelizeFallback.CANNOT_LOAD in self._allowed,
+        )
+        if isinstance(outcome, Kernel):
+            recipe = Recipe.of(
+                cls, layer, outcome, self._target, self._mode, self._gradients, self._notes
+            )
+            return _ClassPlan(self._decision(layer, Reason.KERNEL, str(outcome)), recipe)
+        case = _FALLBACK_CASES.get(outcome.reason)
+        if case is not None and case not in self._allowed:
+            raise ValueError(
+                f"layer {layer.layer_name!r} at {path or '(model)'}: no kernel for device "
+                f"{self._target} in mode {self._mode}, and use_fallback does not allow the "
+                f"reference: {because(outcome.reason, outcome.detail)}"
+            )
+        return _ClassPlan(self._decision(layer, outcome.reason, detail=outcome.detail), None)
+
+    def install(self) -> None:
+        """Change the forwards of the layers."""
+        for module, recipe in self._changes:
+            # Around nn.Module.__setattr__, which looks for parameters first and is slow.
+            if recipe is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = _bind(module, recipe)
+
+    def report(self) -> None:
+        """Publish the decisions."""
+        self._notes.report = Report("kernelize", tuple(self._decisions))
+        publish(self._notes.report)
+
+
+# --- the forwards of instances, and their copies and pickles ------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the layers of one class were kernelized: enough to repeat it in another process."""
+
+    cls: type[nn.Module]
+    selection: Selection
+    target: Target
+    mode: Mode
+    function: Callable[..., object]
+    """The function that runs the kernel on an instance."""
+    verify_gradients: bool = True
+    """Whether the kernel's gradients are compared with the reference's before it trains."""
+    wrong_gradient: str = "recompute"
+    """What happens where the kernel's gradient is wrong: see `kernelize`."""
+
+    @classmethod
+    def of(
+        cls,
+        layer_class: type[nn.Module],
+        layer: Extensible,
+        kernel: Kernel,
+        target: Target,
+        mode: Mode,
+        gradients: Gradients,
+        notes: Notes,
+    ) -> Recipe:
+        """Return the recipe that runs ``kernel`` on the instances of ``layer_class``."""
+        function = kernel.forward
+        if Mode.TRAINING in mode:
+            function = training_forward(kernel, layer, gradients, notes)
+        if Mode.TORCH_COMPILE in mode:
+            from kernelgraph.graph.compile import kernelized_forward
+
+            function = kernelized_forward(kernel, layer, function)
+        return cls(layer_class, kernel.selection, target, mode, function, *gradients)
+
+    def __reduce__(self) -> tuple[Callable[..., Recipe], tuple[object, ...]]:
+        # The layers of a class share their recipe, and so do their pickles: this runs once for a
+        # class.
+        ingredients = (self.cls, self.selection, self.target, self.mode)
+        return _unpickle_recipe, (*ingredients, self.verify_gradients, self.wrong_gradient)
+
+
+def _unpickle_recipe(
     cls: type[nn.Module],
-    layer: Extensible,
-    path: str,
+    selection: Selection,
     target: Target,
     mode: Mode,
-    mapping: KernelMapping,
-    allowed: KernelizeFallback,
-    gradients: Gradients,
-    notes: Notes,
-) -> _Plan:
-    """Decide for a class of layers, whose first instance to need it is at ``path``."""
-    unloadable = KernelizeFallback.CANNOT_LOAD in allowed
-    outcome = decide(layer, target, mode, mapping, keep_unloadable=unloadable)
-    place = (layer.layer_name, target.type, str(mode))
-    if isinstance(outcome, Kernel):
-        recipe = _recipe(cls, layer, outcome, target, mode, gradients, notes)
-        return _Plan((*place, Reason.KERNEL, str(outcome), ""), recipe)
-    case = _FALLBACK_CASES.get(outcome.reason)
-    if case is not None and case not in allowed:
-        raise ValueError(
-            f"layer {layer.layer_name!r} at {path or '(model)'}: no kernel for device {target} in "
-            f"mode {mode}, and use_fallback does not allow the reference: "
-            f"{because(outcome.reason, outcome.detail)}"
-        )
-    return _Plan((*place, outcome.reason, "", outcome.detail), None)
+    verify_gradients: bool,
+    wrong_gradient: str,
+) -> Recipe:
+    """Make a `Recipe` for its kernel, or where that cannot be loaded here, for the reference."""
+    gradients = Gradients(verify_gradients, wrong_gradient)
+    try:
+        if (layer := extensible(cls)) is None:
+            raise TypeError("the class is not extensible in this process")
+        outcome = decide_again(layer, selection, target, mode)
+        if isinstance(outcome, Kernel):
+            return Recipe.of(cls, layer, outcome, target, mode, gradients, Notes())
+        why = because(outcome.reason, outcome.detail)
+    except Exception as error:  # losing a kernel must not lose the weights pickled with it
+        why = f"{type(error).__name__}: {error}"
+    logger.warning("unpickled layers %s run their reference: %s", cls.__qualname__, why)
+    return Recipe(cls, selection, target, mode, reference_of(cls), *gradients)
+
+
+class KernelForward(BoundForward):
+    """The ``forward`` that ``kernelize`` puts on an instance.
+
+    Unlike a bound method it defines how it is copied (bound to the copy of the instance) and
+    pickled (by its recipe).
+    """
+
+    recipe: Recipe
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelForward:
+        return _bind(copy.deepcopy(self.args[0], memo), self.recipe)
+
+    def __reduce__(self) -> tuple[Callable[..., KernelForward], tuple[nn.Module, Recipe]]:
+        return _bind, (self.args[0], self.recipe)
+
+
+def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
+    forward = KernelForward(recipe.function, module)
+    forward.recipe, forward.mode = recipe, recipe.mode
+    forward.gradients = Gradients(recipe.verify_gradients, recipe.wrong_gradient)
+    return forward

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from kernelgraph.eager import KernelForward, candidates
+from kernelgraph.eager import KernelForward, named_layers
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, UnsupportedValue, read
 from kernelgraph.graph.compile import Trace, adopt, exporting, kernelized_forward
@@ -258,9 +258,9 @@ def _prepared(model: nn.Module, exporter: _Exporter) -> Iterator[None]:
     """Have the layers of ``model`` call ops, and be as they were afterwards."""
     for cls in tuple(tagged_subclasses()):
         adopt(cls)
-    found = {module: module.__dict__.get("forward") for _, module in candidates(model)}
+    found = {module: module.__dict__.get("forward") for _, module in named_layers(model)}
     try:
-        for path, module in candidates(model):
+        for path, module in named_layers(model):
             layer = extensible(type(module))
             if layer is not None:
                 _prepare(Site(module, layer, path), exporter)

@@ -1,3 +1,5 @@
+"""Keys of eager calls: which calls share a decision."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernelgraph.eager.call_keys import _MOST_FORMS, Kinds
+from kernelgraph.eager.call_keys import MAX_LAYOUTS, CallTable
 from kernelgraph.graph.calls.state import State
 
 
@@ -32,8 +34,8 @@ class Pair(NamedTuple):
     other: Any
 
 
-def put(kinds: Kinds[Any], layer: Layer, args: Any, kwargs: Any, value: Any) -> None:
-    kinds.put(layer, State.of(layer, [Layer.forward]), args, kwargs, value)
+def put(table: CallTable[Any], layer: Layer, args: Any, kwargs: Any, value: Any) -> None:
+    table.put(layer, State.of(layer, [Layer.forward]), args, kwargs, value)
 
 
 X = torch.ones(2, 3)
@@ -70,35 +72,35 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
-def test_calls_that_differ_in_anything_are_of_different_kinds() -> None:
-    kinds: Kinds[int] = Kinds()
+def test_calls_that_differ_in_anything_have_different_keys() -> None:
+    table: CallTable[int] = CallTable()
     layer = Layer()
     for number, (args, kwargs) in enumerate(CALLS):
-        assert kinds.get(layer, args, kwargs) is None
-        put(kinds, layer, args, kwargs, number)
+        assert table.get(layer, args, kwargs) is None
+        put(table, layer, args, kwargs, number)
     for number, (args, kwargs) in enumerate(CALLS):
-        assert kinds.get(layer, args, kwargs) == number
+        assert table.get(layer, args, kwargs) == number
 
 
-def test_values_in_tensors_do_not_count() -> None:
-    kinds: Kinds[str] = Kinds()
-    put(kinds, Layer(), (X,), {}, "found")
-    assert kinds.get(Layer(weight=nn.Parameter(torch.zeros(3))), (X + 1,), {}) == "found"
+def test_values_in_tensors_are_not_part_of_the_key() -> None:
+    table: CallTable[str] = CallTable()
+    put(table, Layer(), (X,), {}, "found")
+    assert table.get(Layer(weight=nn.Parameter(torch.zeros(3))), (X + 1,), {}) == "found"
 
 
 @pytest.mark.parametrize("kind", ["cpu"])
-def test_an_autocast_region_counts(kind: str) -> None:
-    kinds: Kinds[Any] = Kinds()
+def test_an_autocast_region_is_part_of_the_key(kind: str) -> None:
+    table: CallTable[Any] = CallTable()
     layer = Layer()
-    put(kinds, layer, (X,), {}, None)
+    put(table, layer, (X,), {}, None)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(kind, dtype):
-            assert kinds.get(layer, (X,), {}) is None
-            put(kinds, layer, (X,), {}, dtype)
+            assert table.get(layer, (X,), {}) is None
+            put(table, layer, (X,), {}, dtype)
     with torch.autocast(kind, torch.bfloat16):
-        assert kinds.get(layer, (X,), {}) is torch.bfloat16
+        assert table.get(layer, (X,), {}) is torch.bfloat16
         with torch.autocast(kind, enabled=False):
-            assert kinds.get(layer, (X,), {}) is None
+            assert table.get(layer, (X,), {}) is None
 
 
 ATTRIBUTES: list[dict[str, Any]] = [
@@ -123,53 +125,53 @@ ATTRIBUTES: list[dict[str, Any]] = [
 
 @settings(max_examples=50)
 @given(st.permutations(range(len(ATTRIBUTES))))
-def test_layers_that_differ_in_what_they_read_are_told_apart(order: list[int]) -> None:
-    kinds: Kinds[int] = Kinds()
+def test_layers_that_differ_in_what_they_read_have_different_keys(order: list[int]) -> None:
+    table: CallTable[int] = CallTable()
     layers = [Layer(**attributes) for attributes in ATTRIBUTES]
     for number in order:
-        assert kinds.get(layers[number], (X,), {}) is None
-        put(kinds, layers[number], (X,), {}, number)
+        assert table.get(layers[number], (X,), {}) is None
+        put(table, layers[number], (X,), {}, number)
     for number, attributes in enumerate(ATTRIBUTES):
         for layer in (layers[number], Layer(**attributes)):
-            assert kinds.get(layer, (X,), {}) == number
+            assert table.get(layer, (X,), {}) == number
 
 
-def test_a_change_of_a_layer_counts() -> None:
-    kinds: Kinds[str] = Kinds()
+def test_a_changed_layer_has_another_key() -> None:
+    table: CallTable[str] = CallTable()
     layer = Layer()
-    put(kinds, layer, (X,), {}, "found")
+    put(table, layer, (X,), {}, "found")
     layer.eps = 2.0
-    assert kinds.get(layer, (X,), {}) is None
+    assert table.get(layer, (X,), {}) is None
     layer.eps = 1e-6
-    assert kinds.get(layer, (X,), {}) == "found"
+    assert table.get(layer, (X,), {}) == "found"
     layer.weight.requires_grad_(False)
-    assert kinds.get(layer, (X,), {}) is None
+    assert table.get(layer, (X,), {}) is None
     layer.weight.requires_grad_(True)
     layer.double()
-    assert kinds.get(layer, (X,), {}) is None
+    assert table.get(layer, (X,), {}) is None
     del layer.weight
-    assert kinds.get(layer, (X,), {}) is None
+    assert table.get(layer, (X,), {}) is None
 
 
-def test_a_table_is_bounded() -> None:
-    kinds: Kinds[int] = Kinds()
+def test_table_size_is_bounded() -> None:
+    table: CallTable[int] = CallTable()
     layer = Layer()
     for number in range(3000):
-        put(kinds, layer, (number,), {}, number)
-    assert sum(len(form.values) for form in kinds._forms) <= 1024
-    assert kinds.get(layer, (2999,), {}) == 2999
-    for number in range(3 * _MOST_FORMS):
+        put(table, layer, (number,), {}, number)
+    assert len(table) <= 1024
+    assert table.get(layer, (2999,), {}) == 2999
+    for number in range(3 * MAX_LAYOUTS):
         other = Layer(inner=type(f"Inner{number}", (nn.Linear,), {})(3, 3))
-        put(kinds, other, (X,), {}, number)
-    assert len(kinds._forms) <= _MOST_FORMS
+        put(table, other, (X,), {}, number)
+    assert len(table) <= MAX_LAYOUTS
 
 
-def test_what_no_call_can_be_made_of_counts_by_its_type() -> None:
+def test_a_value_that_no_call_can_be_repeated_with_counts_by_its_type() -> None:
     class Odd:
         tensor: Tensor = X
 
-    kinds: Kinds[str] = Kinds()
+    table: CallTable[str] = CallTable()
     layer = Layer()
-    put(kinds, layer, (Odd(),), {}, "odd")
-    assert kinds.get(layer, (Odd(),), {}) == "odd"
-    assert kinds.get(layer, (object(),), {}) is None
+    put(table, layer, (Odd(),), {}, "odd")
+    assert table.get(layer, (Odd(),), {}) == "odd"
+    assert table.get(layer, (object(),), {}) is None

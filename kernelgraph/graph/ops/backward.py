@@ -7,7 +7,7 @@ reference (`ByReference`), which is run again on the operands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,54 +102,52 @@ class Differentiable(Body):
 
 
 class ByReference(Differentiable):
-    """The gradient is the reference's, recomputed from the operands."""
+    """An op whose gradient is the reference's, recomputed from the operands.
+
+    The op returns what was in the operands that the layer writes into as its last results: by the
+    time of the backward they have been written over.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         call = self._call
-        self.numbers = [
-            f"{kind} {name}"
-            for i, (kind, name) in enumerate(zip(call.types, call.names, strict=True))
-            if i not in call.tensors
-        ]
         self._recompute = Recompute(self._layer, call, self.returned, self.places.describe)
-
-    # Of the operands that the layer writes into, what was in them before is the last results:
-    # by the time of the backward they have been written over.
+        named = [f"{kind} {name}" for kind, name in zip(call.types, call.names, strict=True)]
+        _, self.numbers = self._recompute.split(named)
 
     @property
     def returns(self) -> int:
         return self.count + len(self.returned)
 
     def _copying(self, *operands: Any) -> Any:
-        return self._with(super()._copying(*operands), contiguous_copy, operands)
+        return self._with_originals(super()._copying(*operands), contiguous_copy, operands)
 
     def fake(self, *operands: Any) -> Any:
-        return self._with(super().fake(*operands), like, operands)
+        return self._with_originals(super().fake(*operands), like, operands)
 
-    def _with(self, made: Any, copy: Any, operands: Sequence[Any]) -> Any:
+    def _with_originals(
+        self, made: Any, copy: Callable[[Tensor], Tensor], operands: Sequence[Any]
+    ) -> Any:
         if not self.returned:
             return made
         return (*made, *(copy(operands[i]) for i in self.returned))
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
-        before = dict(zip(self.returned, results[self.count :], strict=True))
-        tensors = [before.get(i, operands[i]) for i in self._call.tensors]
-        return Kept(tensors, [v for i, v in enumerate(operands) if i not in self._call.tensors])
-
-    def _operands(self, kept: Kept) -> list[Any]:
-        tensors, numbers = iter(kept.tensors), iter(kept.numbers)
-        return [next(tensors if kind == "Tensor" else numbers) for kind in self._call.types]
+        if self.returned:
+            originals = dict(zip(self.returned, results[self.count :], strict=True))
+            operands = [originals.get(i, v) for i, v in enumerate(operands)]
+        return Kept(*self._recompute.split(operands))
 
     def backward(
         self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
     ) -> list[Tensor]:
-        return self._recompute.gradients(grads, self._operands(kept), needs)
+        return self._recompute.gradients(grads, self._recompute.join(*kept), needs)
 
     def backward_fake(
         self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
     ) -> list[Tensor]:
-        return [like(v) for v, needed in zip(self._operands(kept), needs, strict=True) if needed]
+        operands = self._recompute.join(*kept)
+        return [like(v) for v, needed in zip(operands, needs, strict=True) if needed]
 
 
 class ByKernel(Differentiable):
