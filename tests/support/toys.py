@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import kernelgraph
-from kernelgraph import use_kernel_forward_from_hub
+from kernelgraph import Mode, kernelize, last_report, use_kernel_forward_from_hub
+from kernelgraph.report import Reason
 
 
 @use_kernel_forward_from_hub("Scale")
@@ -94,6 +95,17 @@ def only(mapping: Any = None, **layers: Any) -> Iterator[None]:
     }
     with kernelgraph.use_kernel_mapping({**(mapping or {}), **layers}, inherit_mapping=False):
         yield
+
+
+def kernelized(**layers: Any) -> Scale:
+    """A `Scale` by 2, kernelized for inference with ``layers`` as the mapping."""
+    with only(**layers):
+        return kernelize(Scale(2.0), mode=Mode.INFERENCE)
+
+
+def reasons() -> list[Reason]:
+    """The reasons of the decisions in the last report."""
+    return [decision.reason for decision in last_report().decisions]
 
 
 def result(layer: Any) -> float:

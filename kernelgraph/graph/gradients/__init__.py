@@ -7,15 +7,14 @@ one on (`bypass`). With the reference's gradient, `Recompute` runs the reference
 (`recompute`), from the formula of a registered op or in eager use.
 
 Invariants:
-    - A kernel's forward runs once for each call: its own backward never runs it again.
-    - A backward never reads the memory of an operand or result after the forward. It receives
-      them anew, and they may have other strides than in the forward.
-    - A tape is freed with its handle, and holds no memory of operands or results, unless the
-      kernel has hidden saves.
+    - A kernel's own backward never runs the forward again.
+    - It never reads the memory that an operand or result had in the forward: it receives them
+      anew, or copies. A tape keeps the kernel's private tensors, and of others the places.
+    - A tape is freed with the memory of its handle.
     - A call past autograd is checked against the first call of its sizes and strides, and one
-      that differs in anything runs on a tape.
-    - The gradients of `Recompute` are those of the layer's reference. An operand that the
-      reference writes into without declaring it is an error.
+      that differs is made again on a tape.
+    - The gradients of `Recompute` are those of the layer's reference. That the reference writes
+      into an operand for which this was not known before is an error.
 """
 
 from kernelgraph.graph.gradients.bypass import BypassedCall, bypass_spec, bypassing_forward
