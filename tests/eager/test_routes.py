@@ -516,3 +516,19 @@ class TestErrors:
         layer, (x, y) = kernelized(Two, verify_gradients=False), inputs()
         with pytest.raises(RuntimeError, match=r"Two returned 2 tensors, and the layer 1$"):
             layer(x, y)
+
+    def test_a_kernel_that_writes_into_its_operands_unexpectedly_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Writes(nn.Module):
+            def forward(self, x: Tensor, y: Tensor) -> Tensor:
+                if failing["forward"]:
+                    y.mul_(2)
+                return Detached.forward(self, x, y)
+
+        layer, (x, y) = kernelized(Writes), inputs()
+        gradients(layer, x, y)
+        monkeypatch.setitem(failing, "forward", True)
+        message = r"Writes wrote into its operands, which it did not do in its trial run$"
+        with pytest.raises(RuntimeError, match=message):
+            layer(x, y)

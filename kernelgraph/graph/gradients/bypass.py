@@ -89,7 +89,7 @@ class Context:
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
         self.to_save: Sequence[object] = ()
-        self.saved_tensors: tuple[Tensor, ...] = ()
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
         self.materialize_grads = True
 
     def save_for_backward(self, *tensors: object) -> None:
@@ -121,10 +121,10 @@ class BypassedCall:
         """The operands, as the forward receives them."""
         self.context: Context | None = None
         self.outputs: Any = None
-        self.kept: list[Any] = []
+        self.kept: list[Tensor | None] = []
         """For each tensor that the kernel saved: the tensor if it is private, else None."""
 
-    def run(self, args: tuple[Any, ...]) -> Any:
+    def run(self, args: tuple[object, ...]) -> Any:
         """Call the function's forward; return None if ``args`` are not those of the first call."""
         spec, inputs = self.spec, self.inputs
         needs_input_grad = spec.needs_input_grad
@@ -150,7 +150,7 @@ class BypassedCall:
             _torch.set_grad_enabled(was)
         return self.outputs
 
-    def close(self, results: Sequence[Tensor] | None, starts: Sequence[int]) -> Any:
+    def close(self, results: Sequence[Tensor] | None, starts: Sequence[int]) -> list[Tensor] | None:
         """Return the results for the caller; None if the call differs from the first one.
 
         Args:
@@ -186,7 +186,7 @@ class BypassedCall:
 
     def _keep(
         self,
-        saved: Sequence[Any],
+        saved: Sequence[object],
         results: Sequence[Tensor],
         starts: Sequence[int],
         ranges: Sequence[tuple[int, int]],
@@ -256,11 +256,11 @@ class BypassedCall:
                 found.append(gradient)
         return found
 
-    def _saved_tensors(self, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _saved_tensors(self, given: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         spec = self.spec
         if tuple([tensor.stride() for tensor in given]) != spec.source_strides:
             given = [with_strides(t, s) for t, s in zip(given, spec.source_strides, strict=True)]
-        saved = []
+        saved: list[Tensor | None] = []
         for private, expected in zip(self.kept, spec.saved, strict=True):
             if expected.source == PRIVATE:
                 saved.append(private)
@@ -281,10 +281,10 @@ def bypassing_forward(
     wanted: Sequence[bool],
     *,
     specs: dict[Any, FunctionCallSpec | None],
-    first_call: Callable[..., Any],
+    first_call: Callable[..., object],
     tensors_of: Callable[[Any], Sequence[Tensor] | None],
     keep: Callable[[BypassedCall], Tensor],
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """Write the forward of an op whose gradient is the kernel's own.
 
     For a norm with a weight it reads::
@@ -343,7 +343,7 @@ def bypassing_forward(
         f"    return first_call(key, {originals})",
         "return (*results, keep(call))",
     ]
-    names: dict[str, Any] = {"specs": specs, "first_call": first_call}
+    names: dict[str, object] = {"specs": specs, "first_call": first_call}
     names |= {"tensors_of": tensors_of, "keep": keep}
     names |= {"BypassedCall": BypassedCall, "interception": _interception}
     names |= {"inference": torch.is_inference_mode_enabled}
@@ -352,5 +352,4 @@ def bypassing_forward(
     always = ["interception.call = outer", "recorded is None or end_recording(recorded)"]
     # An error counts as a call that differs: on the tape it is raised again, unless the
     # `Context` has caused it.
-    made: Callable[..., Any] = runner.around(before, "result = None", after, names, always=always)
-    return made
+    return runner.around(before, "result = None", after, names, always=always)
