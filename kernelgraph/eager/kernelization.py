@@ -64,7 +64,7 @@ def kernelize(
     on the layer that it was copied from until it is kernelized itself. A model that was moved to
     another device must be kernelized again.
 
-    No kernel trains unverified. The first time that a layer kernelized for training is called in
+    By default no kernel trains unverified. The first time that a layer kernelized for training is called in
     some way with a gradient wanted, the kernel's output and gradients are compared with those of
     the layer's reference. One WARNING and the report say what is wrong.
 

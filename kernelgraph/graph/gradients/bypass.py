@@ -99,7 +99,7 @@ class Context:
         """Do nothing: there is no forward mode here."""
 
     def mark_non_differentiable(self, *tensors: object) -> None:
-        """Do nothing: the first call has told which results these are."""
+        """Do nothing: the first call has shown which results these are."""
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materialize_grads = value
