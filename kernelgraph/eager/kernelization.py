@@ -7,7 +7,7 @@ import enum
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -357,7 +357,7 @@ class KernelForward(BoundForward):
 
     recipe: Recipe
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KernelForward:
+    def __deepcopy__(self, memo: dict[int, object]) -> KernelForward:
         return _bind(copy.deepcopy(self.args[0], memo), self.recipe)
 
     def __reduce__(self) -> tuple[Callable[..., KernelForward], tuple[nn.Module, Recipe]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -130,7 +129,7 @@ class Routes:
             return self._try(module, call, operands, wanted)
 
     def _try(
-        self, module: nn.Module, call: Call, operands: Sequence[Any], wanted: tuple[bool, ...]
+        self, module: nn.Module, call: Call, operands: Sequence[object], wanted: tuple[bool, ...]
     ) -> Route:
         layer, kernel, options = self._layer, self._kernel, self._gradients
         verdict = judge(layer, module, kernel, call, operands, wanted, compare=options.verify)

@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from kernelgraph.graph._torch.fakes import running_on
 from kernelgraph.graph.calls import Path, field_names, is_named_tuple, read, same
 
-GraphFunction = Callable[..., Any]
-F = TypeVar("F", bound=Callable[..., Any])
+GraphFunction = Callable[..., object]
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def at_trace_time(function: F) -> F:
@@ -84,7 +84,7 @@ class Frame:
         # float() guards the value of a symbolic float, which the schema of an op does not take.
         return float(value) if isinstance(value, torch.SymFloat) else value
 
-    def guard(self, name: str, path: Path, value: Any) -> None:
+    def guard(self, name: str, path: Path, value: object) -> None:
         """Recompile when the part at ``path`` of a local variable is no longer ``value``.
 
         A number that traced code reads may become symbolic once it has changed, and an op's
@@ -107,7 +107,7 @@ class Frame:
         """Recompile when the part at ``path`` of a local variable has another type."""
         install_guard(self._source(name, path).make_guard(GuardBuilder.TYPE_MATCH))
 
-    def guard_check(self, name: str, path: Path, check: Callable[[Any], bool]) -> None:
+    def guard_check(self, name: str, path: Path, check: Callable[[object], bool]) -> None:
         """Recompile when ``check`` returns False for the part at ``path`` of a local variable.
 
         Tried on 2.11, 2.13, 2.14.
@@ -178,7 +178,7 @@ class Frame:
         )
 
 
-def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
+def _parts_in(tx: object, variable: Any) -> list[tuple[Any, object]] | None:
     """Return the parts of a container with their keys or names, or None for anything else.
 
     They are read as traced code would read them. Tried on 2.11, 2.13, 2.14.
@@ -195,12 +195,12 @@ def _parts_in(tx: Any, variable: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _call(tx: Any, function: Any, *arguments: Any) -> Any:
+def _call(tx: Any, function: Any, *arguments: Any) -> object:
     """Return the result of a builtin function, as Dynamo traces its call."""
     return SourcelessBuilder.create(tx, function).call_function(tx, list(arguments), {})
 
 
-def _peek(tx: Any, variable: Any) -> Any:
+def _peek(tx: object, variable: Any) -> Any:
     if isinstance(variable, LazyVariableTracker):
         if not variable.is_realized():
             return variable.peek_value()
@@ -223,7 +223,7 @@ def _made(cls: Any, parts: dict[Any, Any]) -> Any:
     return cls(parts) if cls in (dict, OrderedDict) else cls(**parts)
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Yield the tensors in a nested value, dataclasses included."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
@@ -251,7 +251,7 @@ def unwrap_backend(compiler: Any) -> tuple[GraphFunction, Mapping[str, Any]]:
             return compiler, kwargs
 
 
-def _given_backend(compiler: Any) -> Any:
+def _given_backend(compiler: object) -> object:
     """Return the compiler that ``torch.compile`` gave to Dynamo.
 
     For a DistributedDataParallel Dynamo wraps it, anew for each compile, in one that splits the

@@ -102,8 +102,8 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def symbolic_like(
-    operands: Sequence[Any], everything: bool
-) -> tuple[list[Any], dict[sympy.Symbol, tuple[int, int]], ShapeEnv]:
+    operands: Sequence[object], everything: bool
+) -> tuple[list[object], dict[sympy.Symbol, tuple[int, int]], ShapeEnv]:
     """Return fakes like ``operands``, of a separate mode, whose sizes are symbols.
 
     Symbols are not merged because they are equal in this call, nor specialized because they are 0
@@ -121,7 +121,7 @@ def symbolic_like(
     env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
     places: dict[sympy.Symbol, tuple[int, int]] = {}
 
-    def symbol(value: Any, operand: int, dim: int) -> Any:
+    def symbol(value: object, operand: int, dim: int) -> Any:
         source = ConstantSource(f"operand_{operand}_{dim}")
         known = hint(value)
         made = env.create_unspecified_symbol(known, source, DimDynamic.DYNAMIC)
@@ -152,7 +152,7 @@ def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
     now = [int(hint(n)) for n in tensor.stride()]
     order = sorted(range(len(now)), key=lambda dim: (now[dim], -dim))
     strides: list[Any] = [None] * len(now)
-    step: Any = 1
+    step: object = 1
     dense = 1
     for dim in order:
         size = int(hint(tensor.shape[dim]))
@@ -162,14 +162,14 @@ def _strides_like(tensor: torch.Tensor, sizes: Sequence[Any]) -> list[Any]:
     return strides
 
 
-def fakes_for_export(operands: Sequence[Any]) -> list[Any]:
+def fakes_for_export(operands: Sequence[object]) -> list[object]:
     """Return fakes like ``operands`` for ``torch.export`` to use as example inputs.
 
     Symbolic sizes become their values in this call. Tried on 2.11, 2.13, 2.14.
     """
     env = ShapeEnv(tracked_fakes=[])
 
-    def fake(value: Any) -> Any:
+    def fake(value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return hint(value)
         size, stride = map(hint, value.shape), map(hint, value.stride())

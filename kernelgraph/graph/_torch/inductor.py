@@ -20,8 +20,8 @@ from torch._library.utils import get_layout_constraint_tag
 
 
 def inductor_backend(
-    mode: str | None, options: Mapping[str, Any]
-) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    mode: str | None, options: Mapping[str, object]
+) -> Callable[[fx.GraphModule, list[object]], object]:
     """Return the backend that ``torch.compile(backend="inductor", ...)`` uses."""
     wrapper: Any = torch._TorchCompileInductorWrapper
     return wrapper(mode, dict(options) or None, None)  # type: ignore[no-any-return]
@@ -91,10 +91,10 @@ def aot_compile(program: Any, path: os.PathLike[str], configs: dict[str, Any]) -
     )
 
 
-def aot_load(path: os.PathLike[str]) -> Callable[..., Any]:
+def aot_load(path: os.PathLike[str]) -> Callable[..., object]:
     """Load an AOTInductor package. Tried on 2.13, 2.14, and on 2.11 for the CPU: on CUDA 2.11 ends
     in a segmentation fault for any package with Python ops."""
-    model: Callable[..., Any] = torch._inductor.aoti_load_package(os.fspath(path))
+    model: Callable[..., object] = torch._inductor.aoti_load_package(os.fspath(path))
     return model
 
 

@@ -75,14 +75,14 @@ def expression(value: Any) -> Any:
     return int(expr) if expr.is_number else expr
 
 
-def evaluate(value: Any, known: Mapping[sympy.Symbol, int]) -> Any:
+def evaluate(value: object, known: Mapping[sympy.Symbol, int]) -> Any:
     """Return the value of a symbolic int for these values of its symbols; any other value
     unchanged."""
     expr = expression(value)
     return int(expr.xreplace(dict(known))) if isinstance(expr, Expression) else expr
 
 
-def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
+def hints(values: Iterable[object]) -> dict[sympy.Symbol, int | None]:
     """Return the symbols in ``values`` with their values in the traced call, or None for a symbol
     that depends on the values of tensors. Tried on 2.11, 2.13, 2.14."""
     found: dict[sympy.Symbol, int | None] = {}
@@ -94,13 +94,13 @@ def hints(values: Iterable[Any]) -> dict[sympy.Symbol, int | None]:
     return found
 
 
-def guard_equal(value: torch.SymInt, symbol: sympy.Symbol, other: Any) -> None:
+def guard_equal(value: torch.SymInt, symbol: sympy.Symbol, other: object) -> None:
     """Recompile when ``symbol``, of the graph that ``value`` belongs to, no longer equals
     ``other``. Tried on 2.11, 2.13, 2.14."""
     value.node.shape_env.evaluate_expr(sympy.Eq(symbol, other))
 
 
-def hint(value: Any) -> Any:
+def hint(value: object) -> Any:
     """Return the value of a symbolic size in the traced call, or 2 where it has none. Tried on
     2.11, 2.13, 2.14."""
     if isinstance(value, torch.SymInt):

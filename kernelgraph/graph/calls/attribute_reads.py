@@ -7,7 +7,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 Names = tuple[str, ...]
 """A chain of attribute names: ``("experts", "weight")`` for ``self.experts.weight``."""
@@ -30,7 +30,7 @@ class Uses(NamedTuple):
 
 
 @functools.cache
-def uses(function: Callable[..., Any]) -> Uses:
+def uses(function: Callable[..., object]) -> Uses:
     """Return the attribute chains of ``self`` that ``function`` uses.
 
     Every appearance of ``self`` must start a chain of attributes. Where it does not (it is passed

@@ -26,7 +26,7 @@ from kernelgraph.graph.calls.trees import (
 from kernelgraph.layers import Extensible
 
 
-def constants_in(arguments: Template, layer: Extensible) -> dict[str, Any]:
+def constants_in(arguments: Template, layer: Extensible) -> dict[str, object]:
     """Return the constants among the arguments of a call, by parameter name."""
     parameters = _parameters(layer.reference)
     ends = arguments.ends()
@@ -55,7 +55,7 @@ class Call:
 
     @classmethod
     def of(
-        cls, state: State, values: Sequence[Any], layer: Extensible, args: Any, kwargs: Any
+        cls, state: State, values: Sequence[object], layer: Extensible, args: Any, kwargs: Any
     ) -> tuple[Call, list[Any]]:
         """Return the signature of a call, and its operands.
 
@@ -103,7 +103,7 @@ class Call:
         """
         first, tied = self.first_state, {}
 
-        def counterpart(i: int, value: Any) -> Any:
+        def counterpart(i: int, value: Any) -> object:
             if not isinstance(value, torch.Tensor):
                 return value
             if i < first:
@@ -165,7 +165,7 @@ def _schema_type(value: Any) -> str:
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+def _parameters(forward: Callable[..., object]) -> tuple[str, ...]:
     """Return the names of a forward's positional parameters after ``self``."""
     found = inspect.signature(forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

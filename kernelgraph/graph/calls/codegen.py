@@ -21,14 +21,14 @@ import torch
 from kernelgraph.fingerprint import digest
 from kernelgraph.graph.calls.trees import Constant, Entries, Leaf, Parts, Path, Template
 
-Bind = Callable[[Any], str]
+Bind = Callable[[object], str]
 """Makes a value available in a function that is written; returns the expression for it."""
 
 
 def write(
     parameters: Sequence[str],
     lines: Sequence[str],
-    names: dict[str, Any],
+    names: dict[str, object],
     *,
     title: str = "generated",
 ) -> Any:
@@ -83,7 +83,7 @@ def expression(template: Template, leaves: Sequence[str], bind: Bind) -> str:
     raise AssertionError(template)
 
 
-def literal(value: Any, bind: Bind) -> str:
+def literal(value: object, bind: Bind) -> str:
     """Return an expression for ``value``: a literal where Python has one, else a bound name."""
     if value is None or type(value) in (bool, int, str):
         return repr(value)

@@ -48,7 +48,7 @@ _SIMPLE = (
 _INT64 = range(-(2**63), 2**63)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether ``value`` can be an int or float operand."""
     if isinstance(value, (bool, enum.Enum)):
         return False
@@ -60,7 +60,7 @@ def is_named_tuple(cls: type) -> bool:
     return issubclass(cls, tuple) and hasattr(cls, "_make")
 
 
-def is_constant(value: Any) -> bool:
+def is_constant(value: object) -> bool:
     """Whether ``value`` never changes, and `stable_text` tells it from every other."""
     if isinstance(value, tuple):
         return all(map(_may_lie_inside, value))
@@ -77,18 +77,18 @@ def is_constant(value: Any) -> bool:
     return type(value) in _SIMPLE or isinstance(value, enum.Enum) or type(value) is int
 
 
-def _may_lie_inside(value: Any) -> bool:
+def _may_lie_inside(value: object) -> bool:
     return is_constant(value) or is_number(value)
 
 
-def _inside(function: functools.partial[Any]) -> list[Any]:
+def _inside(function: functools.partial[Any]) -> list[object]:
     return [function.func, *function.args, *function.keywords.values()]
 
 
 _MUTABLE = (list, dict, OrderedDict, set, frozenset)
 
 
-def is_data(value: Any) -> bool:
+def is_data(value: object) -> bool:
     """Whether ``value`` is a number, a constant, or a container of these, which may be mutable."""
     if type(value) in _MUTABLE or type(value) is tuple:
         return all(map(is_data, parts_of(value)))

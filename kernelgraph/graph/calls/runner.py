@@ -30,17 +30,17 @@ class Runner:
         call: The signature of the calls.
     """
 
-    def __init__(self, forward: Callable[..., Any], call: Call) -> None:
+    def __init__(self, forward: Callable[..., object], call: Call) -> None:
         self.call = call
         self.forward = _in_autocast(forward, call.autocast)
         self.operands = [f"a{i}" for i in range(len(call.types))]
         """The names of the operands in generated functions."""
-        self._namespace: dict[str, Any] = {"forward": self.forward}
+        self._namespace: dict[str, object] = {"forward": self.forward}
         self._namespace |= {"pool": [], "new": functools.partial(_module_and_containers, call)}
         self.run = self._write([*self._call_lines(), "return result"], {})
         """The generated function: takes the operands, and returns what the forward returns."""
 
-    def __call__(self, operands: Sequence[Any]) -> Any:
+    def __call__(self, operands: Sequence[object]) -> object:
         return self.run(*operands)
 
     def results(self, operands: Sequence[Any], written: Sequence[int]) -> list[Any]:
@@ -119,12 +119,12 @@ class Runner:
             "    pool.append(stand_in)",
         ]
 
-    def _bind(self, value: Any) -> str:
+    def _bind(self, value: object) -> str:
         name = f"c{len(self._namespace)}"
         self._namespace[name] = value
         return name
 
-    def observe(self, operands: Sequence[Any]) -> Any:
+    def observe(self, operands: Sequence[object]) -> object:
         """Call, and check that the call sets no attribute of the layer.
 
         Raises:
@@ -145,14 +145,14 @@ class Runner:
 
 
 def _in_autocast(
-    forward: Callable[..., Any], region: tuple[str, torch.dtype] | None
-) -> Callable[..., Any]:
+    forward: Callable[..., object], region: tuple[str, torch.dtype] | None
+) -> Callable[..., object]:
     if region is None:
         return forward
     kind, dtype = region
 
     @functools.wraps(forward)
-    def inside(*args: Any, **kwargs: Any) -> Any:
+    def inside(*args: object, **kwargs: object) -> object:
         # Autocast's cache would keep casts of the weights alive.
         with torch.autocast(kind, dtype, cache_enabled=False):
             return forward(*args, **kwargs)
@@ -160,7 +160,7 @@ def _in_autocast(
     return inside
 
 
-def _module_and_containers(call: Call) -> tuple[Any, tuple[Any, ...]]:
+def _module_and_containers(call: Call) -> tuple[object, tuple[object, ...]]:
     stand_in = new_stand_in(call.state)
     return stand_in.module, tuple(container for container, _ in stand_in.slots)
 

@@ -15,14 +15,14 @@ from kernelgraph.graph.calls.trees import Path
 class StandIn(NamedTuple):
     """An object with the classes and constants of a layer, and places for its tensors."""
 
-    module: Any
+    module: object
     """The object to pass as ``self``."""
-    objects: tuple[Any, ...]
+    objects: tuple[object, ...]
     """That object, and all modules and objects that it refers to."""
-    slots: list[tuple[Any, Any]]
+    slots: list[tuple[Any, object]]
     """For each operand of the state, the container and the key to store its value under."""
 
-    def contents(self) -> dict[tuple[int, str], Any]:
+    def contents(self) -> dict[tuple[int, str], object]:
         """Return the identity of each attribute, to find those that a call has set."""
         return {
             (number, name): _identity(value)
@@ -31,7 +31,7 @@ class StandIn(NamedTuple):
         }
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: object) -> object:
     if isinstance(value, (tuple, list, set, dict)):
         return id(value), *map(_identity, parts_of(value))
     return id(value)

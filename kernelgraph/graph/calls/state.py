@@ -134,26 +134,26 @@ class State:
         )
 
 
-def _by_path(item: tuple[Path, Any]) -> str:
+def _by_path(item: tuple[Path, object]) -> str:
     return path_text(item[0])
 
 
-def _lacks(name: str, value: Any) -> bool:
+def _lacks(name: str, value: object) -> bool:
     return not hasattr(value, name)
 
 
-def _has_names(names: tuple[str, ...], value: Any) -> bool:
+def _has_names(names: tuple[str, ...], value: object) -> bool:
     return names == tuple(contents_of(value))
 
 
-def _has_layout(container: Container, value: Any) -> bool:
+def _has_layout(container: Container, value: object) -> bool:
     return container == Container.of(value)
 
 
 # --- following the reads of a forward on an instance ------------------------------------------
 
 
-def _is_plain_tensor(value: Any, names: Names) -> bool:
+def _is_plain_tensor(value: object, names: Names) -> bool:
     for name in names:
         value = getattr(value, name, None)
     return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
@@ -165,18 +165,18 @@ class _Walk:
 
     tensors: set[Path] = field(default_factory=set)
     numbers: dict[Path, int | float] = field(default_factory=dict)
-    constants: dict[Path, Any] = field(default_factory=dict)
+    constants: dict[Path, object] = field(default_factory=dict)
     nodes: dict[Path, Node] = field(default_factory=dict)
     registered: dict[Path, str] = field(default_factory=dict)
     absent: set[Path] = field(default_factory=set)
     untaken: dict[Path, str] = field(default_factory=dict)
     whole: dict[Path, tuple[str, ...]] = field(default_factory=dict)
-    inside: list[Any] = field(default_factory=list)
+    inside: list[object] = field(default_factory=list)
     """The modules and objects around the value that is being read whole, outermost first."""
     root: nn.Module | None = None
-    functions: set[tuple[Path, Callable[..., Any]]] = field(default_factory=set)
+    functions: set[tuple[Path, Callable[..., object]]] = field(default_factory=set)
 
-    def function(self, module: nn.Module, here: Path, function: Callable[..., Any]) -> None:
+    def function(self, module: nn.Module, here: Path, function: Callable[..., object]) -> None:
         """Add the state that ``function``, a method of the module at ``here``, reads."""
         function = original(function)
         if (here, function) in self.functions:
@@ -192,7 +192,7 @@ class _Walk:
         for names in sorted(reads - EVERYTHING):
             self.follow(module, here, names)
 
-    def follow(self, value: Any, here: Path, names: Names) -> None:
+    def follow(self, value: object, here: Path, names: Names) -> None:
         """Add the value at the end of the chain ``names`` from the value at ``here``.
 
         The chain ends early at a tensor or constant, whose attributes belong to it, and at a
@@ -363,15 +363,15 @@ def contents_of(item: Any) -> dict[str, Any]:
     return _values(item) if isinstance(item, nn.Module) else vars(item)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _is_container(value: Any) -> bool:
+def _is_container(value: object) -> bool:
     return type(value) in (tuple, list, dict, OrderedDict) or is_named_tuple(type(value))
 
 
-def can_be_blank(value: Any) -> bool:
+def can_be_blank(value: object) -> bool:
     """Whether ``value`` is a plain object, which its attributes describe completely."""
     cls = type(value)
     if isinstance(value, (nn.Module, type)) or any(
@@ -384,7 +384,7 @@ def can_be_blank(value: Any) -> bool:
         return False
 
 
-def blank(cls: type) -> Any:
+def blank(cls: type) -> object:
     """Return an object of ``cls`` without any attributes."""
     return cls() if cls is types.SimpleNamespace else object.__new__(cls)
 

@@ -88,7 +88,7 @@ class Leaf(Template):
 
     index: int
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[object]) -> object:
         return leaves[self.index]
 
     def ends(self, prefix: Path = ()) -> Iterator[tuple[Path, Leaf | Constant]]:
@@ -105,9 +105,9 @@ class Leaf(Template):
 class Constant(Template):
     """A constant of `kernelgraph.graph.calls.constants.is_constant`, or a number."""
 
-    value: Any
+    value: object
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[object]) -> object:
         return self.value
 
     def ends(self, prefix: Path = ()) -> Iterator[tuple[Path, Leaf | Constant]]:
@@ -127,7 +127,7 @@ class Parts(Template):
     cls: type[Any]
     parts: tuple[Template, ...]
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[object]) -> object:
         parts = []
         for part in self.parts:
             parts.append(part.unflatten(leaves))
@@ -164,7 +164,7 @@ class Entries(Template):
     cls: type[Any]
     parts: tuple[tuple[str | int, Template], ...]
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[object]) -> object:
         made: dict[Any, Any] = {}
         for key, part in self.parts:
             made[key] = part.unflatten(leaves)
@@ -210,7 +210,7 @@ def flatten(value: Any) -> tuple[list[Any], Template]:
     return leaves, _take(value, leaves, (int, float, torch.SymInt))
 
 
-def flatten_tensors(value: Any) -> tuple[list[Tensor], Template]:
+def flatten_tensors(value: object) -> tuple[list[Tensor], Template]:
     """`flatten` for the results of an op: numbers stay, and must be the same in each call."""
     tensors: list[Any] = []
     return tensors, _take(value, tensors, ())

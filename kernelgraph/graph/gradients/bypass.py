@@ -280,9 +280,9 @@ def bypassing_forward(
     runner: Runner,
     wanted: Sequence[bool],
     *,
-    specs: dict[Any, FunctionCallSpec | None],
+    specs: dict[object, FunctionCallSpec | None],
     first_call: Callable[..., object],
-    tensors_of: Callable[[Any], Sequence[Tensor] | None],
+    tensors_of: Callable[[object], Sequence[Tensor] | None],
     keep: Callable[[BypassedCall], Tensor],
 ) -> Callable[..., object]:
     """Write the forward of an op whose gradient is the kernel's own.

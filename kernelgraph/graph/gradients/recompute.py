@@ -55,7 +55,7 @@ class Recompute:
             (tensors if is_tensor else numbers).append(value)
         return tensors, numbers
 
-    def join(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:
+    def join(self, tensors: Sequence[object], numbers: Sequence[object]) -> list[Any]:
         """Undo `split`."""
         tensor, number = iter(tensors), iter(numbers)
         return [next(tensor) if is_tensor else next(number) for is_tensor in self._is_tensor]

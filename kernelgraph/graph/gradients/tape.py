@@ -149,7 +149,7 @@ class Tape:
         """The saved tensors that are private to the kernel."""
         return [saved.tensor for saved in self.saved if saved.tensor is not None]
 
-    def run(self, forward: Callable[[Sequence[Any]], T]) -> T:
+    def run(self, forward: Callable[[Sequence[object]], T]) -> T:
         """Call ``forward`` with `inputs`, recorded by autograd."""
         with _torch.recording_gradients(), saved_tensors_hooks(self._record.pack, _unpack):
             return forward(self.inputs)
@@ -253,7 +253,7 @@ class Tape:
         )
         return dict(zip(leaves, found, strict=True))
 
-    def function_node(self) -> Any:
+    def function_node(self) -> object:
         """Return the node of the one ``torch.autograd.Function`` that made the results.
 
         None if they come from another kind of node, from several, or are not all that it made.
@@ -319,7 +319,7 @@ class Tapes:
     backward. A tape is freed with the memory of its handle, whose address identifies it."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Any, _Handle]] = {}
+        self._kept: dict[int, tuple[object, _Handle]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)

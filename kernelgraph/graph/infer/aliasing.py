@@ -7,7 +7,6 @@ writes into no operand that its schema does not declare.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ def reach(tensor: Tensor) -> int:
     return end - start
 
 
-def versions(operands: Sequence[Any]) -> list[int]:
+def versions(operands: Sequence[object]) -> list[int]:
     """Return the version counter of each operand; 0 where there is none."""
     return [
         _torch.version_of(v) if isinstance(v, Tensor) and not v.is_inference() else 0
@@ -82,7 +81,7 @@ def versions(operands: Sequence[Any]) -> list[int]:
 
 def check_unwritten(
     before: Sequence[int],
-    operands: Sequence[Any],
+    operands: Sequence[object],
     names: Sequence[str],
     who: str,
     may: Container[int] = (),

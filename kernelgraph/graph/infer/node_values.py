@@ -21,7 +21,7 @@ class NoValue(UnsupportedValue):
     """A node carries no fake value."""
 
 
-def value_of(node: fx.Node) -> Any:
+def value_of(node: fx.Node) -> object:
     """Return the fake value in a node's metadata.
 
     Raises:
@@ -33,7 +33,7 @@ def value_of(node: fx.Node) -> Any:
     raise NoValue(f"node {node} carries no fake value")
 
 
-def plain(value: Any, each: Callable[[fx.Node], Any] = lambda node: node) -> Any:
+def plain(value: object, each: Callable[[fx.Node], object] = lambda node: node) -> Any:
     """Return a node's arguments in plain containers, with ``each`` applied to the nodes in them."""
     if isinstance(value, fx.Node):
         return each(value)
@@ -105,13 +105,13 @@ class _Run(fx.Interpreter):
         graph_module: fx.GraphModule,
         copy: nn.Module,
         forward_of: Forwards,
-        values: dict[fx.Node, Any],
+        values: dict[fx.Node, object],
     ) -> None:
         super().__init__(copy, graph=graph_module.graph)
         self.extra_traceback = False  # the error below says enough
         self._original, self._forward_of, self._values = graph_module, forward_of, values
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         inner = self._original.get_submodule(str(n.target)) if n.op == "call_module" else None
         if isinstance(inner, fx.GraphModule):
             value = self._run_inside(inner, n)
@@ -128,14 +128,14 @@ class _Run(fx.Interpreter):
         self._values[n] = _torch.map_tensors(Tensor.detach, value)
         return value
 
-    def _run_inside(self, inner: fx.GraphModule, node: fx.Node) -> Any:
+    def _run_inside(self, inner: fx.GraphModule, node: fx.Node) -> object:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         inputs = inspect.signature(inner.forward).bind(*args, **kwargs)
         inputs.apply_defaults()
         copy = self.fetch_attr(str(node.target))
         return _Run(inner, copy, self._forward_of, self._values).run(*inputs.args)
 
-    def _run_of(self, node: fx.Node) -> Callable[[], Any]:
+    def _run_of(self, node: fx.Node) -> Callable[[], object]:
         if node.op == "call_module":
             module = self.fetch_attr(str(node.target))
         elif node.op == "call_function" and isinstance(node.target, nn.Module):

@@ -50,7 +50,7 @@ class Operands:
                 self._made_up[i] = None
         known = sample_inputs.sizes_now(operands)
 
-        def size(value: Any) -> Any:
+        def size(value: object) -> Any:
             return _torch.evaluate(value, known)
 
         self._made_up = sample_inputs.forms(self._made_up, size)
@@ -119,7 +119,7 @@ class Operands:
         forms = [(i, v) for i, v in arguments if isinstance(v, Form) and not wanted[i]]
         return [i for i, v in forms if _is_float(v.dtype) and v.sizes and v.sizes[-1] % 2 == 0]
 
-    def index_bounds(self, run: Callable[[Sequence[Any]], Any]) -> dict[int, int]:
+    def index_bounds(self, run: Callable[[Sequence[Any]], object]) -> dict[int, int]:
         """Find, for each argument that holds indices, the bound that its values stay below.
 
         An index out of range kills a process that uses a GPU, and zeros alone do not test a layer
@@ -225,7 +225,7 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor.as_strided(sizes, tensor.stride())
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: object) -> Any:
     """Return a CPU tensor like ``value``, with values that do not make results zero."""
     if not isinstance(value, Form):
         return value

@@ -100,7 +100,7 @@ class _Explained(NamedTuple):
     output: Template
     written: tuple[int, ...]
 
-    def fits(self, sizes: Sequence[Any]) -> bool:
+    def fits(self, sizes: Sequence[object]) -> bool:
         """Whether ``sizes`` have the same numbers and the same relations between expressions."""
         known: dict[Any, Any] = {}
         for mine, given in zip(self.sizes, sizes, strict=True):
@@ -132,7 +132,7 @@ class Probe:
         self._runner = runner
         self._known: dict[Any, _Explained] = {}
 
-    def __call__(self, operands: Sequence[Any]) -> OutputSpec:
+    def __call__(self, operands: Sequence[object]) -> OutputSpec:
         """Return the spec of a call's output; the values of ``operands`` are not used.
 
         Raises:
@@ -154,7 +154,7 @@ class Probe:
         return explained.spec(sizes)
 
     def _probe(
-        self, operands: Sequence[Any], sizes: Sequence[Any], expressions: Sequence[Any]
+        self, operands: Sequence[object], sizes: Sequence[object], expressions: Sequence[object]
     ) -> _Explained:
         hints = _torch.hints(n for v in operands for n in sample_inputs.measures(v))
         ties = _ties(hints, {n for n in expressions if type(n) is int})
@@ -169,8 +169,11 @@ class Probe:
         return explained
 
     def _runs(
-        self, operands: Sequence[Any], free: Mapping[Any, int | None], ties: Mapping[Any, Any]
-    ) -> tuple[list[dict[Any, int]], list[OutputSpec]]:
+        self,
+        operands: Sequence[object],
+        free: Mapping[object, int | None],
+        ties: Mapping[object, Any],
+    ) -> tuple[list[dict[object, int]], list[OutputSpec]]:
         """Run the kernel at the first choice of sizes that it accepts.
 
         Returns:
@@ -191,27 +194,29 @@ class Probe:
                     raise
         raise AssertionError("there is always a choice")
 
-    def _run(self, operands: Sequence[Any], values: Mapping[Any, int], seed: int) -> OutputSpec:
+    def _run(
+        self, operands: Sequence[object], values: Mapping[object, int], seed: int
+    ) -> OutputSpec:
         with sample_inputs.apart(operands):
             forms = sample_inputs.forms(operands, lambda n: _torch.evaluate(n, values))
             return observe(self._runner, sample_inputs.make(forms, seed))[0]
 
 
-def _form_of(value: Any) -> Any:
+def _form_of(value: object) -> object:
     if isinstance(value, Tensor):
         return value.dtype, value.device
     return int if isinstance(value, torch.SymInt) else type(value)
 
 
-def _sizes(operands: Sequence[Any]) -> tuple[Any, ...]:
+def _sizes(operands: Sequence[object]) -> tuple[object, ...]:
     """Return the sizes of tensors, and numbers."""
     return tuple(n for v in operands for n in (tuple(v.shape) if isinstance(v, Tensor) else (v,)))
 
 
-def _ties(hints: Mapping[Any, int | None], numbers: set[int]) -> dict[Any, Any]:
+def _ties(hints: Mapping[object, int | None], numbers: set[int]) -> dict[object, object]:
     """Return the number or earlier symbol that each symbol equals in the traced call, if any."""
-    ties: dict[Any, Any] = {}
-    first: dict[int, Any] = {}
+    ties: dict[object, object] = {}
+    first: dict[int, object] = {}
     for symbol, hint in hints.items():
         if hint in numbers:
             ties[symbol] = hint
@@ -246,7 +251,7 @@ def _varied(first: Sequence[int], alone: Sequence[int], together: Sequence[int])
     return [list(first), list(first), *singly, list(together)]
 
 
-def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:
+def _substituted(expression: Any, ties: Mapping[Any, object]) -> object:
     if not isinstance(expression, _torch.Expression):
         return expression
     expression = expression.xreplace(dict(ties))
@@ -255,7 +260,7 @@ def _substituted(expression: Any, ties: Mapping[Any, Any]) -> Any:
 
 
 def _explained(
-    tied: Sequence[Any], sizes: Sequence[Sequence[int]], runs: Sequence[OutputSpec]
+    tied: Sequence[object], sizes: Sequence[Sequence[int]], runs: Sequence[OutputSpec]
 ) -> _Explained:
     """Find the formulas that explain ``runs``, in which the call's sizes were ``sizes``."""
     one = runs[0]

@@ -18,7 +18,7 @@ _FILLED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextlib.contextmanager
-def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
+def apart(operands: Sequence[object], seed: int | None = None) -> Iterator[None]:
     """Run code on real tensors in the middle of a trace, without a trace of it afterwards.
 
     No gradient is recorded, and the random generators of the CPU and of the devices of ``operands``
@@ -49,19 +49,19 @@ def apart(operands: Sequence[Any], seed: int | None = None) -> Iterator[None]:
         yield
 
 
-def measures(value: Any) -> tuple[Any, ...]:
+def measures(value: object) -> tuple[object, ...]:
     """Return the sizes and strides of a tensor; for a number, the number."""
     if not isinstance(value, Tensor):
         return (value,)
     return (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
 
 
-def measures_now(value: Any) -> tuple[Any, ...]:
+def measures_now(value: object) -> tuple[object, ...]:
     """Return `measures` with the values that symbols have in the traced call."""
     return tuple(map(_torch.hint, measures(value)))
 
 
-def sizes_now(operands: Sequence[Any]) -> dict[Any, int]:
+def sizes_now(operands: Sequence[object]) -> dict[object, int]:
     """Return the values that the symbols in sizes and numbers have in the traced call."""
     hints = _torch.hints(n for value in operands for n in measures(value))
     return {symbol: UNKNOWN if hint is None else hint for symbol, hint in hints.items()}
@@ -83,7 +83,7 @@ class Form(NamedTuple):
         return 1 + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
 
 
-def forms(operands: Sequence[Any], size: Callable[[Any], int]) -> list[Any]:
+def forms(operands: Sequence[object], size: Callable[[object], int]) -> list[Any]:
     """Return ``operands`` with a `Form` for each tensor and a number for each symbol.
 
     Args:
@@ -96,7 +96,7 @@ def forms(operands: Sequence[Any], size: Callable[[Any], int]) -> list[Any]:
     return [_form(value, size) for value in operands]
 
 
-def _form(value: Any, size: Callable[[Any], int]) -> Any:
+def _form(value: Any, size: Callable[[object], int]) -> object:
     if not isinstance(value, Tensor):
         return size(value) if isinstance(value, torch.SymInt) else value
     plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or _torch.is_fake(value)
@@ -107,7 +107,7 @@ def _form(value: Any, size: Callable[[Any], int]) -> Any:
     return Form(sizes, strides, value.dtype, value.device)
 
 
-def make(operands: Sequence[Any], seed: int, *, bools: bool = False) -> list[Any]:
+def make(operands: Sequence[object], seed: int, *, bools: bool = False) -> list[Any]:
     """Return ``operands`` with a tensor for each `Form`.
 
     Floats are normally distributed. Integers are zeros, the one index that is always in range.

@@ -22,7 +22,7 @@ from kernelgraph.graph.infer.probe import Probe
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
-Source = Callable[[Sequence[Any]], OutputSpec]
+Source = Callable[[Sequence[object]], OutputSpec]
 """Returns the spec of a call's output, given its operands; one for each call signature."""
 
 
@@ -30,7 +30,7 @@ class _DependsOnValues(UnsupportedValue):
     """The size of an output depends on the values of tensors."""
 
 
-def run_on_fakes(runner: Runner, operands: Sequence[Any], source: str = "") -> OutputSpec:
+def run_on_fakes(runner: Runner, operands: Sequence[object], source: str = "") -> OutputSpec:
     """Run a forward on new fakes that are like ``operands``.
 
     The operands themselves belong to the trace, and a forward may write into them. Asking such a
@@ -78,9 +78,9 @@ class ShapeFunction:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._known: dict[Any, tuple[TensorSpec, ...]] = {}
+        self._known: dict[object, tuple[TensorSpec, ...]] = {}
 
-    def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    def __call__(self, operands: Sequence[object]) -> tuple[TensorSpec, ...]:
         """Return the specs for a call with ``operands``, whose values are never read."""
         key = static_key(operands)
         if key is None or key not in self._known:
@@ -91,9 +91,9 @@ class ShapeFunction:
         return self._known[key]
 
 
-def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
+def static_key(operands: Sequence[object]) -> tuple[object, ...] | None:
     """Return everything that shapes may depend on, or None where a part of it is symbolic."""
-    key: list[Any] = []
+    key: list[object] = []
     for value in operands:
         if isinstance(value, Tensor):
             sizes = (*value.shape, *(value.stride() if value.layout is torch.strided else ()))
@@ -108,7 +108,7 @@ def static_key(operands: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 def infer_output(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any]
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object]
 ) -> tuple[Source, OutputSpec]:
     """Infer the output of a call.
 
@@ -166,11 +166,11 @@ def infer_output(
     )
 
 
-def _at_hints(source: Source, operands: Sequence[Any]) -> OutputSpec:
+def _at_hints(source: Source, operands: Sequence[object]) -> OutputSpec:
     """Call ``source`` with the values that symbols have in the traced call, without guards."""
     known = sample_inputs.sizes_now(operands)
 
-    def static(value: Any) -> Any:
+    def static(value: object) -> object:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return _torch.evaluate(value, known)
         size, stride = (
@@ -192,7 +192,7 @@ def _text(error: Exception) -> str:
     )
 
 
-def _on_fakes(source: str, forward: Callable[..., Any], call: Call) -> Source:
+def _on_fakes(source: str, forward: Callable[..., object], call: Call) -> Source:
     return functools.partial(run_on_fakes, Runner(forward, call), source=source)
 
 
@@ -243,7 +243,7 @@ class Effects(NamedTuple):
 
 
 def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Any], spec: OutputSpec
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object], spec: OutputSpec
 ) -> Effects:
     """Find the operands that kernel and reference write into, as far as runs on fakes or the
     probe show.
