@@ -64,9 +64,9 @@ def kernelize(
     on the layer that it was copied from until it is kernelized itself. A model that was moved to
     another device must be kernelized again.
 
-    By default no kernel trains unverified. The first time that a layer kernelized for training is called in
-    some way with a gradient wanted, the kernel's output and gradients are compared with those of
-    the layer's reference. One WARNING and the report say what is wrong.
+    By default no kernel trains unverified. The first time that a layer kernelized for training is
+    called in some way with a gradient wanted, the kernel's output and gradients are compared with
+    those of the layer's reference. One WARNING and the report say what is wrong.
 
     Args:
         model: Any module. Its extensible layers, and the extensible functions attached to its

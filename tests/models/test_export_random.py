@@ -1,4 +1,4 @@
-"""Random models of random layers with random kernels, exported: what the eager calls give."""
+"""Random models of random layers with random kernels, exported, against their eager calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.random_layers import Model, build, inputs_of, models
 
 @contextlib.contextmanager
 def guards_may_fail(may: bool) -> Iterator[None]:
-    """A program is guarded by what torch took for granted of sizes when it was traced."""
+    """A program checks the assumptions about sizes that torch made when it traced the model."""
     try:
         yield
     except AssertionError as error:

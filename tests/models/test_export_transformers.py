@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class Logits(nn.Module):
-    """The model, with a tensor for its result: a dataclass of transformers' would not travel."""
+    """The model with a tensor as its result, since a dataclass of transformers cannot be saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_llama_travels(tmp_path, strict):
 
 
 def _with_ones(model: nn.Module) -> nn.Module:
-    """The model with what the kernel does written out."""
+    """The model with the computation of the kernel written out."""
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             reference = type(module).forward

@@ -1,4 +1,4 @@
-"""The functions of the liger-kernel package as hub layers: Triton that nobody wrote for this.
+"""The functions of the liger-kernel package as hub layers: Triton kernels written for other uses.
 
 They tune themselves, enter device contexts, run in an ``autograd.Function`` and, the experts, ask
 the device for a count. Needs a CUDA device and liger-kernel.
@@ -122,7 +122,9 @@ def block(experts: bool, dtype: torch.dtype) -> tuple[Block, Tensor]:
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @torch.no_grad()
-def test_inference(experts: bool, dtype: torch.dtype, mode: str | None) -> None:
+def test_liger_kernels_compute_what_the_layers_do(
+    experts: bool, dtype: torch.dtype, mode: str | None
+) -> None:
     if experts and mode:
         pytest.skip("these experts wait for the device, which no CUDA graph can")
     model, x = block(experts, dtype)
@@ -141,7 +143,7 @@ def test_inference(experts: bool, dtype: torch.dtype, mode: str | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", [False, True])
-def test_training(experts: bool, dtype: torch.dtype) -> None:
+def test_liger_kernels_train_as_the_layers_do(experts: bool, dtype: torch.dtype) -> None:
     model, x = block(experts, dtype)
     compiled = torch.compile(model, backend="hubkernels", fullgraph=True)
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""Random models of random layers with random kernels: what the eager calls give, compiled."""
+"""Random models of random layers with random kernels, compiled, against their eager calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.toy_models import on_cpu
 
 
 def examples(count: int) -> Any:
-    """Settings for so many examples."""
+    """Return settings for this many examples."""
     return settings(
         max_examples=count,
         suppress_health_check=list(HealthCheck),
@@ -49,7 +49,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def once(layer: nn.Module, forward: Any, target: str | None, args: Any, kwargs: Any) -> Any:
-    """Call ``forward`` on copies: what it returns, and what is then in the copy of ``target``."""
+    """Call ``forward`` on copies; return its result and the copy of ``target`` after the call."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     offset = getattr(layer, "offset", None)
     try:
@@ -88,7 +88,7 @@ def eager_call(layer: nn.Module, spec: Layer, *args: Any, **kwargs: Any) -> Any:
 
 
 def eager(spec: Model, model: nn.Module) -> nn.Module:
-    """A copy of the model that calls its kernels."""
+    """Return a copy of the model that calls its kernels."""
     twin = copy.deepcopy(model)
     for layer, drawn in zip(twin.layers, spec.layers, strict=True):
         layer.forward = functools.partial(eager_call, layer, drawn)
@@ -104,7 +104,7 @@ def mapping(specs: Any) -> Any:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of its layers, plain attributes too."""
+    """Return all tensors of the model's layers, plain attributes included."""
     found = dict(model.state_dict())
     return {
         **found,
@@ -129,7 +129,7 @@ class Recorder:
 
 
 def gradients(outputs: list[Tensor], inputs: list[Tensor], model: nn.Module) -> list[Any]:
-    """Of all that is differentiable, by where each number stands."""
+    """Return the gradients of everything differentiable."""
     wanted = [t for t in (*inputs, *model.parameters()) if t.requires_grad]
     total = sum(random_layers.mix(t).real for t in outputs if t.requires_grad)
     if not isinstance(total, Tensor) or not wanted:
@@ -138,7 +138,7 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor], model: nn.Module) -> 
 
 
 def assert_kernels(spec: Model) -> None:
-    """Each layer that is called uses its kernel."""
+    """Check that each layer that is called uses its kernel."""
     report = last_report()
     assert report is not None
     called = {f"layers.{made.layer}" for made in spec.calls}
@@ -154,7 +154,7 @@ def check(
     dynamic: bool | None = None,
     lengths: Sequence[int] = (4, 4, 6),
 ) -> None:
-    """The law, for inputs of these ``lengths``, one after the other."""
+    """Check the law for inputs of these ``lengths``, one after the other."""
     torch.compiler.reset()
     note(spec.text())
     torch.manual_seed(0)
@@ -190,27 +190,27 @@ def check(
 
 @examples(20)
 @given(models(training=False), st.sampled_from([torch.no_grad, torch.inference_mode]))
-def test_compiled_with_kernels_is_eager_with_kernels(spec: Model, region: Any) -> None:
-    """A compiled model gives what it gives eagerly with its kernels, and changes the same."""
+def test_compiled_model_equals_eager_model(spec: Model, region: Any) -> None:
+    """A compiled model returns and changes the same as the eager model with its kernels."""
     check(spec, Recorder(), region)
 
 
 @examples(6)
 @given(models(training=False))
-def test_so_it_is_through_aot(spec: Model) -> None:
+def test_model_through_aot_eager_equals_eager_model(spec: Model) -> None:
     check(spec, "aot_eager", torch.no_grad, dynamic=True)
 
 
 @examples(2)
 @given(models(training=False))
-def test_so_it_is_through_inductor(spec: Model) -> None:
+def test_model_through_inductor_equals_eager_model(spec: Model) -> None:
     check(spec, "inductor", torch.no_grad, lengths=(4, 4))
 
 
 @examples(8)
 @given(models(training=True))
-def test_so_are_the_gradients(spec: Model) -> None:
-    """And its gradients are those of the references, at the values that the kernels give."""
+def test_gradients_equal_those_of_the_eager_model(spec: Model) -> None:
+    """Its gradients are those of the references at the values that the kernels return."""
     check(spec, "aot_eager", torch.enable_grad)
 
 
@@ -234,8 +234,8 @@ class Calls:
 
 @examples(12)
 @given(models(training=False))
-def test_every_op_passes_opcheck(spec: Model) -> None:
-    """Whatever op a layer becomes is what torch asks of an op."""
+def test_op_of_a_random_model_passes_opcheck(spec: Model) -> None:
+    """Every op of a layer passes torch's opcheck."""
     torch.compiler.reset()
     note(spec.text())
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def ran(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """The kernels are mapped; here is counted how often the forward of each has run."""
+    """Map the kernels, and count how often the forward of each runs."""
     kernels = {n: LocalLayerRepository(repository, layer_name=n) for n in KERNELS}
     counts: Counter[str] = Counter()
 
@@ -65,13 +65,13 @@ def ran(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[s
 
 
 def decoder(experts: int = 0, layers: int = 2) -> Any:
-    """The model with the same weights each time."""
+    """Return the model with the same weights each time."""
     example = import_example("decoder")
     return example.Decoder(example.DecoderConfig(**SIZES, experts=experts, layers=layers), seed=3)
 
 
 def calls(model: nn.Module) -> Counter[str]:
-    """How many extensible layers of each name there are, each of which is called once."""
+    """Return the number of extensible layers of each name; each is called once."""
     names = (getattr(module, "kernel_layer_name", None) for module in model.modules())
     return Counter(name for name in names if name is not None)
 
@@ -110,7 +110,7 @@ WAYS: dict[str, Callable[[nn.Module], Call]] = {
     "aot_eager": compiled,
     "inductor": functools.partial(compiled, inner="inductor"),
 }
-"""What makes of a model one that runs on the kernels."""
+"""Functions that make a model run on the kernels."""
 both = pytest.mark.parametrize("way", ["eager", "aot_eager"])
 
 
@@ -132,7 +132,7 @@ Backward = Callable[[Call, int], float]
 
 
 def one_batch(call: Call, step: int) -> float:
-    """The gradient of a batch; gives the loss."""
+    """Compute the gradient of a batch; return the loss."""
     loss = loss_of(call, batch(step))
     loss.backward()
     return loss.item()
@@ -145,7 +145,7 @@ def train(
     backward: Backward = one_batch,
     after_first: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Train ``model`` through ``call`` for so many steps."""
+    """Train ``model`` through ``call`` for this many steps."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(wanted, lr=0.1, momentum=0.8)
     run = Run()
@@ -162,7 +162,7 @@ def train(
 
 @functools.cache
 def reference_of(experts: int, steps: int, layers: int = 2) -> Run:
-    """The training without kernels."""
+    """Return the training without kernels."""
     model = decoder(experts, layers)
     return train(model, model, steps)
 
@@ -186,7 +186,9 @@ def assert_same(run: Run, expected: Run, tolerance: float = 1e-4) -> None:
         ("inductor", "experts", 1),
     ],
 )
-def test_losses_of_fifty_steps(way: str, kind: str, layers: int, ran: Counter[str]) -> None:
+def test_losses_of_fifty_steps_equal_those_without_kernels(
+    way: str, kind: str, layers: int, ran: Counter[str]
+) -> None:
     expected = reference_of(EXPERTS[kind], STEPS, layers)
     assert expected.losses[-1] < 0.1 * expected.losses[0]
     model = decoder(EXPERTS[kind], layers)
@@ -224,7 +226,9 @@ def together(call: Call, step: int) -> float:
 
 @both
 @pytest.mark.parametrize("accumulate", [one_after_the_other, two_micro_batches, together])
-def test_gradient_accumulation(way: str, accumulate: Backward, ran: Counter[str]) -> None:
+def test_gradient_accumulation_equals_that_without_kernels(
+    way: str, accumulate: Backward, ran: Counter[str]
+) -> None:
     model, other = decoder(4), decoder(4)
     expected = train(model, model, 3, accumulate)
     run = train(other, WAYS[way](other), 3, accumulate, after_first=ran.clear)
@@ -235,10 +239,10 @@ def test_gradient_accumulation(way: str, accumulate: Backward, ran: Counter[str]
 
 @both
 @pytest.mark.parametrize("looking", [torch.no_grad, torch.inference_mode])
-def test_forwards_without_a_backward(
+def test_forward_without_a_backward_leaves_nothing(
     way: str, looking: Callable[[], Any], ran: Counter[str]
 ) -> None:
-    """A training loop that also looks at losses: with and without gradients, and of no use."""
+    """The training loop also computes losses that it drops, with and without gradients."""
 
     def backward(call: Call, step: int) -> float:
         dropped = loss_of(call, batch(step + 1))
@@ -259,8 +263,10 @@ class Interrupted(Exception):
 
 @both
 @pytest.mark.parametrize("where", ["logits", "embed.weight"])
-def test_a_backward_that_raises(way: str, where: str, ran: Counter[str]) -> None:
-    """Before any kernel's backward, or after all of them: the step can be made again."""
+def test_backward_that_raises_leaves_the_next_step_right(
+    way: str, where: str, ran: Counter[str]
+) -> None:
+    """The step can be repeated, whether it raised before or after the kernels' backwards."""
 
     def interrupt(gradient: Tensor) -> None:
         raise Interrupted
@@ -282,7 +288,7 @@ def test_a_backward_that_raises(way: str, where: str, ran: Counter[str]) -> None
 
 
 @both
-def test_two_backwards_through_a_retained_graph(way: str, ran: Counter[str]) -> None:
+def test_retained_graph_allows_two_backwards(way: str, ran: Counter[str]) -> None:
     def backward(call: Call, step: int) -> float:
         loss = loss_of(call, batch(step))
         loss.backward(retain_graph=True)
@@ -330,7 +336,9 @@ def assert_same_but_for_names(run: Run, expected: Run) -> None:
 
 @both
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_activation_checkpointing(way: str, kind: str, ran: Counter[str]) -> None:
+def test_activation_checkpointing_equals_that_without_kernels(
+    way: str, kind: str, ran: Counter[str]
+) -> None:
     model = checkpointed(decoder(EXPERTS[kind]))
     run = train(model, WAYS[way](model), 3, after_first=ran.clear)
     assert all_kernels()
@@ -344,7 +352,7 @@ def test_activation_checkpointing(way: str, kind: str, ran: Counter[str]) -> Non
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_selective_checkpointing_that_keeps_kernels(kind: str, ran: Counter[str]) -> None:
+def test_selective_checkpointing_keeps_results_of_kernels(kind: str, ran: Counter[str]) -> None:
     contexts = functools.partial(create_selective_checkpoint_contexts, keep_kernels)
     model = checkpointed(decoder(EXPERTS[kind]), context_fn=contexts)
     run = train(model, compiled(model), 3, after_first=ran.clear)
@@ -360,7 +368,7 @@ def freeze_bottom(model: Any) -> None:
 
 
 def freeze_layers(model: Any) -> None:
-    """Through the extensible layers gradients flow, and into them none."""
+    """Gradients flow through the extensible layers, but not into their weights."""
     for module in model.modules():
         if hasattr(module, "kernel_layer_name"):
             module.requires_grad_(False)
@@ -378,7 +386,9 @@ def freeze_the_rest(model: Any) -> None:
 
 @both
 @pytest.mark.parametrize("freeze", [freeze_bottom, freeze_layers, freeze_the_rest])
-def test_frozen_parameters(way: str, freeze: Callable[[Any], None], ran: Counter[str]) -> None:
+def test_frozen_parameters_get_no_gradient(
+    way: str, freeze: Callable[[Any], None], ran: Counter[str]
+) -> None:
     runs = []
     for make in (lambda model: model, WAYS[way]):
         model = decoder(4)
@@ -392,8 +402,8 @@ def test_frozen_parameters(way: str, freeze: Callable[[Any], None], ran: Counter
 
 
 @both
-def test_parameters_frozen_and_thawed_while_training(way: str) -> None:
-    """As without kernels: of torch 2.11 a compiled model does not see that they are."""
+def test_parameters_may_be_frozen_and_thawed_while_training(way: str) -> None:
+    """It works as without kernels: torch 2.11 does not notice the change in a compiled model."""
 
     def backward(call: Call, step: int) -> float:
         trained.blocks[0].requires_grad_(step % 2 == 1)
@@ -410,7 +420,7 @@ def test_parameters_frozen_and_thawed_while_training(way: str) -> None:
 
 @both
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_autocast(way: str, kind: str, ran: Counter[str]) -> None:
+def test_autocast_equals_that_without_kernels(way: str, kind: str, ran: Counter[str]) -> None:
     def backward(call: Call, step: int) -> float:
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(call, batch(step))
@@ -428,7 +438,7 @@ def test_autocast(way: str, kind: str, ran: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_dynamic_shapes(kind: str, ran: Counter[str]) -> None:
+def test_dynamic_shapes_train_in_one_graph(kind: str, ran: Counter[str]) -> None:
     def backward(call: Call, step: int) -> float:
         loss = loss_of(call, batch(step, rows=2 + step % 3, length=9 + step))
         loss.backward()

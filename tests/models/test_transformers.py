@@ -114,7 +114,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 
 def build(name: str, blocks: int = 1) -> Any:
-    """The model with the same weights each time."""
+    """Return the model with the same weights each time."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**MODELS[name][0], num_hidden_layers=blocks)
     head = "ForImageClassification" if name == "ViT" else "ForCausalLM"
@@ -133,7 +133,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def marked(kernel: Path) -> Iterator[None]:
-    """Kernels whose results tell that they ran, besides those that give the reference's."""
+    """Kernels whose results show that they ran, besides those that equal the reference."""
     names = {
         "RMSNorm": "MarkedRMSNorm",
         "SiLU": "SiLU",
@@ -188,7 +188,7 @@ def generate(model: Any, tokens: Tensor, **options: Any) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_of_a_model_is_a_kernel(name: str, kernel: Path) -> None:
+def test_model_uses_a_kernel_for_every_layer(name: str, kernel: Path) -> None:
     model, x = build(name, blocks=2), inputs(name)
     ops: Tally[str] = Tally()
 
@@ -212,7 +212,7 @@ def test_every_layer_of_a_model_is_a_kernel(name: str, kernel: Path) -> None:
 
 
 @torch.no_grad()
-def test_paths_are_those_in_the_model() -> None:
+def test_report_has_the_paths_of_the_model() -> None:
     model = build("Mixtral", blocks=2)
     torch.compile(model, **ours("eager"))(inputs("Mixtral"))
     paths = {d.path for d in decisions()}
@@ -221,7 +221,7 @@ def test_paths_are_those_in_the_model() -> None:
 
 
 @torch.no_grad()
-def test_kernels_that_compute_what_the_references_do(kernel: Path) -> None:
+def test_logits_equal_those_of_the_references(kernel: Path) -> None:
     model, x = build("Qwen3"), inputs("Qwen3")
     same = {"RMSNorm": {"cpu": LocalLayerRepository(kernel, layer_name="RMSNorm")}}
     with use_kernel_mapping(same):
@@ -231,7 +231,7 @@ def test_kernels_that_compute_what_the_references_do(kernel: Path) -> None:
 
 
 @torch.no_grad()
-def test_by_inductor() -> None:
+def test_logits_through_inductor_equal_those_of_the_references() -> None:
     model, x = build("Llama"), inputs("Llama")
     logits = torch.compile(model, fullgraph=True, backend="hubkernels")(x).logits
     assert_all_kernels()
@@ -240,7 +240,7 @@ def test_by_inductor() -> None:
 
 
 @torch.no_grad()
-def test_a_mapping_of_the_kernels_package(kernel: Path) -> None:
+def test_mapping_of_the_kernels_package_is_used(kernel: Path) -> None:
     mapping = {
         "RMSNorm": {
             kernels.Device("cpu"): {
@@ -268,7 +268,7 @@ class TestGenerate:
         ("name", "cache"),
         [("Llama", "dynamic"), ("Llama", "static"), ("Mixtral", "static"), ("Gemma", "dynamic")],
     )
-    def test_token_for_token(self, name: str, cache: str) -> None:
+    def test_generate_returns_the_same_tokens(self, name: str, cache: str) -> None:
         tokens, counts = inputs(name), []
         options = {} if cache == "dynamic" else {"cache_implementation": "static"}
         for backend in (plain, ours):
@@ -283,7 +283,7 @@ class TestGenerate:
         with kernelized(reference):
             assert torch.equal(generated, generate(reference, tokens, **options))
 
-    def test_with_a_compiled_forward(self) -> None:
+    def test_generate_works_with_a_compiled_forward(self) -> None:
         model, tokens = build("Qwen3"), inputs("Qwen3")
         with kernelized(model):
             expected = generate(model, tokens)
@@ -291,7 +291,7 @@ class TestGenerate:
         assert torch.equal(generate(model, tokens), expected)
         assert_all_kernels()
 
-    def test_compiled_by_generate_itself(self, kernel: Path) -> None:
+    def test_generate_compiles_by_itself(self, kernel: Path) -> None:
         model, tokens = build("Mistral"), inputs("Mistral")
         config = transformers.CompileConfig(
             backend="hubkernels", mode=None, fullgraph=True, options={"inner": "eager"}
@@ -304,7 +304,7 @@ class TestGenerate:
         assert torch.equal(generated, generate(model, tokens, **options))
 
     @torch.no_grad()
-    def test_a_second_run_compiles_nothing(self) -> None:
+    def test_second_generate_compiles_nothing(self) -> None:
         model, tokens, counter = build("Llama"), inputs("Llama"), Counter()
         model.compile(**ours(counter))
         first = generate(model, tokens)
@@ -317,7 +317,7 @@ Step = tuple[Tensor, dict[str, Tensor]]
 
 
 def training_step(model: Any, call: Any, tokens: Tensor) -> Step:
-    """The loss, and the gradients by the names of the parameters."""
+    """Return the loss, and the gradients by parameter name."""
     model.zero_grad()
     loss = call(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -326,7 +326,7 @@ def training_step(model: Any, call: Any, tokens: Tensor) -> Step:
 
 
 def same(kernel: Path) -> Any:
-    """The mapping with the kernel whose gradient, the reference's, is its own."""
+    """The mapping with a kernel whose own gradient equals the reference's."""
     return use_kernel_mapping(
         {"RMSNorm": {"cpu": LocalLayerRepository(kernel, layer_name="RMSNorm")}}
     )
@@ -338,7 +338,7 @@ def assert_same_step(step: Step, expected: Step) -> None:
 
 
 class TestTraining:
-    def test_gradients(self, kernel: Path) -> None:
+    def test_gradients_equal_those_of_the_references(self, kernel: Path) -> None:
         model, tokens = build("Llama").train(), inputs("Llama")
         with same(kernel):
             compiled = torch.compile(model, fullgraph=True, **ours("aot_eager"))
@@ -348,7 +348,9 @@ class TestTraining:
         assert_same_step(step, training_step(model, model, tokens))
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_gradient_checkpointing(self, reentrant: bool, kernel: Path) -> None:
+    def test_gradient_checkpointing_equals_that_of_the_references(
+        self, reentrant: bool, kernel: Path
+    ) -> None:
         model, tokens = build("Llama").train(), inputs("Llama")
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -359,7 +361,7 @@ class TestTraining:
         assert_same_step(step, training_step(model, model, tokens))
 
     @pytest.mark.usefixtures("one_process")
-    def test_distributed_data_parallel(self, kernel: Path) -> None:
+    def test_distributed_data_parallel_uses_kernels(self, kernel: Path) -> None:
         model, tokens = build("Llama").train(), inputs("Llama")
         expected = training_step(model, model, tokens)
         with same(kernel):
@@ -368,7 +370,7 @@ class TestTraining:
         assert_all_kernels()
         assert_same_step(step, expected)
 
-    def test_lora(self, kernel: Path) -> None:
+    def test_lora_adapters_train_beside_kernels(self, kernel: Path) -> None:
         peft = pytest.importorskip("peft")
         modules = ["q_proj", "v_proj", "down_proj"]
         config = peft.LoraConfig(target_modules=modules, r=4, init_lora_weights=False)
@@ -401,7 +403,7 @@ def test_blocks_compiled_one_by_one_share_a_graph() -> None:
 
 
 @torch.no_grad()
-def test_a_function_of_a_kernel_for_a_function(kernel: Path) -> None:
+def test_function_kernel_serves_an_extensible_function(kernel: Path) -> None:
     """`apply_rotary_pos_emb` is a function in transformers too; ours may be any that fits."""
     source = (kernel / "build" / "torch-universal" / "__init__.py").read_text()
     assert "def rotary" not in source

@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> Any:
-    """The model with the same weights each time."""
+    """Return the model with the same weights each time."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**MODELS[name], num_hidden_layers=2)
     model = getattr(transformers, f"{name}ForCausalLM")(config).train()
@@ -118,7 +118,7 @@ def batch(step: int) -> Tensor:
 
 
 def train(model: Any, call: Callable[..., Any]) -> list[float]:
-    """Train ``model`` through ``call``; gives the losses."""
+    """Train ``model`` through ``call``; return the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8)
     losses = []
     for step in range(STEPS):
@@ -143,7 +143,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 
 def assert_learns_the_same(name: str, model: Any, way: str) -> set[str]:
-    """Train ``model`` with kernels and one like it without; gives the layers that had kernels."""
+    """Train ``model`` with kernels and a copy without; return the layers that had kernels."""
     reference = build(name)
     losses = train(reference, reference)
     with WAYS[way](model) as call:
@@ -160,7 +160,7 @@ def assert_learns_the_same(name: str, model: Any, way: str) -> set[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_are_those_without_kernels(name: str, way: str) -> None:
+def test_losses_equal_those_without_kernels(name: str, way: str) -> None:
     assert assert_learns_the_same(name, build(name), way) == {"RMSNorm", "SiLU", "rotary_pos_emb"}
 
 
@@ -182,6 +182,6 @@ def with_extensible_experts(model: Any) -> Any:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
-def test_losses_with_the_experts_in_a_kernel(name: str, way: str) -> None:
+def test_losses_with_an_expert_kernel_equal_those_without(name: str, way: str) -> None:
     model = with_extensible_experts(build(name))
     assert "MoEExperts" in assert_learns_the_same(name, model, way)
