@@ -83,3 +83,29 @@ def test_contributing_names_files_that_exist() -> None:
     places = {name: (PACKAGE / name, ROOT / name) for name in named}
     assert named
     assert [name for name, paths in places.items() if not any(p.exists() for p in paths)] == []
+
+
+def imported_by(path: Path) -> list[str]:
+    """The modules that a module imports, as dotted names of modules or of what they hold."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+def test_import_from_another_wing_goes_through_its_door() -> None:
+    inside = {
+        ".".join(path.with_suffix("").relative_to(ROOT).parts): path.parent
+        for path in MODULES
+        if path.parent != PACKAGE
+    }
+    found = {
+        f"{shown(path)} imports {name}"
+        for path in [*MODULES, *DOORS]
+        for name in imported_by(path)
+        if inside.get(name, path.parent) != path.parent and not name.endswith(".sample_inputs")
+    }
+    assert found == set()
