@@ -1,8 +1,8 @@
-"""The ops of one form of call for training: a forward, and what its autograd formula calls.
+"""The bodies of ops for training: a forward op, and the backward op that its formula calls.
 
-Either the gradient is that of the kernel's own backward (`ByKernel`), which finds what the forward
-has kept for it under a handle, one more result of the forward; or it is that of the layer's
-reference (`ByReference`), which is run again on the operands.
+The gradient has one of two sources. `ByKernel` runs the kernel's own backward, which finds what
+its forward kept under a handle, one more result of the forward. `ByReference` runs the layer's
+reference again, on the operands, and takes its gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.cache import remember
-from kernelgraph.graph.calls import Leaf, UnsupportedValue, flatten_tensors
+from kernelgraph.graph.calls import Call, Leaf, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.gradients import (
     BypassedCall,
     FunctionCallSpec,
@@ -28,76 +28,92 @@ from kernelgraph.graph.gradients import (
     bypassing_forward,
     handle,
 )
-from kernelgraph.graph.infer import check_unwritten, contiguous_copy, owned, versions
-from kernelgraph.graph.ops.fast_path import Known
-from kernelgraph.graph.ops.forward import Body, like
+from kernelgraph.graph.infer import Effects, OutputSpec, Source, contiguous_copy, owned, versions
+from kernelgraph.graph.ops.fast_path import CheckedCall, Operand, OpResult
+from kernelgraph.graph.ops.forward import Body, ResultType, like
+from kernelgraph.kernel import Kernel
+from kernelgraph.layers import Extensible
 
 
-class Kept(NamedTuple):
-    """What autograd keeps of a call, and hands to the backward op."""
+class SavedForBackward(NamedTuple):
+    """The values that autograd saves in a forward and passes to the backward op."""
 
     tensors: list[Tensor]
     numbers: list[Any]
+    """As `Differentiable.numbers` declares them in the schema."""
+
+
+Kept = SavedForBackward
 
 
 class Differentiable(Body):
     """A `Body` with a gradient.
 
     Args:
-        wanted: Of which operands there are gradients.
-        flows: Through which results a gradient flows.
-        args, kwargs: Those of `Body`.
+        wanted: Whether there is a gradient of each operand.
+        flows: Whether a gradient flows through each result.
+        kernel, layer, call, shapes, spec, effects: As for `Body`.
     """
 
     differentiable = True
 
     numbers: Sequence[str] = ()
-    """`Kept.numbers` in the schema of the backward op."""
+    """The declarations of `SavedForBackward.numbers` in the schema of the backward op."""
 
     tags: Sequence[torch.Tag] = ()
-    """Of both ops."""
+    """The tags of both ops."""
 
     def __init__(
-        self, wanted: Sequence[bool], flows: Sequence[bool], *args: Any, **kwargs: Any
+        self,
+        wanted: Sequence[bool],
+        flows: Sequence[bool],
+        kernel: Kernel,
+        layer: Extensible,
+        call: Call,
+        shapes: Source,
+        spec: OutputSpec,
+        effects: Effects,
     ) -> None:
         self.wanted = wanted
         self._flows = flows
-        super().__init__(*args, **kwargs)
+        super().__init__(kernel, layer, call, shapes, spec, effects)
 
-    def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
-        """What autograd is to keep of a call."""
+    def keep(self, operands: Sequence[Operand], results: Sequence[Tensor]) -> SavedForBackward:
+        """Return the values of a call that autograd is to save."""
         raise NotImplementedError
 
     def check_wanted(self, needs: Sequence[bool]) -> None:
-        """See that gradients are needed of no other operands than they were when the op was made.
+        """Check that gradients are needed only of operands that the op was made to have them of.
 
         Raises:
-            RuntimeError: If one is.
+            RuntimeError: If one is needed of another operand.
         """
         for i, (needed, wanted) in enumerate(zip(needs, self.wanted, strict=True)):
             if needed and not wanted:
                 raise RuntimeError(
                     f"kernel {self._kernel} was compiled to give no gradient of its operand "
                     f"{self._call.names[i]} of layer {self._layer.layer_name}, and one is needed "
-                    "now: compile the model anew"
+                    "now: compile the model again"
                 )
 
     def still(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """The results that no gradient flows through: a buffer that a layer counts in is to stay
-        one."""
+        """Return the results that no gradient flows through.
+
+        A buffer that a layer counts in, for one: it must not come to require a gradient.
+        """
         flows = [*self._flows, *[False] * (len(results) - len(self._flows))]
         return [result for result, flow in zip(results, flows, strict=True) if not flow]
 
     def backward(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
-        """The backward op: the gradients of the operands that ``needs`` marks."""
+        """The backward op: return the gradients of the operands that ``needs`` marks."""
         raise NotImplementedError
 
     def backward_fake(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
-        """What `backward` returns, with the shapes alone."""
+        """Return fakes of the results of `backward`."""
         raise NotImplementedError
 
 
@@ -153,40 +169,43 @@ class ByReference(Differentiable):
 class ByKernel(Differentiable):
     """The gradient is that of the kernel's own backward; its forward runs once.
 
+    A call runs on a `Tape`, with autograd around the kernel, unless an earlier call with such
+    operands has shown that the kernel is a single ``torch.autograd.Function``: then it runs
+    without autograd (see `bypassing_forward`).
+
     Args:
-        own: What that backward needs and does.
-        operands: Those of one call: all have operands of these dtypes, device types and ranks.
-        args, kwargs: Those of `Differentiable`.
+        own: How the kernel's own backward has to be run.
+        operands: The operands of one call; all calls have operands of these dtypes, device types
+            and ranks.
+        args: As for `Differentiable`.
     """
 
     numbers = ("SymInt[] sizes",)
-    """Of the operands that gradients are wanted of, one after the other."""
+    """The sizes of the operands that gradients are wanted of, one after the other."""
 
     tags = (torch.Tag.cudagraph_unsafe,)
-    """What a forward keeps is not where a replay of a CUDA graph would look for it: Inductor cuts
-    the graph around these."""
+    """A replay of a CUDA graph would not find what a forward keeps: Inductor cuts the graph around
+    ops with this tag."""
 
-    def __init__(
-        self, own: OwnBackward, operands: Sequence[Any], *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, own: OwnBackward, operands: Sequence[Operand], *args: Any) -> None:
         self._own = own
         self._sources = own.sources
         self._copied_sources = [source in own.overwrites.saved for source in own.sources]
         self._copies_saved = any(self._copied_sources)
         self.tapes = Tapes()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args)
         self._wants = {
-            i: (operands[i].dtype, operands[i].device.type, operands[i].dim())
+            i: ResultType(operands[i].dtype, operands[i].device.type, operands[i].dim())
             for i, wanted in enumerate(self.wanted)
             if wanted
         }
-        self._direct: dict[Any, FunctionCallSpec | None] = {}
+        self._bypassed: dict[object, FunctionCallSpec | None] = {}
         self.forward = bypassing_forward(
             self._run_kernel,
             self.wanted,
-            specs=self._direct,
-            first_call=self._first,
-            tensors_of=self._taken,
+            specs=self._bypassed,
+            first_call=self._call_on_tape,
+            tensors_of=self._returned_tensors,
             keep=self.tapes.keep,
         )
 
@@ -194,13 +213,16 @@ class ByKernel(Differentiable):
     def returns(self) -> int:
         return self.count + 1
 
-    def _first(self, form: Any, operands: tuple[Any, ...]) -> Any:
-        """A call of which nothing is known: all is checked, and told for those that follow."""
+    # --- the forward op -----------------------------------------------------------------
+
+    def _call_on_tape(self, key: object, operands: tuple[Operand, ...]) -> tuple[Tensor, ...]:
+        """Call the kernel with autograd and all checks; record the call under ``key`` for those
+        that may bypass autograd."""
         if torch.is_inference_mode_enabled() or any(
             operands[i].is_inference() for i in self._wants
         ):
-            made = self._checked(None, operands)  # whose gradient nobody can ask for
-            return (*(made if self.count > 1 else (made,)), handle())
+            # Nobody can ask for a gradient of this call.
+            return (*_as_tuple(self._check_call(None, operands)), handle())
         tape = Tape(
             self._call,
             operands,
@@ -209,34 +231,31 @@ class ByKernel(Differentiable):
             hidden_saves=self._own.hidden_saves,
         )
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
-        before = versions(operands) if sizes not in self._known else None
+        before = versions(operands) if sizes not in self._checked_calls else None
         try:
             result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
         if before is not None:
-            who = f"kernel {self._kernel}, called for {self._where(operands)},"
-            check_unwritten(before, operands, self._call.names, who)
-            remember(self._known, sizes, Known(self._told_sizes(operands)))
-        tensors = self._tensors(result, self._known[sizes], operands)
+            self._check_unwritten(before, operands)
+            remember(self._checked_calls, sizes, CheckedCall(self._result_sizes(operands)))
+        tensors = self._tensors(result, self._checked_calls[sizes], operands)
         if self._own.hidden_saves:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
-            made = owned(tensors, [operands[i] for i in self._lent])
+            made = owned(tensors, [operands[i] for i in self._unshared])
         try:
             tape.close(tensors, made, self._flows)
         except NoGradient as error:
-            raise RuntimeError(
-                f"kernel {self._kernel}, called for {self._where(operands)}: {error}, which it had "
-                'when it was tried; pass options={"own_backward": False}'
-            ) from None
-        if form not in self._direct and not (
+            raise self._without_gradient(error, operands) from None
+        if key not in self._bypassed and not (
             self._own.hidden_saves or self._own.overwrites.private
         ):
-            remember(self._direct, form, bypass_spec(tape, operands, made, self._sources))
+            remember(self._bypassed, key, bypass_spec(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
 
-    def _taken(self, result: Any) -> Sequence[Tensor] | None:
+    def _returned_tensors(self, result: object) -> Sequence[Tensor] | None:
+        """The tensors in what the kernel returned; None if the layer returns another structure."""
         if isinstance(self._output, Leaf):
             return (result,) if isinstance(result, Tensor) else None
         try:
@@ -245,39 +264,43 @@ class ByKernel(Differentiable):
             return None
         return tensors if output == self._output else None
 
-    def fake(self, *operands: Any) -> Any:
-        made = super().fake(*operands)
-        return (*(made if self.count > 1 else (made,)), handle())
+    def _without_gradient(self, error: NoGradient, operands: Sequence[Operand]) -> RuntimeError:
+        return RuntimeError(
+            f"kernel {self._kernel}, called for {self._where(operands)}: {error}, although it had "
+            'one in the trial of the kernel; pass options={"own_backward": False}'
+        )
 
-    def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
+    def fake(self, *operands: Operand) -> tuple[Tensor, ...]:
+        return (*_as_tuple(super().fake(*operands)), handle())
+
+    def keep(self, operands: Sequence[Operand], results: Sequence[Tensor]) -> SavedForBackward:
         sizes = [n for i in self._wants for n in operands[i].shape]
         lists = {SourceKind.OPERAND: operands, SourceKind.RESULT: results}
         saved = [lists[source.kind][source.number] for source in self._sources]
-        return Kept([results[-1], *saved], [sizes])
+        return SavedForBackward([results[-1], *saved], [sizes])
+
+    # --- the backward op ----------------------------------------------------------------
 
     def backward(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
         under, *saved = kept.tensors
         tape = self.tapes.get(under)
         if tape is None:
-            raise RuntimeError(
-                f"what kernel {self._kernel} has kept for its backward is gone with the tensor "
-                "that stood for it: something has copied what autograd saves, as "
-                'torch.autograd.graph.save_on_cpu does. Pass options={"own_backward": False}'
-            )
+            raise self._without_tape()
         if self._copies_saved:
             pairs = zip(saved, self._copied_sources, strict=True)
             saved = [tensor.clone() if copied else tensor for tensor, copied in pairs]
-        own = [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
+        incoming = [g if g is None or g.is_contiguous() else g.contiguous() for g in grads]
         for k in self._own.overwrites.grads:
-            own[k] = None if (gradient := grads[k]) is None else contiguous_copy(gradient)
+            incoming[k] = None if (gradient := grads[k]) is None else contiguous_copy(gradient)
         try:
             if isinstance(tape, BypassedCall):
-                made = tape.gradients(own, saved, needs)
+                made = tape.gradients(incoming, saved, needs)
             else:
-                given = dict(zip(self._sources, saved, strict=True))
-                made = tape.gradients(own, given, needs, copied=self._own.overwrites.private)
+                by_source = dict(zip(self._sources, saved, strict=True))
+                copied = self._own.overwrites.private
+                made = tape.gradients(incoming, by_source, needs, copied=copied)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -294,10 +317,18 @@ class ByKernel(Differentiable):
             [v for v in (*grads, *saved, *tape.kept) if v is not None],
         )
 
+    def _without_tape(self) -> RuntimeError:
+        return RuntimeError(
+            f"the backward of kernel {self._kernel} cannot find what its forward kept: something "
+            "has copied what autograd saves, as torch.autograd.graph.save_on_cpu does; pass "
+            'options={"own_backward": False}'
+        )
+
     def backward_fake(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
-        """Sizes are the operands' own; the device is that of the results' gradients."""
+        """Return fakes of the gradients: in the sizes of the operands, on the device of the
+        results' gradients."""
         device = next((g.device for g in grads if g is not None), kept.tensors[0].device)
         (sizes,), at, made = kept.numbers, 0, []
         for i, (dtype, kind, dims) in self._wants.items():
@@ -306,3 +337,7 @@ class ByKernel(Differentiable):
                 made.append(torch.empty(sizes[at : at + dims], dtype=dtype, device=on))
             at += dims
         return made
+
+
+def _as_tuple(results: OpResult) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results

@@ -1,11 +1,17 @@
-"""What the op of one form of call does: run the kernel, with results as a graph needs them."""
+"""The body of an op: it runs the kernel, and checks and returns the results as a graph needs them.
+
+A kernel may return views, memory that it shares with an operand, or the wrong shape; an op may
+not. `Body` stands between the two. The first call with operands of some sizes goes through
+`Body._check_call`; the later ones take the fast path (`kernelgraph.graph.ops.fast_path`), and come
+back to `Body._conform` only where a result does not conform.
+"""
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +31,44 @@ from kernelgraph.graph.infer import (
     reach,
     versions,
 )
-from kernelgraph.graph.ops.fast_path import Known, steady_state
+from kernelgraph.graph.ops.fast_path import (
+    CheckedCall,
+    Operand,
+    OpFunction,
+    OpResult,
+    write_fast_path,
+)
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 
+class ResultType(NamedTuple):
+    """The dtype, type of device and rank of a result, in all calls of one signature."""
+
+    dtype: torch.dtype
+    device: str
+    dims: int
+
+
 class Body:
-    """The functions behind the op of one form of call.
+    """The functions behind the op of one call signature.
 
     Args:
-        kernel: Runs in `forward`.
+        kernel: The kernel that `forward` runs.
         layer: The layer that is called.
-        call: The form of the call.
-        shapes: Tells the shapes of a call.
-        told: Of one such call: all have results of these dtypes, devices and ranks.
+        call: The signature of the call.
+        shapes: Infers the results of a call from its operands.
+        spec: The results of one such call; all calls have results of these dtypes, devices and
+            ranks.
         effects: The operands that kernel and layer write into.
     """
 
     differentiable = False
-    """Whether the results go through autograd, which wants no views."""
+    """Whether the results go through autograd, which forbids views."""
 
-    forward: Callable[..., Any]
-    """The op: the kernel, below autograd. Its results own their memory, and are contiguous and of
-    the shapes that `fake` says."""
+    forward: OpFunction
+    """The op: the kernel, below autograd. Its results own their memory, are contiguous and have
+    the shapes that `fake` gives."""
 
     def __init__(
         self,
@@ -55,87 +76,92 @@ class Body:
         layer: Extensible,
         call: Call,
         shapes: Source,
-        told: OutputSpec,
+        spec: OutputSpec,
         effects: Effects,
     ) -> None:
         self.places = Places()
         self.returned = effects.layer
         """The operands whose contents after the call are results too, behind the others."""
-        self.count = len(told.results) + len(self.returned)
-        """How many results there are that a gradient may come for."""
+        self.count = len(spec.results) + len(self.returned)
+        """The number of results that a gradient may come for."""
         self._kernel = kernel
         self._layer = layer
         self._call = call
         self._shapes = ShapeFunction(shapes)
         self._run_kernel = Runner(kernel.forward, call)
-        self._output = told.output
-        self._expected = [(r.dtype, r.device.type, len(r.shape)) for r in told.results]
+        self._output = spec.output
+        self._expected = [ResultType(r.dtype, r.device.type, len(r.shape)) for r in spec.results]
         self._copied = {*effects.kernel, *effects.layer}
-        # Of the copies the kernel may return what it likes.
-        self._lent = [i for i in call.tensors if i not in self._copied]
-        self._known: dict[Any, Known] = {}
-        self.forward = self._copying if self._copied else self._steady_state()
+        # The kernel may return the copies themselves.
+        self._unshared = [i for i in call.tensors if i not in self._copied]
+        self._checked_calls: dict[object, CheckedCall] = {}
+        self.forward = self._copying if self._copied else self._write_fast_path()
 
     @property
     def returns(self) -> int:
-        """How many results the op has in all."""
+        """The number of all results of the op."""
         return self.count
 
     # --- the forward op -----------------------------------------------------------------
 
-    def _steady_state(self) -> Callable[..., Any]:
-        return steady_state(
+    def _write_fast_path(self) -> OpFunction:
+        return write_fast_path(
             self._run_kernel,
             self._output,
-            [dtype for dtype, _, _ in self._expected],
-            self._lent,
+            [expected.dtype for expected in self._expected],
+            self._unshared,
             differentiable=self.differentiable,
-            table=self._known,
-            checked=self._checked,
-            fitted=self._fitted,
-            failed=self._fail,
+            table=self._checked_calls,
+            check=self._check_call,
+            conform=self._conform,
+            fail=self._fail,
         )
 
-    def _checked(self, form: Any, operands: tuple[Any, ...]) -> Any:
-        """The first call with operands of some sizes: all is checked that a kernel can do wrong."""
+    def _copying(self, *operands: Operand) -> OpResult:
+        """The forward op of a kernel that writes into its operands: the kernel receives copies."""
+        copies = tuple(
+            contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
+        )
+        with torch.no_grad():
+            return self._check_call(None, copies)
+
+    def _check_call(self, key: object, operands: tuple[Operand, ...]) -> OpResult:
+        """Call the kernel and check all that it can do wrong; record the call under ``key``,
+        unless that is None."""
         before = versions(operands)
         try:
             result = self._run_kernel(operands)
         except Exception as error:
             self._fail(error, operands)
-        who = f"kernel {self._kernel}, called for {self._where(operands)},"
-        check_unwritten(before, operands, self._call.names, who, self._copied)
-        sizes = self._told_sizes(operands)
-        known = Known(
+        self._check_unwritten(before, operands)
+        sizes = self._result_sizes(operands)
+        checked = CheckedCall(
             sizes,
-            tuple(reach(operands[i]) for i in self._lent),
+            tuple(reach(operands[i]) for i in self._unshared),
             tuple(
-                0 if size is None else size.numel() * dtype.itemsize
-                for size, (dtype, _, _) in zip(sizes, self._expected, strict=True)
+                0 if size is None else size.numel() * expected.dtype.itemsize
+                for size, expected in zip(sizes, self._expected, strict=True)
             ),
         )
-        made = self._fitted(result, known, operands)
-        if form is not None:
-            remember(self._known, form, known)
+        made = self._conform(result, checked, operands)
+        if key is not None:
+            remember(self._checked_calls, key, checked)
         return made
 
-    def _fitted(self, result: Any, known: Known, operands: Sequence[Any]) -> Any:
-        """The results of a call, made to fit where they do not."""
-        tensors = self._tensors(result, known, operands)
+    def _conform(
+        self, result: object, checked: CheckedCall, operands: Sequence[Operand]
+    ) -> OpResult:
+        """Return the results of a call; copy those that are not contiguous in memory of their
+        own."""
+        tensors = self._tensors(result, checked, operands)
         tensors += [operands[i] for i in self.returned]
-        made = owned(tensors, [operands[i] for i in self._lent])
+        made = owned(tensors, [operands[i] for i in self._unshared])
         return made[0] if self.count == 1 else tuple(made)
 
-    def _copying(self, *operands: Any) -> Any:
-        """The forward op of a kernel that writes into its operands: it gets copies."""
-        copies = tuple(
-            contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
-        )
-        with torch.no_grad():
-            return self._checked(None, copies)
-
-    def _tensors(self, result: Any, known: Known, operands: Sequence[Any]) -> list[Tensor]:
-        """The tensors of what the kernel returned, if that is what the layer does."""
+    def _tensors(
+        self, result: object, checked: CheckedCall, operands: Sequence[Operand]
+    ) -> list[Tensor]:
+        """Return the tensors in what the kernel returned, if that is what the layer returns."""
         try:
             tensors, output = flatten_tensors(result)
         except UnsupportedValue:
@@ -143,11 +169,17 @@ class Body:
             raise self._mismatch(found, self._output.describe(), operands) from None
         if output != self._output:
             raise self._mismatch(output.describe(), self._output.describe(), operands)
-        for tensor, expected, size in zip(tensors, self._expected, known.sizes, strict=True):
-            self._check(tensor, expected, size, operands)
+        for tensor, expected, size in zip(tensors, self._expected, checked.sizes, strict=True):
+            self._check_tensor(tensor, expected, size, operands)
         return tensors
 
-    def _check(self, tensor: Tensor, expected: Any, size: Any, operands: Sequence[Any]) -> None:
+    def _check_tensor(
+        self,
+        tensor: Tensor,
+        expected: ResultType,
+        size: torch.Size | None,
+        operands: Sequence[Operand],
+    ) -> None:
         dtype, device, dims = expected
         if (
             tensor.dtype is not dtype
@@ -162,26 +194,34 @@ class Body:
                 operands,
             )
 
-    def _told_sizes(self, operands: Sequence[Any]) -> tuple[Any, ...]:
-        """The sizes that the results must have; None where they cannot be told."""
+    def _check_unwritten(self, before: Sequence[int], operands: Sequence[Operand]) -> None:
+        """Raise if the kernel wrote into an operand that it did not receive a copy of."""
+        who = f"kernel {self._kernel}, called for {self._where(operands)},"
+        check_unwritten(before, operands, self._call.names, who, self._copied)
+
+    def _result_sizes(self, operands: Sequence[Operand]) -> tuple[torch.Size | None, ...]:
+        """The sizes that the results must have; None where they cannot be inferred."""
         try:
             return tuple(torch.Size(r.shape) for r in self._shapes(operands))
         except Exception:
             return (None,) * len(self._expected)
 
-    def fake(self, *operands: Any) -> Any:
-        """What `forward` returns, with the shapes alone."""
+    # --- its fake -----------------------------------------------------------------------
+
+    def fake(self, *operands: Operand) -> OpResult:
+        """Return fakes of the results of `forward`."""
         made = make_fakes(self._shapes(operands))
         _torch.bind_unbacked_symbols(made, operands)
         made += [like(operands[i]) for i in self.returned]
         return made[0] if len(made) == 1 else tuple(made)
 
-    # --- what goes wrong ----------------------------------------------------------------
+    # --- errors -------------------------------------------------------------------------
 
-    def _where(self, operands: Sequence[Any]) -> str:
+    def _where(self, operands: Sequence[Operand]) -> str:
         return f"layer {self._layer.layer_name}{self.places.describe(operands)}"
 
-    def _fail(self, error: Exception, operands: Sequence[Any]) -> NoReturn:
+    def _fail(self, error: Exception, operands: Sequence[Operand]) -> NoReturn:
+        """Raise the error of a kernel again, with the names of kernel, layer and place."""
         if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
             raise error
         raise RuntimeError(
@@ -189,7 +229,7 @@ class Body:
             f"{type(error).__name__}: {error}"
         ) from error
 
-    def _mismatch(self, found: str, expected: str, operands: Sequence[Any]) -> RuntimeError:
+    def _mismatch(self, found: str, expected: str, operands: Sequence[Operand]) -> RuntimeError:
         return RuntimeError(
             f"kernel {self._kernel} returned {found} for {self._where(operands)}; expected is "
             f"{expected}"
@@ -197,12 +237,13 @@ class Body:
 
 
 def like(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of the shape, dtype and device of ``tensor``."""
+    """Return a contiguous tensor of the shape, dtype and device of ``tensor``."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 class Places:
-    """The paths of the layers that call one op. Layers that are alike share an op."""
+    """The call sites of an op: the layers that call it, and their paths. Layers with equal calls
+    share an op."""
 
     def __init__(self) -> None:
         self._paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -212,10 +253,12 @@ class Places:
         self._paths[module] = path
 
     def describe(self, operands: Iterable[object]) -> str:
-        """Words for the layer that is called with ``operands``: those of its places whose weights
-        are among them, or if none can be told by its weights, all."""
-        given = {v.data_ptr() for v in operands if isinstance(v, Tensor)} - {0}
-        paths = [path for module, path in self._paths.items() if _holds_any(module, given)]
+        """Name the layer that is called with ``operands``, for an error.
+
+        It is the one that has a weight among them. Where no layer has, all are named.
+        """
+        addresses = {v.data_ptr() for v in operands if isinstance(v, Tensor)} - {0}
+        paths = [path for module, path in self._paths.items() if _holds_any(module, addresses)]
         paths = paths or list(self._paths.values())
         paths = [path or "(model)" for path in dict.fromkeys(paths)]
         if len(paths) < 2:

@@ -775,13 +775,13 @@ def test_a_wrong_shape_is_found_at_any_call():
 
 def test_the_shape_function_runs_once_for_operands_of_the_same_sizes(monkeypatch):
     ran, asked = [], []
-    tell_sizes = Body._told_sizes
+    result_sizes = Body._result_sizes
 
     def counted(self, operands):
         asked.append(operands)
-        return tell_sizes(self, operands)
+        return result_sizes(self, operands)
 
-    monkeypatch.setattr(Body, "_told_sizes", counted)
+    monkeypatch.setattr(Body, "_result_sizes", counted)
 
     def reference(self, x, n):
         ran.append(x)
