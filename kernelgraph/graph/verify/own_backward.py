@@ -1,131 +1,188 @@
-"""What a kernel's own backward needs and does, and whether it is the same however it is run."""
+"""The examination of a kernel's own backward: how it has to be run, and whether it is reliable.
+
+A compiled graph does with a backward what autograd alone does not: it passes copies of saved
+operands and results, runs the backward again for a retained graph, has overwritten operands and
+results by then, and passes gradients of any layout. `examine_own_backward` does each of these to a
+kernel and compares the gradients with those of its first run.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source
-from kernelgraph.graph.verify.tolerance import Closeness, Deviation, same_bits
-from kernelgraph.graph.verify.trial_runs import OnTape, Trial
+from kernelgraph.graph.verify.deviation import agree, same_bits
+from kernelgraph.graph.verify.tolerance import Closeness
+from kernelgraph.graph.verify.trial_runs import TapedRun, Trial
 from kernelgraph.report import error_text
 
 
-class WrongBackward(Exception):
-    """Why a kernel's own backward is of no use."""
+class UnusableBackward(Exception):
+    """The reason why a kernel's own backward may not be used."""
 
 
-class NoBackward(WrongBackward):
-    """It has none."""
+class NoBackward(UnusableBackward):
+    """The kernel has no backward."""
 
 
-class RaisedBackward(WrongBackward):
-    """It raised, maybe only at these sizes."""
+class KernelRaised(UnusableBackward):
+    """The kernel raised, possibly only at these sizes or in this environment."""
 
 
-def own_backward(trial: Trial, near: Closeness) -> tuple[OwnBackward, bool]:
-    """What the kernel's own backward needs and does; whether incoming gradients may have any
-    layout.
+Gradients: TypeAlias = "Sequence[Tensor | None]"
+"""Gradients of results or of operands; None where there is none."""
+
+
+class Examined(NamedTuple):
+    """A kernel's own backward that may be used."""
+
+    own: OwnBackward
+    contiguous: bool
+    """Whether it is right only for incoming gradients that are contiguous."""
+
+
+def examine_own_backward(trial: Trial, allowed: Closeness) -> Examined:
+    """Find out how a kernel's own backward has to be run.
+
+    A kernel that fails the examination is examined again with copies of its operands and results:
+    it may keep them where no saved-tensor hook sees them.
+
+    Args:
+        trial: The trial.
+        allowed: The deviation up to which gradients are the same.
 
     Raises:
-        WrongBackward: If its gradients are not the same however it is run.
+        UnusableBackward: If there is no backward, or if its gradients depend on how it is run.
     """
     try:
-        return _examined(trial, near, holds=False)
+        return _Examination(trial, allowed, hidden_saves=False).run()
     except (NoBackward, torch.OutOfMemoryError):
         raise
     except Exception:
         try:
-            return _examined(trial, near, holds=True)
-        except (WrongBackward, torch.OutOfMemoryError):
+            return _Examination(trial, allowed, hidden_saves=True).run()
+        except (UnusableBackward, torch.OutOfMemoryError):
             raise
         except Exception as error:
             what = f"where gradients are wanted it raised {error_text(error)}"
-            raise RaisedBackward(what) from error
+            raise KernelRaised(what) from error
 
 
-def _examined(trial: Trial, near: Closeness, *, holds: bool) -> tuple[OwnBackward, bool]:
-    with trial.maker.apart(0):
-        run = OnTape(trial, 0, holds=holds)
-        if run.written:
-            raise WrongBackward(f"it writes into {', '.join(run.written)}")
-        if not any(run.flows):
-            raise NoBackward("it has no backward: no gradient flows through what it returns")
-        grads, given = run.incoming(), run.sources()
-        gradients = run.gradients(grads, given)
-        overwrites = _overwrites(run, grads, given)
-        again = _attempt(run.gradients)
-    if (again is None or not alike(again, gradients, near)) and _needs_copies(
-        trial, gradients, near, holds
-    ):
-        overwrites = overwrites._replace(private=True)
-    _check_overwritten(trial, frozenset(run.tape.seen), gradients, near, holds)
-    own = OwnBackward(tuple(sorted(run.tape.seen)), run.flows, holds, overwrites)
-    return own, _takes_any_layout(trial, gradients, near, holds)
+@dataclass
+class _Examination:
+    """Runs of a kernel's own backward, all of which must give the same gradients.
+
+    `run` says in which order. Each method that follows it makes runs of its own, which it compares
+    with the ``expected`` gradients of the first.
+    """
+
+    trial: Trial
+    allowed: Closeness
+    hidden_saves: bool
+    """Whether the kernel receives copies and returns copies."""
+
+    def run(self) -> Examined:
+        """Make all runs.
+
+        Raises:
+            UnusableBackward: If the backward may not be used.
+            Exception: If the kernel raises.
+        """
+        with self.trial.samples.apart(0):
+            run = self._taped_run()
+            if run.written:
+                raise UnusableBackward(f"it writes into {', '.join(run.written)}")
+            if not any(run.flows):
+                raise NoBackward("it has no backward: no gradient flows through what it returns")
+            grads, saved = run.incoming(), run.saved()
+            expected = run.gradients(grads, saved)
+            overwrites = _overwrites(run, grads, saved)
+            again = _attempt(run.gradients)
+        runs_again = again is not None and self._agree(again, expected)
+        if not runs_again and self._runs_again_with_copies(expected):
+            overwrites = overwrites._replace(private=True)
+        self._check_overwritten(frozenset(run.tape.seen), expected)
+        sources = tuple(sorted(run.tape.seen))
+        own = OwnBackward(sources, run.flows, self.hidden_saves, overwrites)
+        return Examined(own, contiguous=not self._takes_any_layout(expected))
+
+    def _taped_run(self, sources: frozenset[Source] | None = None) -> TapedRun:
+        return TapedRun(self.trial, 0, hidden_saves=self.hidden_saves, sources=sources)
+
+    def _agree(self, made: Gradients, expected: Gradients) -> bool:
+        return agree(made, expected, self.allowed)
+
+    def _runs_again_with_copies(self, expected: Gradients) -> bool:
+        """Whether the backward can run twice if it receives copies of the kernel's own tensors.
+
+        A backward that still raises in the second run is single-use by design, which is allowed.
+
+        Raises:
+            UnusableBackward: If it gives other gradients the second time even so.
+        """
+        with self.trial.samples.apart(0):
+            run = self._taped_run()
+            once = run.gradients(copied=True)
+            twice = _attempt(functools.partial(run.gradients, copied=True))
+        if twice is None:
+            return False
+        if not (self._agree(once, expected) and self._agree(twice, expected)):
+            raise UnusableBackward("its backward gives other gradients when it is run again")
+        return True
+
+    def _check_overwritten(self, sources: frozenset[Source], expected: Gradients) -> None:
+        """Check that the gradients do not depend on memory that a compiler may have reused.
+
+        Raises:
+            UnusableBackward: If they do.
+        """
+        with self.trial.samples.apart(0):
+            run = self._taped_run(sources)
+            saved = run.saved()
+            run.overwrite()
+            if not self._agree(run.gradients(saved=saved), expected):
+                raise UnusableBackward(
+                    "its backward reads an input or output after its memory may have been reused"
+                )
+
+    def _takes_any_layout(self, expected: Gradients) -> bool:
+        """Whether the incoming gradients may be other than contiguous."""
+        for lay_out in (_with_gaps, _in_longer_rows):
+            with self.trial.samples.apart(0):
+                run = self._taped_run()
+                grads = [None if g is None else lay_out(g) for g in run.incoming()]
+                made = _attempt(functools.partial(run.gradients, grads))
+            if made is None or not self._agree(made, expected):
+                return False
+        return True
 
 
-Gradients = Sequence[Tensor | None]
-
-
-def _overwrites(run: OnTape, grads: Gradients, given: Mapping[Source, Tensor]) -> Overwrites:
-    """Compare what a backward was given with what it was before the backward ran."""
+def _overwrites(run: TapedRun, grads: Gradients, saved: Mapping[Source, Tensor]) -> Overwrites:
+    """Find out what a backward wrote into, of the gradients and saved tensors that it received."""
     written = [
         k
         for k, (now, before) in enumerate(zip(grads, run.incoming(), strict=True))
         if now is not None and before is not None and not same_bits(now, before)
     ]
-    sources = run.sources()
-    saved = [source for source in sorted(sources) if not same_bits(given[source], sources[source])]
-    return Overwrites(tuple(written), tuple(saved))
+    before_it = run.saved()
+    sources = [s for s in sorted(before_it) if not same_bits(saved[s], before_it[s])]
+    return Overwrites(tuple(written), tuple(sources))
 
 
-def _needs_copies(trial: Trial, gradients: Gradients, near: Closeness, holds: bool) -> bool:
-    """Whether a backward that cannot run twice can with copies of what is the kernel's own.
-
-    If it raises even then, it says itself that it runs once only, as is anybody's right.
-
-    Raises:
-        WrongBackward: If it gives other gradients the second time whatever it gets.
-    """
-    with trial.maker.apart(0):
-        run = OnTape(trial, 0, holds=holds)
-        once = run.gradients(copied=True)
-        twice = _attempt(functools.partial(run.gradients, copied=True))
-    if twice is None:
-        return False
-    if not (alike(once, gradients, near) and alike(twice, gradients, near)):
-        raise WrongBackward("its backward gives other gradients when it is run again")
-    return True
-
-
-def _check_overwritten(
-    trial: Trial, seen: frozenset[Source], gradients: Gradients, near: Closeness, holds: bool
-) -> None:
-    """See that gradients do not depend on memory that is not the kernel's to keep.
-
-    Raises:
-        WrongBackward: If they do.
-    """
-    with trial.maker.apart(0):
-        run = OnTape(trial, 0, holds=holds, sources=seen)
-        given = run.sources()
-        run.overwrite()
-        if not alike(run.gradients(given=given), gradients, near):
-            raise WrongBackward("its backward reads memory that is not its own by then")
-
-
-def _takes_any_layout(trial: Trial, gradients: Gradients, near: Closeness, holds: bool) -> bool:
-    for lay_out in (_with_gaps, _in_longer_rows):
-        with trial.maker.apart(0):
-            run = OnTape(trial, 0, holds=holds)
-            grads = [None if g is None else lay_out(g) for g in run.incoming()]
-            made = _attempt(functools.partial(run.gradients, grads))
-        if made is None or not alike(made, gradients, near):
-            return False
-    return True
+def _attempt(run: Callable[[], list[Tensor | None]]) -> list[Tensor | None] | None:
+    """Return what ``run`` returns; None if it raises."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
 
 
 # A kernel that takes these for contiguous stays within their memory, and finds other values there.
@@ -139,30 +196,3 @@ def _in_longer_rows(gradient: Tensor) -> Tensor:
     if gradient.dim() == 0:
         return gradient
     return torch.cat([gradient, torch.ones_like(gradient)], -1)[..., : gradient.shape[-1]]
-
-
-def _attempt(run: Callable[[], list[Tensor | None]]) -> list[Tensor | None] | None:
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return None
-
-
-def alike(made: Gradients, wanted: Gradients, near: Closeness) -> bool:
-    """Whether gradients are the same, but for the order of sums."""
-    for one, other in zip(made, wanted, strict=True):
-        if one is None and other is None:
-            continue
-        if other is None:
-            assert one is not None
-            other = torch.zeros_like(one)
-        one = torch.zeros_like(other) if one is None else one
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        if same_bits(one, other):
-            continue
-        if not Deviation.of([(one, other)], near.relative).is_within(near):
-            return False
-    return True

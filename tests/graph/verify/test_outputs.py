@@ -19,8 +19,8 @@ from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.graph.lowering.sites import Choices
-from kernelgraph.graph.verify.outputs import output_error
-from kernelgraph.graph.verify.tolerance import TOLERANCES, Output, difference
+from kernelgraph.graph.verify.outputs import Output, difference, output_error
+from kernelgraph.graph.verify.tolerance import TOLERANCES
 from kernelgraph.layers import extensible
 from kernelgraph.report import Decision, Reason
 from kernelgraph.selection.mapping import current_mapping

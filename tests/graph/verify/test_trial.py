@@ -31,7 +31,8 @@ from kernelgraph.graph.gradients.gradient import (
     wanted_of,
 )
 from kernelgraph.graph.verify import trial
-from kernelgraph.graph.verify.trial import Verdict, judge
+from kernelgraph.graph.verify.trial import judge
+from kernelgraph.graph.verify.verdict import Verdict
 from kernelgraph.kernel import Kernel
 from tests.support.op_calls import call_of, kernel_of, layer_of, own_backward
 
@@ -931,7 +932,7 @@ from kernelgraph.graph.verify import trial
 
 def never(*args): raise AssertionError("it is judged again")
 
-trial._judged = never
+trial._judge = never
 print(here.verdict(here.Norm(), here.kernel(here.composite, "1" * 40), here.X))
 """
     found = verdict(Norm(), kernel(composite, "1" * 40), X)
