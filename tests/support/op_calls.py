@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +23,8 @@ from kernelgraph.graph.gradients.gradient import (
     SourceKind,
     wanted_of,
 )
-from kernelgraph.graph.ops.registry import NAMESPACE, Lowered, lower, pack
+from kernelgraph.graph.ops.definition import overload, pack
+from kernelgraph.graph.ops.registry import Lowered, lower
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
 from kernelgraph.selection.devices import Device
@@ -77,7 +77,7 @@ class Op:
 
     @property
     def overload(self) -> Any:
-        return getattr(getattr(torch.ops, NAMESPACE), self.lowered.name).default
+        return overload(self.lowered.name)
 
     def __call__(self, *operands: Any) -> Any:
         """Run it, and give what the layer would."""

@@ -1,10 +1,11 @@
 """A call signature as a registered custom op: its schema, its fake and its autograd formula.
 
 `lower` takes a kernel, a layer and a `Call` and returns a `Lowered`: the op that makes such calls,
-registered in torch under a name that covers all that its body depends on (``registry``). The body
-of an op for inference is a `Body`, which runs the kernel and checks its results (``forward``); from
-the second call on, a generated function with a few cheap tests does the same (``fast_path``). An op
-for training has a body with a gradient: the kernel's own, or the reference's (``backward``).
+defined in torch (``definition``) under a name that covers all that its body depends on
+(``registry``). The body of an op for inference is a `Body`, which runs the kernel and checks its
+results (``forward``); from the second call on, a generated function does so with a few cheap tests
+(``fast_path``). An op for training has a body with a gradient: the kernel's own, or that of the
+reference (``backward``).
 
 Invariants:
     - The results of an op are contiguous, aligned and at the start of their storage, and share no
@@ -12,26 +13,24 @@ Invariants:
     - They have the shapes, dtypes and devices that the fake of the op gives them.
     - An op writes into none of its operands. Where the layer does, the new contents are results.
     - A body never changes under a name: equal names mean equal bodies, in every process.
-    - Calls with the same signature share an op, and an op is registered once in a process.
+    - Equal calls of the instances of a layer share an op, which is registered once in a process.
     - An op keeps no tensor beyond a call, except for a backward that is still to run.
     - An error of a kernel names the kernel, the layer and its path; being out of memory stays a
       `torch.OutOfMemoryError`.
 """
 
 from kernelgraph.graph.ops.backward import ByReference
-from kernelgraph.graph.ops.forward import Body
-from kernelgraph.graph.ops.registry import (
+from kernelgraph.graph.ops.definition import (
     NAMESPACE,
-    Lowered,
-    lower,
     overload,
     pack,
     packed_operands,
-    readable_name,
     register,
     results_of,
     unpack,
 )
+from kernelgraph.graph.ops.forward import Body
+from kernelgraph.graph.ops.registry import Lowered, lower, readable_name
 
 __all__ = [
     "NAMESPACE",

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils import dlpack
 
 from kernelgraph.graph.calls.trees import UnsupportedValue
-from kernelgraph.graph.ops import registry
+from kernelgraph.graph.ops import definition
 from kernelgraph.graph.ops.forward import Body
 from kernelgraph.graph.ops.registry import lower
 from tests.support.op_calls import Op, call_of, kernel_of, layer_of, lowered
@@ -150,13 +150,13 @@ def test_another_process_makes_the_same_names_and_ends_well():
 
 def test_threads_register_an_op_once(monkeypatch):
     defined: list[str] = []
-    define = registry._define
+    define = definition._define
 
     def counted(name, *rest):
         defined.append(name)
         define(name, *rest)
 
-    monkeypatch.setattr(registry, "_define", counted)
+    monkeypatch.setattr(definition, "_define", counted)
     toy = kernel_of(Plus10, "a" * 40)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: lowered(Scale(), toy, torch.ones(4)), range(16)))
