@@ -1,4 +1,4 @@
-"""Calls of toy layers, lowered to ops by hand: what capture and the FX pass do in a graph."""
+"""Calls of toy layers, lowered to ops by hand, as capture and the FX pass do in a graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from kernelgraph.graph.gradients.gradient import (
     SourceKind,
     wanted_of,
 )
+from kernelgraph.graph.ops import registry
 from kernelgraph.graph.ops.definition import overload, pack
+from kernelgraph.graph.ops.forward import Body
 from kernelgraph.graph.ops.registry import Lowered, lower
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
@@ -47,10 +49,12 @@ def own_backward(
 
 
 def layer_of(module: nn.Module, fake: Callable[..., Any] | None = None) -> Extensible:
+    """Return how the class of ``module`` is extensible, whether or not it was made so."""
     return extensible(type(module)) or Extensible(type(module), type(module).__name__, fake=fake)
 
 
 def kernel_of(cls: type[nn.Module], revision: str | None = None, name: str = "toys") -> Kernel:
+    """Return a kernel that is ``cls``: in repository ``name``, if it has a ``revision``."""
     origin = origin_of(cls)
     if revision is not None:
         origin = Origin(f"org/{name}", name, revision, "torch-universal")
@@ -60,7 +64,7 @@ def kernel_of(cls: type[nn.Module], revision: str | None = None, name: str = "to
 def call_of(
     module: nn.Module, *args: Any, forward: Callable[..., Any] | None = None, **kwargs: Any
 ) -> tuple[Call, list[Any]]:
-    """The form of ``module(*args, **kwargs)`` and its operands."""
+    """Return the signature of ``module(*args, **kwargs)`` and its operands."""
     layer = layer_of(module)
     state = State.of(module, [layer.reference, *([forward] if forward else [])])
     values = [read(module, path) for path in state.tensors]
@@ -69,7 +73,7 @@ def call_of(
 
 @dataclass
 class Op:
-    """A call as an op, and its operands."""
+    """The op of a call, with the call's operands."""
 
     lowered: Lowered
     call: Call
@@ -80,7 +84,7 @@ class Op:
         return overload(self.lowered.name)
 
     def __call__(self, *operands: Any) -> Any:
-        """Run it, and give what the layer would."""
+        """Run the op and return what the layer would; by default on the call's operands."""
         operands = operands or tuple(self.operands)
         results = self.overload(*pack(operands, self.lowered.packed))
         results = (results,) if isinstance(results, Tensor) else results
@@ -102,8 +106,19 @@ def lowered(
     path: str | None = None,
     **kwargs: Any,
 ) -> Op:
-    """The op for ``module(*args, **kwargs)`` with ``kernel``, for training with the gradient of
-    the reference, or with its ``own``; of every operand, or of those that require one now."""
+    """Return the op for ``module(*args, **kwargs)``.
+
+    Args:
+        module: The layer.
+        kernel: The kernel that stands in for it.
+        args, kwargs: The arguments of the call.
+        training: Whether the op is for training, with the gradient of the reference.
+        own: How to run the kernel's own backward, for an op for training with that.
+        every: Whether there is a gradient of every operand, or only of those that require one now.
+        fake: The layer's shape function.
+        mode: The fake mode to lower in.
+        path: The path of the layer in its model.
+    """
     if isinstance(kernel, type):
         kernel = kernel_of(kernel)
     layer = layer_of(module, fake)
@@ -115,3 +130,8 @@ def lowered(
         gradient = Gradient(wanted_of(fakes, every=every), own) if training or own else None
         made = lower(kernel, layer, call, fakes, gradient=gradient, place=place)
         return Op(made, call, operands)
+
+
+def body_of(op: Op) -> Body:
+    """Return the body of an op."""
+    return registry._bodies[op.lowered.name]
