@@ -1,4 +1,4 @@
-"""examples/kernels/build.py: what it makes, and when."""
+"""examples/kernels/build.py: the variants that it builds, and when it builds them again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.sources import EXAMPLES, import_file
 
 @pytest.fixture
 def copy(tmp_path: Path, repository: Path) -> ModuleType:
-    """A copy of the repository, built, with a build.py that a test may tinker with."""
+    """A built copy of the repository, with a build.py that a test may change."""
     shutil.copytree(repository, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return import_file(tmp_path / "kernels/build.py", f"build_{tmp_path.name}")
 
@@ -45,7 +45,7 @@ def test_variants_are_well_formed(repository: Path) -> None:
     assert any(path.suffix == ".so" for path in cpu.iterdir())
 
 
-def test_what_is_up_to_date_is_left_alone(copy: ModuleType) -> None:
+def test_build_that_is_up_to_date_is_left_alone(copy: ModuleType) -> None:
     before = stamps(copy.HERE)
     said: list[str] = []
     assert copy.build(progress=said.append) == copy.HERE
@@ -53,7 +53,7 @@ def test_what_is_up_to_date_is_left_alone(copy: ModuleType) -> None:
     assert said == []
 
 
-def test_a_changed_source_is_built_anew(copy: ModuleType) -> None:
+def test_changed_source_is_built_again(copy: ModuleType) -> None:
     before = stamps(copy.HERE)
     with (copy.HERE / "decoder_cuda/norm.py").open("a") as source:
         source.write("# changed\n")
@@ -66,7 +66,7 @@ def test_a_changed_source_is_built_anew(copy: ModuleType) -> None:
     assert changed == ["torch-cuda"]
 
 
-def test_a_damaged_build_is_made_anew(copy: ModuleType) -> None:
+def test_damaged_build_is_made_again(copy: ModuleType) -> None:
     layers = copy.HERE / "build/torch-cuda/layers.py"
     original = layers.read_bytes()
     layers.write_bytes(b"broken")
@@ -74,7 +74,7 @@ def test_a_damaged_build_is_made_anew(copy: ModuleType) -> None:
     assert layers.read_bytes() == original
 
 
-def test_two_builds_at_once_do_no_harm(copy: ModuleType, tmp_path: Path) -> None:
+def test_builds_at_the_same_time_do_no_harm(copy: ModuleType, tmp_path: Path) -> None:
     variant = copy.cuda_variant()
     for directory in (tmp_path / "new/torch-cuda", copy.HERE / "build/torch-cuda"):
         with ThreadPoolExecutor(8) as pool:
@@ -83,14 +83,14 @@ def test_two_builds_at_once_do_no_harm(copy: ModuleType, tmp_path: Path) -> None
         assert not list(directory.parent.glob(".tmp-*"))
 
 
-def test_another_root_and_one_backend(copy: ModuleType, tmp_path: Path) -> None:
+def test_one_backend_is_built_under_another_root(copy: ModuleType, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     assert copy.build(elsewhere, backends=["cuda"]) == elsewhere
     assert [path.name for path in (elsewhere / "build").iterdir()] == ["torch-cuda"]
     assert (elsewhere / "build/torch-cuda/layers.py").is_file()
 
 
-def test_a_long_build_announces_itself(copy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_build_announces_itself(copy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     from time import sleep
 
     monkeypatch.setattr(copy, "PATIENCE_S", 0.01)
@@ -101,7 +101,9 @@ def test_a_long_build_announces_itself(copy: ModuleType, monkeypatch: pytest.Mon
     assert "torch-cuda (once; about 20 seconds on two cores)" in said[1]
 
 
-def test_no_compiler(copy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_an_error_that_says_what_to_install(
+    copy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     copy.build(force=True, backends=["cuda"])
@@ -109,7 +111,7 @@ def test_no_compiler(copy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         copy.build()
 
 
-def test_a_compiler_error_is_shown(copy: ModuleType, tmp_path: Path) -> None:
+def test_error_of_the_compiler_is_shown(copy: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "bad.cpp"
     source.write_text("int broken = ;\n")
     variant = copy.Variant("v", "cpu", EXAMPLES, (source,), *copy.find_compiler())

@@ -33,21 +33,23 @@ some_width = st.integers(1, 70) | st.sampled_from([1023, 4096])
 
 @settings(max_examples=60)
 @given(rows=st.integers(0, 40), n=some_width, dtype=some_dtype)
-def test_rms_norm_matches(cpu: ModuleType, rows: int, n: int, dtype: torch.dtype) -> None:
+def test_rms_norm_matches_float64(cpu: ModuleType, rows: int, n: int, dtype: torch.dtype) -> None:
     inputs = norm_inputs(rows, n, dtype=dtype)
     assert_matches(kernel_rms_norm(cpu), rms_norm, inputs)
 
 
 @settings(max_examples=60)
 @given(rows=st.integers(0, 40), d=some_width, dtype=some_dtype)
-def test_silu_and_mul_matches(cpu: ModuleType, rows: int, d: int, dtype: torch.dtype) -> None:
+def test_silu_and_mul_matches_float64(
+    cpu: ModuleType, rows: int, d: int, dtype: torch.dtype
+) -> None:
     inputs = (3 * torch.randn(rows, 2 * d).to(dtype),)
     assert_matches(kernel_silu_and_mul(cpu), silu_and_mul, inputs)
 
 
 @dtypes
 @pytest.mark.parametrize("shape", [(64,), (2, 3, 50), (2, 0, 8)])
-def test_any_number_of_dimensions(
+def test_inputs_may_have_any_number_of_dimensions(
     cpu: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape).to(dtype)
@@ -95,7 +97,7 @@ MOE_SHAPES = [
 
 @dtypes
 @pytest.mark.parametrize("shape", MOE_SHAPES, ids=str)
-def test_moe_experts_matches(
+def test_moe_experts_match_float64(
     cpu: ModuleType, shape: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
     assert_matches(kernel_moe_experts(cpu), moe_experts, moe_inputs(*shape, dtype=dtype))
@@ -103,7 +105,7 @@ def test_moe_experts_matches(
 
 @dtypes
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_moe_experts_all_tokens_to_one_expert(
+def test_moe_experts_match_where_one_expert_gets_all_tokens(
     cpu: ModuleType, tokens: int, dtype: torch.dtype
 ) -> None:
     x, index, *others = moe_inputs(tokens, 2, 4, 24, 20, dtype=dtype)
@@ -112,7 +114,7 @@ def test_moe_experts_all_tokens_to_one_expert(
 
 
 @dtypes
-def test_moe_experts_sentinel_contributes_nothing(cpu: ModuleType, dtype: torch.dtype) -> None:
+def test_moe_experts_ignore_the_sentinel_index(cpu: ModuleType, dtype: torch.dtype) -> None:
     x, index, *others = moe_inputs(30, 2, 4, 24, 20, dtype=dtype)
     index[::3, 1] = 4
     index[5] = 4
@@ -123,7 +125,7 @@ def test_moe_experts_sentinel_contributes_nothing(cpu: ModuleType, dtype: torch.
 
 
 @dtypes
-def test_moe_experts_inputs_need_not_be_contiguous(cpu: ModuleType, dtype: torch.dtype) -> None:
+def test_inputs_of_moe_experts_need_not_be_contiguous(cpu: ModuleType, dtype: torch.dtype) -> None:
     x, index, weights, gate_up, down = moe_inputs(30, 2, 4, 24, 20, dtype=dtype)
     inputs = (
         x.t().contiguous().t(),
@@ -135,7 +137,7 @@ def test_moe_experts_inputs_need_not_be_contiguous(cpu: ModuleType, dtype: torch
     assert_matches(kernel_moe_experts(cpu), moe_experts, inputs)
 
 
-def test_moe_experts_takes_float32_weights_of_tokens(cpu: ModuleType) -> None:
+def test_moe_experts_take_float32_weights_of_tokens(cpu: ModuleType) -> None:
     x, index, weights, gate_up, down = moe_inputs(9, 2, 4, 24, 20, dtype=torch.bfloat16)
     run = kernel_moe_experts(cpu)
     expected = run(x, index, weights, gate_up, down)
@@ -147,7 +149,7 @@ def test_moe_experts_takes_float32_weights_of_tokens(cpu: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_moe_experts_multiplies_in_its_own_dtype_where_that_is_fast(
+def test_moe_experts_multiply_in_their_own_dtype_where_that_is_fast(
     cpu: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu._ops, "_native_gemm", lambda dtype: True)
@@ -194,7 +196,7 @@ def test_silu_and_mul_compiles_in_one_graph(cpu: ModuleType, dynamic: bool) -> N
         assert_matches(lambda x: compiled(x), silu_and_mul, (torch.randn(rows, 34),))
 
 
-def test_silu_and_mul_ops_tell_the_truth(cpu: ModuleType) -> None:
+def test_silu_and_mul_ops_pass_opcheck(cpu: ModuleType) -> None:
     ops = getattr(torch.ops, cpu._ops.NAMESPACE)
     x = torch.randn(4, 3, 20).transpose(0, 1).requires_grad_()
     torch.library.opcheck(ops.silu_and_mul.default, (x,))
@@ -236,7 +238,7 @@ def _moe_with(**changes):
         ),
     ],
 )
-def test_moe_experts_errors(cpu: ModuleType, changes, message: str) -> None:
+def test_moe_experts_refuse_wrong_arguments(cpu: ModuleType, changes, message: str) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
         kernel_moe_experts(cpu)(*_moe_with(**changes))
 
@@ -251,6 +253,8 @@ def test_moe_experts_errors(cpu: ModuleType, changes, message: str) -> None:
         ("SiluAndMul", torch.ones(2, 8).int(), {}, "dtype Int is not supported"),
     ],
 )
-def test_pointwise_errors(cpu: ModuleType, name: str, x, state, message: str) -> None:
+def test_pointwise_layers_refuse_wrong_arguments(
+    cpu: ModuleType, name: str, x, state, message: str
+) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
         call(cpu, name, x, variance_epsilon=EPS, **state)

@@ -38,7 +38,7 @@ def on_gpu(test):
 
 @pytest.fixture(scope="module")
 def triton_repository() -> Path:
-    """Built without a need for a C++ compiler."""
+    """The kernel repository with its Triton build alone, which needs no C++ compiler."""
     root: Path = import_example("kernels/build").build(backends=["cuda"])
     return root
 
@@ -57,7 +57,7 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("rows", "n"), [(1, 1), (3, 64), (1000, 257), (128, 1024), (33, 5000), (17, 8192), (2, 20000)]
 )
-def test_rms_norm_matches(cuda: ModuleType, rows: int, n: int, dtype: torch.dtype) -> None:
+def test_rms_norm_matches_float64(cuda: ModuleType, rows: int, n: int, dtype: torch.dtype) -> None:
     inputs = norm_inputs(rows, n, dtype=dtype, device="cuda")
     assert_matches(kernel_rms_norm(cuda), rms_norm, inputs)
 
@@ -65,14 +65,16 @@ def test_rms_norm_matches(cuda: ModuleType, rows: int, n: int, dtype: torch.dtyp
 @on_gpu
 @dtypes
 @pytest.mark.parametrize(("rows", "d"), [(1, 1), (3, 64), (1000, 257), (70000, 8), (33, 5632)])
-def test_silu_and_mul_matches(cuda: ModuleType, rows: int, d: int, dtype: torch.dtype) -> None:
+def test_silu_and_mul_matches_float64(
+    cuda: ModuleType, rows: int, d: int, dtype: torch.dtype
+) -> None:
     assert_matches(kernel_silu_and_mul(cuda), silu_and_mul, (3 * randn(rows, 2 * d, dtype=dtype),))
 
 
 @on_gpu
 @dtypes
 @pytest.mark.parametrize("shape", [(64,), (2, 3, 50), (2, 0, 8)])
-def test_any_number_of_dimensions(
+def test_inputs_may_have_any_number_of_dimensions(
     cuda: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x = randn(*shape, dtype=dtype)
@@ -106,7 +108,7 @@ def test_inputs_need_not_be_contiguous(cuda: ModuleType, dtype: torch.dtype) -> 
     ],
     ids=str,
 )
-def test_moe_experts_matches(
+def test_moe_experts_match_float64(
     cuda: ModuleType, shape: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
     inputs = moe_inputs(*shape, dtype=dtype, device="cuda")
@@ -116,7 +118,7 @@ def test_moe_experts_matches(
 @on_gpu
 @dtypes
 @pytest.mark.parametrize("tokens", [3, 200])
-def test_moe_experts_all_tokens_to_one_expert(
+def test_moe_experts_match_where_one_expert_gets_all_tokens(
     cuda: ModuleType, tokens: int, dtype: torch.dtype
 ) -> None:
     x, index, *others = moe_inputs(tokens, 2, 4, 48, 40, dtype=dtype, device="cuda")
@@ -126,7 +128,7 @@ def test_moe_experts_all_tokens_to_one_expert(
 
 @on_gpu
 @dtypes
-def test_moe_experts_sentinel_contributes_nothing(cuda: ModuleType, dtype: torch.dtype) -> None:
+def test_moe_experts_ignore_the_sentinel_index(cuda: ModuleType, dtype: torch.dtype) -> None:
     x, index, *others = moe_inputs(150, 2, 4, 48, 40, dtype=dtype, device="cuda")
     index[::3, 1] = 4
     index[5] = 4
@@ -138,7 +140,7 @@ def test_moe_experts_sentinel_contributes_nothing(cuda: ModuleType, dtype: torch
 
 @on_gpu
 @dtypes
-def test_moe_experts_inputs_need_not_be_contiguous(cuda: ModuleType, dtype: torch.dtype) -> None:
+def test_inputs_of_moe_experts_need_not_be_contiguous(cuda: ModuleType, dtype: torch.dtype) -> None:
     inputs = moe_inputs(150, 2, 4, 48, 40, dtype=dtype, device="cuda")
     transposed = tuple(t.mT.contiguous().mT for t in inputs)
     assert not any(t.is_contiguous() for t in transposed)
@@ -146,7 +148,7 @@ def test_moe_experts_inputs_need_not_be_contiguous(cuda: ModuleType, dtype: torc
 
 
 @on_gpu
-def test_moe_experts_does_not_wait_for_the_gpu(cuda: ModuleType) -> None:
+def test_moe_experts_do_not_wait_for_the_gpu(cuda: ModuleType) -> None:
     x, index, *others = moe_inputs(40, 2, 8, 64, 96, dtype=torch.bfloat16, device="cuda")
     run = kernel_moe_experts(cuda)
     run(x, index, *others)  # Triton compiles at the first call
@@ -169,7 +171,7 @@ def test_silu_and_mul_compiles_in_one_graph(cuda: ModuleType, backend: str) -> N
 
 
 @on_gpu
-def test_errors(cuda: ModuleType) -> None:
+def test_wrong_arguments_are_refused(cuda: ModuleType) -> None:
     x, index, weights, gate_up, down = moe_inputs(4, 2, 3, 8, 6, dtype=torch.float32, device="cuda")
     run = kernel_moe_experts(cuda)
     with pytest.raises(ValueError, match=r"down_proj \[E, H, I\], not \[\[4, 8\], "):
@@ -185,8 +187,8 @@ def test_errors(cuda: ModuleType) -> None:
 
 
 @needs_triton
-def test_interpreted(triton_repository: Path) -> None:
-    """The same kernels run by Triton's interpreter, which is chosen when triton is imported."""
+def test_kernels_match_float64_in_the_interpreter(triton_repository: Path) -> None:
+    """Triton chooses its interpreter when it is imported: in a process of its own, here."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted", str(triton_repository)],

@@ -1,4 +1,4 @@
-"""examples/decoder.py with its references, and with the kernels in their place."""
+"""examples/decoder.py with its own layers, and with kernels in their place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_the_same_seed_gives_the_same_model(decoder: ModuleType, experts: int) -> None:
+def test_equal_seeds_give_equal_models(decoder: ModuleType, experts: int) -> None:
     ids = tokens(2, 9)
     first, again, other = (small(decoder, experts, seed=s)(ids) for s in (3, 3, 4))
     assert first.shape == (2, 9, 61)
@@ -40,7 +40,7 @@ def test_the_same_seed_gives_the_same_model(decoder: ModuleType, experts: int) -
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_a_token_sees_only_what_came_before(decoder: ModuleType, experts: int) -> None:
+def test_token_sees_only_earlier_tokens(decoder: ModuleType, experts: int) -> None:
     model = small(decoder, experts)
     ids = tokens(1, 9)
     changed = ids.clone()
@@ -50,7 +50,7 @@ def test_a_token_sees_only_what_came_before(decoder: ModuleType, experts: int) -
     assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
-def test_attention_sees_distances_and_not_positions(decoder: ModuleType) -> None:
+def test_attention_depends_on_distances_and_not_on_positions(decoder: ModuleType) -> None:
     angle = torch.outer(torch.arange(20.0), torch.rand(4))
     x, y = torch.randn(8), torch.randn(8)
 
@@ -83,7 +83,7 @@ def test_references_match_float64(decoder: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("experts", "dtype"), [(0, torch.float32), (4, torch.float32), (0, torch.bfloat16)]
 )
-def test_kernels_take_the_layers_places(
+def test_kernels_compute_what_the_layers_do(
     decoder: ModuleType, repository: Path, experts: int, dtype: torch.dtype
 ) -> None:
     model = small(decoder, experts).to(dtype)
@@ -102,7 +102,7 @@ def test_kernels_take_the_layers_places(
         assert (reference - kernel).norm() <= limit * reference.norm()
 
 
-def test_the_experts_cannot_be_traced_without_a_kernel(decoder: ModuleType) -> None:
+def test_experts_cannot_be_traced_without_a_kernel(decoder: ModuleType) -> None:
     compiled = torch.compile(small(decoder, 4), fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         compiled(tokens(1, 4))

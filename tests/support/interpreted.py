@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on the CPU, on tiny inputs; started by test_cuda_layers.py.
+"""A program that runs the Triton kernels on the CPU, on tiny inputs, for test_cuda_layers.py.
 
 TRITON_INTERPRET=1 python -m tests.support.interpreted REPOSITORY
 """
@@ -26,9 +26,11 @@ from tests.support.reference import (
 from tests.support.sources import import_file
 
 SKIPPED = 77
+"""The exit status that stands for a skipped test."""
 
 
 def check(repository: Path) -> None:
+    """Compare all kernels of a repository with float64."""
     package = import_file(repository / "build/torch-cuda/__init__.py", "interpreted_kernels")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows, n in ((9, 100), (1, 2), (0, 8)):

@@ -1,4 +1,4 @@
-"""What the layers compute, in float64, and how a kernel is compared with it."""
+"""The references of the example kernels, and the comparison of a kernel with one in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 EPS = 1e-5
 
-# Of the norm of the difference, relative to that of the reference: a few roundings of each dtype.
+# The norm of the difference, relative to that of the reference: a few roundings of each dtype.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 4e-6,
@@ -20,8 +20,8 @@ TOLERANCE = {
     torch.bfloat16: 1.6e-2,
 }
 
-# The inputs are such that most results, and what gradients are sums of, are about 1. Where all of
-# one are smaller, they are what is left of larger numbers, and their errors are those of these.
+# The inputs are such that most results, and the terms of most gradients, are about 1. Results that
+# are all smaller are what is left of larger numbers, and have the errors of these.
 SMALL = 0.3
 
 
@@ -35,7 +35,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 def moe_experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every expert on every token; what a token did not choose has weight 0."""
+    """Run every expert on every token; an expert that a token did not choose has weight 0."""
     experts = gate_up.shape[0]
     chosen = F.one_hot(index, experts + 1)[..., :experts].to(x.dtype)
     scale = (chosen * weights[..., None]).sum(1)
@@ -63,7 +63,7 @@ def kernel_moe_experts(package: ModuleType) -> Callable[..., Tensor]:
 
 
 def call(package: ModuleType, name: str, *args: Tensor, **state: Any) -> Tensor:
-    """The hub layer's ``forward`` on a layer that has this state."""
+    """Call the hub layer ``name`` with this state as its attributes."""
     layer = getattr(package.layers, name)()
     for attribute, value in state.items():
         setattr(layer, attribute, value)
@@ -72,7 +72,7 @@ def call(package: ModuleType, name: str, *args: Tensor, **state: Any) -> Tensor:
 
 
 def norm_inputs(*shape: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """hidden_states of the shape, and a weight.
+    """Return hidden states of a shape, and a weight.
 
     No number is close to zero: with a row of a few such, the gradient would be the small difference
     of large numbers.
@@ -92,7 +92,7 @@ def moe_inputs(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random inputs of scales such that every layer's values are about 1."""
+    """Draw inputs of scales such that the values of every layer are about 1."""
     x = torch.randn(tokens, hidden)
     weights, index = torch.rand(tokens, experts).topk(top_k, dim=-1)
     gate_up = torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5

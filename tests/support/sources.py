@@ -1,4 +1,4 @@
-"""The examples are programs and no package: this imports one by its path."""
+"""Imports of the examples by path: they are programs, and in no package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def import_example(name: str) -> ModuleType:
-    """Import ``examples/<name>.py``, once."""
+    """Return the module ``examples/<name>.py``, imported once."""
     return import_file(EXAMPLES / f"{name}.py", f"examples_{name.replace('/', '_')}")
 
 
 def import_file(path: Path, name: str) -> ModuleType:
-    """Import a module, or a package by its ``__init__.py``, under ``name``."""
+    """Return the module at ``path``, or the package of an ``__init__.py``, imported as ``name``."""
     if name in sys.modules:
         return sys.modules[name]
     package = [str(path.parent)] if path.name == "__init__.py" else None

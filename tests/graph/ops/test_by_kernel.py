@@ -59,7 +59,7 @@ def test_gradients_are_right_at_any_sizes(shapes):
 
 
 def test_saved_tensors_survive_the_reuse_of_their_memory():
-    """A compiler reuses memory that it has seen the last use of, also of what a kernel saved."""
+    """A compiler reuses memory after its last use, also that of tensors that a kernel saved."""
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
         for _ in range(3):
@@ -181,7 +181,7 @@ def test_gradients_accumulate_over_waiting_forwards():
 
 
 def test_equal_calls_in_one_graph_have_right_gradients():
-    """A compiler takes two equal calls for one."""
+    """A compiler may merge two equal calls into one."""
     op = norm()
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def test_gradient_of_a_gradient_is_an_error():
 
 
 def test_backward_may_write_into_what_it_receives():
-    class Spoils(torch.autograd.Function):
+    class Overwriting(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             own = x * 2
@@ -317,7 +317,7 @@ def test_backward_may_write_into_what_it_receives():
     operand, result = Source(SourceKind.OPERAND, 0), Source(SourceKind.RESULT, 0)
     overwrites = Overwrites((0,), (operand, result), True)
     own = OwnBackward((operand, result), (True,), overwrites=overwrites)
-    op = lowered(layer(), hub_layer(lambda self, x: Spoils.apply(x)), x, own=own)
+    op = lowered(layer(), hub_layer(lambda self, x: Overwriting.apply(x)), x, own=own)
     before = x.detach().clone()
     y = op()
     after, grad = y.detach().clone(), torch.randn(3, 4)
@@ -331,7 +331,7 @@ def test_backward_may_write_into_what_it_receives():
 
 
 def test_kernel_may_keep_tensors_where_no_hook_sees_them():
-    class Holds(torch.autograd.Function):
+    class Hiding(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             ctx.x = x
@@ -346,13 +346,13 @@ def test_kernel_may_keep_tensors_where_no_hook_sees_them():
     x = torch.randn(3, 4, requires_grad=True)
     op = lowered(
         layer(),
-        hub_layer(lambda self, x: Holds.apply(x)),
+        hub_layer(lambda self, x: Hiding.apply(x)),
         x,
         own=own_backward((), (), (True,), True),
     )
     y = op()
     expected = y.detach().clone()
-    y.detach().zero_()  # as a compiler that is done with it may
+    y.detach().zero_()  # as a compiler may after the last use
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
@@ -369,7 +369,7 @@ def test_tensor_saved_beyond_those_of_the_trial_is_copied():
 
 def test_gradients_are_contiguous_in_both_directions():
     class Raw(torch.autograd.Function):
-        """Takes the gradient's memory for contiguous."""
+        """Relies on a contiguous gradient."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ def live_tensors() -> int:
 
 @pytest.mark.parametrize("toy", KERNELS)
 def test_many_steps_leak_nothing(toy):
-    """Of 10 000 steps some run no backward, some two, some fail."""
+    """Some of the 10 000 steps run no backward, and some run two."""
     op = norm(KERNELS[toy])
     x, weight = inputs()
 
@@ -466,7 +466,7 @@ def test_ops_pass_opcheck(own):
     else:
         saved = [results[1], x, weight, results[0].detach()]
         arguments = (grad, saved, [3, 4, 4], needs)
-        # The other checks give it copies, which a handle cannot be.
+        # The other checks pass copies, and a copy of a handle is no handle.
         check = "test_autograd_registration"
         torch.library.opcheck(backward.default, arguments, test_utils=check)
         real = backward(*arguments)

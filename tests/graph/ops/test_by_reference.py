@@ -34,7 +34,7 @@ def test_tied_weights_are_one_parameter_in_the_backward():
 
 
 def test_result_that_no_gradient_flows_through_requires_none():
-    """As of a norm that keeps statistics: a buffer stays one, and step follows step."""
+    """A norm that keeps statistics: its buffer requires no gradient, however many steps run."""
 
     def reference(self, x):
         self.mean.mul_(0.5).add_(x.detach().mean())
@@ -49,7 +49,7 @@ def test_result_that_no_gradient_flows_through_requires_none():
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert grad.tolist() == [2.0] * 4
         assert module.mean.item() == 2 - 0.5 ** (i - 1)
-    # Where a gradient is wanted of the buffer too it is another op.
+    # Where a gradient of the buffer is wanted too, it is another op.
     mean = torch.zeros((), requires_grad=True)
     module = layer_with(reference, mean=mean * 1)
     other = lowered(module, hub_layer(reference), x, training=True, every=False)
@@ -185,7 +185,7 @@ def test_only_needed_gradients_are_computed():
 
 def test_reference_that_writes_unseen_is_an_error_in_the_backward():
     def writes(self, x, y):
-        if y.sum() > 0:  # runs on no fake
+        if y.sum() > 0:  # fails on fakes
             y.add_(1)
         return x * 2
 

@@ -45,7 +45,7 @@ scaled.register_autograd(backward_of_scaled, setup_context=save_inputs)
 
 
 class Split(torch.autograd.Function):
-    """Its forward gets no context."""
+    """A function whose forward receives no context."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Split(torch.autograd.Function):
 
 
 class Views(torch.autograd.Function):
-    """Saves parts of its operands and result in other shapes; its gradient is to be summed."""
+    """Saves views of its operands and result; returns a gradient that has to be summed."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Scaled(nn.Module):
         return x * self.weight
 
 
-DIRECT = {
+FUNCTIONS = {
     "op": (lambda self, x: scaled(x, self.weight), ()),
     "split": (lambda self, x: Split.apply(x, self.weight), ()),
     "views": (lambda self, x: Views.apply(self.weight, x), (0,)),
@@ -95,9 +95,9 @@ def tapes_of(op: Op) -> list[type]:
     return [type(tape) for tape, _ in body.tapes._kept.values()]
 
 
-@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_bypasses_autograd_from_its_second_call_on(name):
-    forward, results = DIRECT[name]
+    forward, results = FUNCTIONS[name]
     op = lowered(
         Scaled(), hub_layer(forward), torch.ones(3, 4), own=own_backward((0, 1), results, (True,))
     )
@@ -109,7 +109,7 @@ def test_function_bypasses_autograd_from_its_second_call_on(name):
         wanted = torch.autograd.grad((x * weight).square().sum(), (x, weight))
         torch.testing.assert_close(made, wanted)
         del y
-    x, weight = inputs(5, 4)  # other sizes are told anew
+    x, weight = inputs(5, 4)  # other sizes are checked again
     y = op.overload(x, weight)[0]
     assert tapes_of(op) == [Tape]
     del y
@@ -117,7 +117,7 @@ def test_function_bypasses_autograd_from_its_second_call_on(name):
 
 @pytest.mark.parametrize("change", ["argument", "result", "saved", "twice", "error"])
 def test_call_unlike_the_first_runs_on_a_tape(change):
-    """Whatever a kernel makes depend on values, its gradient is right."""
+    """A kernel may depend on values in any way: its gradient is right."""
 
     class Scales(torch.autograd.Function):
         @staticmethod
@@ -160,7 +160,7 @@ def test_call_unlike_the_first_runs_on_a_tape(change):
 
 
 class Conjugates(torch.autograd.Function):
-    """Of ``x * weight``; what it returns is yet to be conjugated."""
+    """``x * weight``, conjugated lazily."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Conjugates(torch.autograd.Function):
 
 
 class Signs(torch.autograd.Function):
-    """Of ``x * weight``; what it returns is yet to be negated."""
+    """``x * weight``, negated lazily."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

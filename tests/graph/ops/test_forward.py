@@ -21,7 +21,7 @@ from tests.support.op_toys import Native, Plus10, Scale, hub_layer, layer_with
 
 
 def over_its_memory(x):
-    """In a storage of its own, as another library's array comes back."""
+    """Return the memory of ``x`` in another storage, as arrays of other libraries come back."""
     if isinstance(x, FakeTensor):
         return torch.empty_like(x)
     return torch.from_numpy(np.asarray(x.detach()))
@@ -52,7 +52,7 @@ ALIASES = {
 
 
 def misaligned(t):
-    """The same numbers, where a storage of their own begins, one number past what is aligned."""
+    """Return a copy at the start of a storage that begins one number past an aligned address."""
     storage = torch.cat([t.new_zeros(1), t.reshape(-1)]).untyped_storage()
     return torch.empty(0).set_(storage[t.itemsize :]).view(t.shape)
 
@@ -64,7 +64,7 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
     module = layer_with(forward, weight=nn.Parameter(torch.ones(4)))
     x = torch.randn(3, 4, requires_grad=training)
     op = lowered(module, hub_layer(forward), x, training=training)
-    op()  # after which there is less to check
+    op()  # later calls are checked less
     made, expected = op(), forward(module, x)
     torch.testing.assert_close(made, expected)
     results = made if isinstance(made, tuple) else (made,)
@@ -89,7 +89,7 @@ def test_results_are_contiguous_and_own_their_memory(what, training):
 
 
 def test_empty_result_has_a_version_of_its_own():
-    """Autograd tells by versions who wrote into what it saved, even where there is nothing."""
+    """Autograd detects writes into saved tensors by their versions, also into empty ones."""
     x = torch.ones(0, 4, requires_grad=True)
     op = lowered(layer_with(lambda self, x: x), hub_layer(lambda self, x: x), x, training=True)
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_kernel_that_writes_into_its_operand_gets_a_copy():
 
 def test_hidden_write_into_an_operand_is_an_error():
     def writes(self, x):
-        x.numpy()  # runs on no fake
+        x.numpy()  # fails on fakes
         return x.mul_(2)
 
     op = lowered(layer_with(lambda self, x: x + 1), hub_layer(writes), torch.ones(4))
@@ -133,7 +133,7 @@ def adds(self, x, y):
 
 
 def adds_unseen(self, x, y):
-    x, y = x.detach().numpy(), y.detach().numpy()  # runs on no fake
+    x, y = x.detach().numpy(), y.detach().numpy()  # fails on fakes
     count = self.count.numpy()
     count += 1
     y += x
@@ -217,10 +217,10 @@ def test_kernel_that_returns_something_else_is_named_in_the_error(what, training
     change, message = WRONG[what]
 
     def toy(self, x):
-        x.detach().numpy()  # runs on no fake
+        x.detach().numpy()  # fails on fakes
         return change(x)
 
-    commit = f"{list(WRONG).index(what):x}" * 40  # another each, as they differ in a closure
+    commit = f"{list(WRONG).index(what):x}" * 40  # a commit for each: they differ only in a closure
     op = lowered(Scale(), kernel_of(hub_layer(toy), commit), torch.ones(4), training=training)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"^kernel org/toys@{commit[:8]}: Toy{message}"):

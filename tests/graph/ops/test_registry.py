@@ -79,7 +79,7 @@ def test_name_changes_with_all_that_a_body_depends_on():
 
 
 def register_some() -> list[str]:
-    """Ops of equal schemas, names on a line each."""
+    """Register ops of equal schemas, call them, and return their names."""
     x = torch.ones(4)
     made = [
         lowered(Scale(), kernel_of(k, COMMIT), x, training=t)

@@ -81,7 +81,7 @@ SPLITS = {
 @pytest.mark.parametrize("how", PRODUCTS)
 @pytest.mark.parametrize("stopped", SPLITS)
 def test_tensor_and_its_detached_twin_have_separate_gradients(how, stopped):
-    """In a compiled graph ``x`` and ``x.detach()`` are the same tensor."""
+    """In a compiled graph ``x`` and ``x.detach()`` are one tensor."""
     forward, own = PRODUCTS[how]
     module, split = Product(), SPLITS[stopped]
     x = torch.randn(3, requires_grad=True)
@@ -97,7 +97,7 @@ def test_tensor_and_its_detached_twin_have_separate_gradients(how, stopped):
 
 
 def test_conjugate_of_an_operand_is_saved_as_such():
-    """In the same memory as an operand, and not the same numbers."""
+    """A conjugate is in the memory of its operand, but its numbers are others."""
 
     class Conjugated(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -28,13 +28,13 @@ from tests.support.op_calls import call_of, kernel_of, layer_of
 from tests.support.toy_models import on_cpu
 
 
-def native(forward: Callable[..., Any]) -> type[nn.Module]:
-    """A hub layer with ``forward``."""
+def hub_layer(forward: Callable[..., Any]) -> type[nn.Module]:
+    """Return a hub layer with ``forward``."""
     return type("Toy", (nn.Module,), {"forward": forward, "__module__": __name__})
 
 
 def layer(forward: Any, **attributes: Any) -> nn.Module:
-    """A layer called Layer whose reference is ``forward``."""
+    """Return a layer called Layer whose reference is ``forward``."""
     cls = type("Layer", (nn.Module,), {"forward": forward, "__module__": __name__})
     replace_kernel_forward_from_hub(cls, "Layer")
     module = cls()
@@ -46,7 +46,7 @@ def layer(forward: Any, **attributes: Any) -> nn.Module:
 def compile_with(
     module: nn.Module, toy: type[nn.Module], *args: Any, inner: Any = "eager", **kwargs: Any
 ) -> tuple[Any, tuple[Decision, ...]]:
-    """What ``module(*args)`` compiled with a verified kernel gives, and the decisions."""
+    """Compile ``module`` with a verified kernel; return what it gives, and the decisions."""
     options = {"inner": inner, "verify": True}
     f = torch.compile(module, backend="hubkernels", fullgraph=True, options=options, **kwargs)
     with use_kernel_mapping(on_cpu(Layer=toy), inherit_mapping=False):
@@ -57,7 +57,7 @@ def compile_with(
 
 
 def why_not(module: nn.Module, toy: type[nn.Module], *args: Any, **kwargs: Any) -> str:
-    """Why ``toy`` is not used for ``module(*args)``, whose reference is."""
+    """Return why the reference is used for ``module(*args)``, and not ``toy``."""
     result, (decision,) = compile_with(module, toy, *args, **kwargs)
     torch.testing.assert_close(result, extensible(type(module)).reference(module, *args))
     assert decision.reason is Reason.WRONG
@@ -85,7 +85,7 @@ def weight() -> nn.Parameter:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_a_kernel_that_computes_the_same_is_used(inner, dynamic):
+def test_kernel_that_computes_the_same_is_used(inner, dynamic):
     ran = []
 
     def kernel(self, x):
@@ -93,7 +93,7 @@ def test_a_kernel_that_computes_the_same_is_used(inner, dynamic):
         return torch.from_numpy(x.numpy() * self.weight.detach().numpy() * 2)
 
     module, x = layer(double, weight=weight()), torch.randn(6, 4)
-    result, (decision,) = compile_with(module, native(kernel), x, inner=inner, dynamic=dynamic)
+    result, (decision,) = compile_with(module, hub_layer(kernel), x, inner=inner, dynamic=dynamic)
     torch.testing.assert_close(result, double(module, x))
     assert decision.reason is Reason.KERNEL
     assert ran[0] == (6, 4), "at the sizes of the call"
@@ -107,13 +107,13 @@ def test_without_the_option_nothing_is_compared():
         return x * 2
 
     module = layer(reference)
-    with use_kernel_mapping(on_cpu(Layer=native(lambda self, x: x * 3)), inherit_mapping=False):
+    with use_kernel_mapping(on_cpu(Layer=hub_layer(lambda self, x: x * 3)), inherit_mapping=False):
         f = torch.compile(module, backend="hubkernels", options={"inner": "eager"})
         assert f(torch.ones(2))[0].item() == 3
     assert Tensor not in ran
 
 
-def test_layers_alike_are_compared_once():
+def test_equal_layers_are_compared_once():
     ran = []
 
     def kernel(self, x):
@@ -124,25 +124,25 @@ def test_layers_alike_are_compared_once():
     layers = [cls() for _ in range(8)]
     for module in layers:
         module.weight = weight()
-    _, decisions = compile_with(nn.Sequential(*layers), native(kernel), torch.randn(6, 4))
+    _, decisions = compile_with(nn.Sequential(*layers), hub_layer(kernel), torch.randn(6, 4))
     assert [d.reason for d in decisions] == [Reason.KERNEL] * 8
     # The compared run, and the calls of the ops.
     assert ran.count(Tensor) == 1 + 8
 
 
-def test_both_draw_the_same_random_numbers():
+def test_kernel_and_reference_draw_the_same_random_numbers():
     def noisy(self, x):
         return x + torch.rand_like(x)
 
     state = torch.get_rng_state()
     _, (decision,) = compile_with(
-        layer(noisy), native(lambda self, x: torch.rand_like(x) + x), torch.ones(4)
+        layer(noisy), hub_layer(lambda self, x: torch.rand_like(x) + x), torch.ones(4)
     )
     assert decision.reason is Reason.KERNEL
     torch.set_rng_state(state)
 
 
-def test_the_layers_own_weights_are_compared_on_and_stay():
+def test_weights_of_the_layer_are_used_and_keep_their_values():
     seen = []
 
     def kernel(self, x):
@@ -153,7 +153,7 @@ def test_the_layers_own_weights_are_compared_on_and_stay():
 
     module = layer(double, weight=weight())
     with pytest.raises(RuntimeError, match="wrote into its operand weight"):
-        compile_with(module, native(kernel), torch.randn(6, 4))
+        compile_with(module, hub_layer(kernel), torch.randn(6, 4))
     assert seen[0] == weight().tolist()
 
 
@@ -162,13 +162,13 @@ def test_the_layers_own_weights_are_compared_on_and_stay():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_a_wrong_kernel_is_not_used(inner, dynamic):
+def test_wrong_kernel_is_not_used(inner, dynamic):
     def kernel(self, x):
         y = x * self.weight * 2
         y[:, 0] += 0.5
         return y
 
-    args = layer(double, weight=weight()), native(kernel), torch.randn(6, 4)
+    args = layer(double, weight=weight()), hub_layer(kernel), torch.randn(6, 4)
     assert why_not(*args, inner=inner, dynamic=dynamic).startswith(
         "6 of 24 values are beyond the tolerance of torch.float32 (1e-05 of the root mean square "
         "and 1.3e-06 of the value); the largest error is 0.5, and relative to the value "
@@ -196,29 +196,29 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_said(what):
+def test_error_of_a_wrong_kernel_is_reported(what):
     kernel, message = WRONG[what]
-    assert why_not(layer(lambda self, x: x * 2), native(kernel), torch.randn(3, 4)).startswith(
+    assert why_not(layer(lambda self, x: x * 2), hub_layer(kernel), torch.randn(3, 4)).startswith(
         message
     )
 
 
-def test_which_result_is_wrong_is_said():
+def test_wrong_result_is_named():
     module = layer(lambda self, x: (x * 2, {"n": x.argmax(-1)}))
-    kernel = native(lambda self, x: (x * 2, {"n": x.argmin(-1)}))
+    kernel = hub_layer(lambda self, x: (x * 2, {"n": x.argmin(-1)}))
     assert why_not(module, kernel, torch.randn(30, 40)).startswith(
         "result 1: 30 of 30 values are beyond the tolerance of torch.int64 (equality); the largest "
     )
 
 
-def test_a_training_call_is_compared_too():
+def test_training_call_is_compared():
     x = torch.randn(3, 4, requires_grad=True)
     with torch.enable_grad():
-        args = layer(double, weight=weight()), native(lambda self, x: x * self.weight), x
+        args = layer(double, weight=weight()), hub_layer(lambda self, x: x * self.weight), x
         assert why_not(*args).startswith("12 of 12 values are beyond")
 
 
-def test_the_pass_compares_too():
+def test_fx_pass_compares():
     class Leaves(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
             return True
@@ -229,7 +229,7 @@ def test_the_pass_compares_too():
         mode = FakeTensorMode()
         for node in graph.graph.nodes:
             node.meta["val"] = mode.from_tensor(torch.ones(6, 4))
-        with use_kernel_mapping(on_cpu(Layer=native(kernel)), inherit_mapping=False):
+        with use_kernel_mapping(on_cpu(Layer=hub_layer(kernel)), inherit_mapping=False):
             choices = Choices(Options(verify=True), current_mapping())
             done = replace_layers(plan(graph, choices), choices)
         assert len(done) == (reason is Reason.KERNEL)
@@ -240,7 +240,7 @@ def test_the_pass_compares_too():
 # --- what cannot be compared --------------------------------------------------------------------
 
 
-def test_a_reference_that_cannot_run_leaves_the_kernel(caplog):
+def test_kernel_is_used_where_the_reference_cannot_run(caplog):
     def reference(self, index, table):
         if type(index) is Tensor:
             raise ValueError("no zeros")
@@ -251,7 +251,7 @@ def test_a_reference_that_cannot_run_leaves_the_kernel(caplog):
 
     with caplog.at_level(logging.WARNING, "kernelgraph"):
         index, table = torch.tensor([1, 2]), torch.zeros(4)
-        result, (decision,) = compile_with(layer(reference), native(kernel), index, table)
+        result, (decision,) = compile_with(layer(reference), hub_layer(kernel), index, table)
     assert result.tolist() == [10, 10]
     assert decision.reason is Reason.KERNEL
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -261,9 +261,9 @@ def test_a_reference_that_cannot_run_leaves_the_kernel(caplog):
 
 
 @pytest.mark.parametrize("where", ["fake", "meta"])
-def test_weights_that_are_not_there_are_made_up(where):
+def test_weights_without_values_are_made_up(where):
     module = layer(double, weight=weight())
-    toy = kernel_of(native(lambda self, x: x * self.weight))
+    toy = kernel_of(hub_layer(lambda self, x: x * self.weight))
     call, operands = call_of(module, torch.ones(6, 4), forward=toy.forward)
     if where == "meta":
         module.to("meta")
@@ -286,11 +286,11 @@ def outputs(*tensors: Tensor) -> list[Output]:
 
 @given(
     st.sampled_from(sorted(TOLERANCES, key=str)),
-    st.floats(-1, 1.5),  # eight bits hold no more
+    st.floats(-1, 1.5),  # beyond this, float8 overflows
     st.floats(0.0, 8.0),
     st.integers(0, 2**32),
 )
-def test_the_tolerance_is_that_of_the_table(dtype, magnitude, ratio, seed):
+def test_values_pass_exactly_within_the_tolerance_of_the_table(dtype, magnitude, ratio, seed):
     """Values pass exactly where each is within what the table allows."""
     generator = torch.Generator().manual_seed(seed)
     real = torch.float64 if not dtype.is_complex else torch.complex128
@@ -300,13 +300,13 @@ def test_the_tolerance_is_that_of_the_table(dtype, magnitude, ratio, seed):
     allowed = absolute * wide.abs().square().mean().sqrt() + relative * wide.abs()
     made = (wide + ratio * allowed * torch.rand(50, generator=generator).to(real)).to(dtype)
     errors = (made.to(real) - wide).abs()
-    # Nearer it is the arithmetic of the result itself that tells.
+    # Nearer to the bound, the arithmetic of the comparison itself decides.
     assume((errors - allowed).abs().div(allowed).min() > 1e-3)
     assert bool(difference(*outputs(made, reference))) == bool((errors > allowed).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
-def test_what_is_not_a_float_must_be_equal(dtype):
+def test_integers_and_bools_must_be_equal(dtype):
     reference = torch.tensor([0, 1, 1]).to(dtype)
     assert difference(*outputs(reference.clone(), reference)) == ""
     made = torch.tensor([1, 1, 1]).to(dtype)

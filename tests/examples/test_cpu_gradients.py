@@ -1,4 +1,4 @@
-"""The C++ kernels may train: their gradients are those of the decoder's layers."""
+"""The gradients of the C++ kernels are those of the decoder's layers: the kernels may train."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from kernelgraph.graph.gradients.gradient import Overwrites, wanted_of
-from kernelgraph.graph.verify import trial
+from kernelgraph.graph.verify.trial import judge
 from tests.support.op_calls import call_of, kernel_of, layer_of
 from tests.support.sources import import_example
+from tests.support.trials import forget_verdicts
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def calls(name: str, dtype: torch.dtype, rows: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """A layer of the decoder and arguments for it."""
+def layer_and_arguments(
+    name: str, dtype: torch.dtype, rows: int
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Return a layer of the decoder and arguments for it."""
     decoder = import_example("decoder")
     x = torch.randn(rows, 32).to(dtype)
     if name == "MoEExperts":
@@ -34,13 +37,15 @@ def calls(name: str, dtype: torch.dtype, rows: int) -> tuple[nn.Module, tuple[to
 @pytest.mark.parametrize("rows", [1, 7, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", ["RMSNorm", "SiluAndMul", "MoEExperts"])
-def test_the_kernels_are_right(cpu: ModuleType, name: str, dtype: torch.dtype, rows: int) -> None:
-    module, args = calls(name, dtype, rows)
+def test_kernel_may_train_with_its_own_backward(
+    cpu: ModuleType, name: str, dtype: torch.dtype, rows: int
+) -> None:
+    module, args = layer_and_arguments(name, dtype, rows)
     kernel = kernel_of(getattr(cpu.layers, name))
     call, operands = call_of(module, *args, forward=kernel.forward)
-    trial._verdicts.clear()
+    forget_verdicts()
     wanted = wanted_of(operands, every=True)
-    found = trial.judge(layer_of(module), module, kernel, call, operands, wanted)
+    found = judge(layer_of(module), module, kernel, call, operands, wanted)
     assert found.own is not None, found
     assert (found.wrong, found.output, found.contiguous) == ("", "", False)
     assert (found.own.hidden_saves, found.own.overwrites) == (False, Overwrites())
