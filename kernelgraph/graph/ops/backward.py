@@ -30,7 +30,7 @@ from kernelgraph.graph.gradients import (
 )
 from kernelgraph.graph.infer import Effects, OutputSpec, Source, contiguous_copy, owned, versions
 from kernelgraph.graph.ops.fast_path import CheckedCall, Operand, OpResult
-from kernelgraph.graph.ops.forward import Body, ResultType, like
+from kernelgraph.graph.ops.forward import Body, TensorType, like
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -43,7 +43,7 @@ class SavedForBackward(NamedTuple):
     """As `Differentiable.numbers` declares them in the schema."""
 
 
-Kept = SavedForBackward
+Kept = SavedForBackward  # the name in `ByReference`
 
 
 class Differentiable(Body):
@@ -96,7 +96,7 @@ class Differentiable(Body):
                     "now: compile the model again"
                 )
 
-    def still(self, results: Sequence[Tensor]) -> list[Tensor]:
+    def non_differentiable(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Return the results that no gradient flows through.
 
         A buffer that a layer counts in, for one: it must not come to require a gradient.
@@ -195,7 +195,7 @@ class ByKernel(Differentiable):
         self.tapes = Tapes()
         super().__init__(*args)
         self._wants = {
-            i: ResultType(operands[i].dtype, operands[i].device.type, operands[i].dim())
+            i: TensorType(operands[i].dtype, operands[i].device.type, operands[i].dim())
             for i, wanted in enumerate(self.wanted)
             if wanted
         }
@@ -247,7 +247,7 @@ class ByKernel(Differentiable):
         try:
             tape.close(tensors, made, self._flows)
         except NoGradient as error:
-            raise self._without_gradient(error, operands) from None
+            raise self._lost_gradient(error, operands) from None
         if key not in self._bypassed and not (
             self._own.hidden_saves or self._own.overwrites.private
         ):
@@ -264,7 +264,7 @@ class ByKernel(Differentiable):
             return None
         return tensors if output == self._output else None
 
-    def _without_gradient(self, error: NoGradient, operands: Sequence[Operand]) -> RuntimeError:
+    def _lost_gradient(self, error: NoGradient, operands: Sequence[Operand]) -> RuntimeError:
         return RuntimeError(
             f"kernel {self._kernel}, called for {self._where(operands)}: {error}, although it had "
             'one in the trial of the kernel; pass options={"own_backward": False}'
@@ -287,7 +287,7 @@ class ByKernel(Differentiable):
         under, *saved = kept.tensors
         tape = self.tapes.get(under)
         if tape is None:
-            raise self._without_tape()
+            raise self._lost_tape()
         if self._copies_saved:
             pairs = zip(saved, self._copied_sources, strict=True)
             saved = [tensor.clone() if copied else tensor for tensor, copied in pairs]
@@ -317,7 +317,7 @@ class ByKernel(Differentiable):
             [v for v in (*grads, *saved, *tape.kept) if v is not None],
         )
 
-    def _without_tape(self) -> RuntimeError:
+    def _lost_tape(self) -> RuntimeError:
         return RuntimeError(
             f"the backward of kernel {self._kernel} cannot find what its forward kept: something "
             "has copied what autograd saves, as torch.autograd.graph.save_on_cpu does; pass "

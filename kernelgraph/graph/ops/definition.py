@@ -176,7 +176,7 @@ class _Formula:
             needs = (needs[:listed], *needs[listed:])
         self._body.check_wanted(unpack(needs, self._packed))
         results = (output,) if isinstance(output, Tensor) else output
-        ctx.mark_non_differentiable(*self._body.still(results))
+        ctx.mark_non_differentiable(*self._body.non_differentiable(results))
         tensors, ctx.numbers = self._body.keep(operands, results)
         ctx.save_for_backward(*tensors)
 

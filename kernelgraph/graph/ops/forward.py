@@ -42,8 +42,8 @@ from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 
-class ResultType(NamedTuple):
-    """The dtype, type of device and rank of a result, in all calls of one signature."""
+class TensorType(NamedTuple):
+    """The dtype, type of device and rank of a tensor, the same in all calls of one signature."""
 
     dtype: torch.dtype
     device: str
@@ -90,7 +90,7 @@ class Body:
         self._shapes = ShapeFunction(shapes)
         self._run_kernel = Runner(kernel.forward, call)
         self._output = spec.output
-        self._expected = [ResultType(r.dtype, r.device.type, len(r.shape)) for r in spec.results]
+        self._expected = [TensorType(r.dtype, r.device.type, len(r.shape)) for r in spec.results]
         self._copied = {*effects.kernel, *effects.layer}
         # The kernel may return the copies themselves.
         self._unshared = [i for i in call.tensors if i not in self._copied]
@@ -176,7 +176,7 @@ class Body:
     def _check_tensor(
         self,
         tensor: Tensor,
-        expected: ResultType,
+        expected: TensorType,
         size: torch.Size | None,
         operands: Sequence[Operand],
     ) -> None:

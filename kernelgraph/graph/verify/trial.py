@@ -40,7 +40,7 @@ from kernelgraph.graph.verify.own_backward import (
 )
 from kernelgraph.graph.verify.tolerance import Closeness, closeness_of
 from kernelgraph.graph.verify.trial_runs import CannotCompare, Run, Trial
-from kernelgraph.graph.verify.verdict import Verdict, from_json, to_json
+from kernelgraph.graph.verify.verdict import Verdict
 from kernelgraph.kernel import Kernel
 from kernelgraph.keys import kernel_key, layer_key, source_of, versions
 from kernelgraph.layers import Extensible
@@ -84,7 +84,7 @@ def judge(
     if in_process in _verdicts:
         return _verdicts[in_process]
     source = source_of(layer, kernel)
-    verdict = from_json(cache.read(_KIND, f"{key} {source}")) if source else None
+    verdict = Verdict.from_json(cache.read(_KIND, f"{key} {source}")) if source else None
     if verdict is None:
         try:
             with samples.apart():
@@ -92,7 +92,7 @@ def judge(
                 verdict, raised = _judge(trial, compare)
             # What raised may have missed something that is installed the next time.
             if source and not raised:
-                cache.write(_KIND, f"{key} {source}", to_json(verdict))
+                cache.write(_KIND, f"{key} {source}", verdict.to_json())
         except torch.OutOfMemoryError as error:  # the next time there may be more
             verdict = Verdict.incomparable(error_text(error))
     remember(_verdicts, in_process, verdict)

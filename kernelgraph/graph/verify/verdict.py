@@ -26,35 +26,34 @@ class Verdict(NamedTuple):
         """The verdict on a kernel whose gradients cannot be compared with the layer's."""
         return cls(None, f"its gradients cannot be compared: {why}")
 
+    def to_json(self) -> dict[str, object]:
+        """Return the verdict as JSON."""
+        own = self.own
+        if own is None:
+            return self._asdict()
+        written = {**own._asdict(), "overwrites": own.overwrites._asdict()}
+        return {**self._asdict(), "own": written}
 
-def to_json(verdict: Verdict) -> dict[str, object]:
-    """Return a verdict as JSON."""
-    own = verdict.own
-    if own is None:
-        return verdict._asdict()
-    written = {**own._asdict(), "overwrites": own.overwrites._asdict()}
-    return {**verdict._asdict(), "own": written}
+    @classmethod
+    def from_json(cls, value: Any) -> Verdict | None:
+        """Return the verdict that `to_json` wrote; None for any other value."""
+        try:
+            own = None if value["own"] is None else _own_from_json(value["own"])
+            return cls(own, value["wrong"], value["output"], value["contiguous"])
+        except (TypeError, KeyError, ValueError):
+            return None
 
 
-def from_json(value: Any) -> Verdict | None:
-    """Return the verdict that `to_json` wrote; None for any other value."""
-    try:
-        own = value["own"]
-        if own is not None:
-            overwrites = own["overwrites"]
-            own = OwnBackward(
-                _sources(own["sources"]),
-                tuple(own["flows"]),
-                own["hidden_saves"],
-                Overwrites(
-                    tuple(overwrites["grads"]),
-                    _sources(overwrites["saved"]),
-                    overwrites["private"],
-                ),
-            )
-        return Verdict(own, value["wrong"], value["output"], value["contiguous"])
-    except (TypeError, KeyError, ValueError):
-        return None
+def _own_from_json(value: Any) -> OwnBackward:
+    overwrites = value["overwrites"]
+    return OwnBackward(
+        _sources(value["sources"]),
+        tuple(value["flows"]),
+        value["hidden_saves"],
+        Overwrites(
+            tuple(overwrites["grads"]), _sources(overwrites["saved"]), overwrites["private"]
+        ),
+    )
 
 
 def _sources(value: Iterable[tuple[str, int]]) -> tuple[Source, ...]:
