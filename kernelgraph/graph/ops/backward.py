@@ -43,9 +43,6 @@ class SavedForBackward(NamedTuple):
     """As `Differentiable.numbers` declares them in the schema."""
 
 
-Kept = SavedForBackward  # the name in `ByReference`
-
-
 class Differentiable(Body):
     """A `Body` with a gradient.
 
@@ -148,19 +145,19 @@ class ByReference(Differentiable):
             return made
         return (*made, *(copy(operands[i]) for i in self.returned))
 
-    def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> Kept:
+    def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> SavedForBackward:
         if self.returned:
             originals = dict(zip(self.returned, results[self.count :], strict=True))
             operands = [originals.get(i, v) for i, v in enumerate(operands)]
-        return Kept(*self._recompute.split(operands))
+        return SavedForBackward(*self._recompute.split(operands))
 
     def backward(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
         return self._recompute.gradients(grads, self._recompute.join(*kept), needs)
 
     def backward_fake(
-        self, grads: Sequence[Tensor | None], kept: Kept, needs: Sequence[bool]
+        self, grads: Sequence[Tensor | None], kept: SavedForBackward, needs: Sequence[bool]
     ) -> list[Tensor]:
         operands = self._recompute.join(*kept)
         return [like(v) for v, needed in zip(operands, needs, strict=True) if needed]

@@ -79,9 +79,8 @@ def register(base: str, call: Call, body: Body) -> None:
         body: The functions of the ops.
     """
     packed = packed_operands(call)
-    forward, fake = body.forward, body.fake
-    if packed:
-        forward, fake = _unpacking(forward, packed), _unpacking(fake, packed)
+    functions: list[OpFunction] = [body.forward, body.fake]
+    forward, fake = [_unpacking(f, packed) for f in functions] if packed else functions
     schema = _schema(call, packed, body.returns)
     if not isinstance(body, Differentiable):
         _define(base, schema, forward, fake)

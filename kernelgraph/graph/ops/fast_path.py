@@ -5,7 +5,7 @@ table. Each later call with operands of the same sizes only compares its results
 This comparison is all that an op costs over its kernel, so it is straight-line code, written for
 the signature of the call. For a norm whose one result does not go through autograd it reads::
 
-    def written(a0, a1, a2):
+    def generated(a0, a1, a2):
         if is_grad_enabled():
             with no_grad():
                 return again(a0, a1, a2, )
@@ -45,8 +45,8 @@ the union: which one it is depends on the signature of the call, as no type can 
 OpResult: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """The results of an op: the tensor itself where there is only one."""
 
-OpFunction: TypeAlias = "Callable[..., OpResult]"
-"""A function behind an op; its arguments are the operands of a call."""
+OpFunction: TypeAlias = "Callable[..., object]"
+"""A function behind an op: takes the operands of a call and returns an `OpResult`."""
 
 
 class CheckedCall(NamedTuple):
@@ -96,7 +96,7 @@ def write_fast_path(
     after = _quick_return(output, dtypes, [operands[i] for i in unshared], differentiable)
     after += f"return conform(result, checked, {every})"
 
-    def again(*operands: Operand) -> OpResult:
+    def again(*operands: Operand) -> object:
         return written(*operands)
 
     names: dict[str, object] = {
