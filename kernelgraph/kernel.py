@@ -169,10 +169,10 @@ def decide_again(
 
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
     from kernelgraph.builds import load_foreign
-    from kernelgraph.hub import Repository
+    from kernelgraph.hub import KernelRepository
 
     repository = selection.repository
-    if isinstance(repository, Repository):  # ours know builds for several devices
+    if isinstance(repository, KernelRepository):  # ours know builds for several devices
         return repository.load(target)
     return load_foreign(repository)
 

@@ -28,7 +28,7 @@ from kernelgraph.builds import (
 )
 from kernelgraph.graph import _torch
 from kernelgraph.graph.ops import NAMESPACE
-from kernelgraph.hub import Trust, allowed, cache_alone
+from kernelgraph.hub import Trust, cache_only, parse_trust
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import check_hub_layer
 from kernelgraph.programs import (
@@ -136,7 +136,7 @@ class Loading:
     ) -> None:
         if fallback not in FALLBACKS:
             raise ValueError(f"fallback is one of {', '.join(FALLBACKS)}, not {fallback!r}")
-        trust = allowed(trust_remote_code)
+        trust = parse_trust(trust_remote_code)
         self.archive = Archive(path)
         self.manifest, self._source = self.archive.manifest, self.archive.source
         self._kernels, self._traced = self.manifest.kernels, self.manifest.traced
@@ -167,7 +167,7 @@ class Loading:
         entries = {name: self._entry(op) for name, op in ops.items()}
         references = {name: self._references(op) for name, op in ops.items()}
         checked: dict[tuple[str, str], Checked | None] = {}
-        with cache_alone(self._cache_alone):
+        with cache_only(self._cache_alone):
             for op in ops.values():
                 if (op.kernel, op.device) not in checked:
                     checked[op.kernel, op.device] = self._check(op)

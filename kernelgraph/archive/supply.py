@@ -39,11 +39,11 @@ from kernelgraph.hub import (
     Lock,
     Locks,
     Trust,
-    check,
-    check_on_disk,
+    check_kernel,
+    check_local_kernel,
     check_trust,
-    compare,
     content_digest,
+    find_damage,
     list_build,
     resolve,
 )
@@ -117,7 +117,7 @@ class Supply:
             checked = self._unbundled(baked, best, bundled[best], target)
         elif baked.commit is not None:
             finder = Finder(self.hub, self.trust_remote_code, self._locks())
-            checked = check(Wanted(baked.repository, baked.commit), target, finder)
+            checked = check_kernel(Wanted(baked.repository, baked.commit), target, finder)
         else:
             checked = self._from_disk(baked, bundled, target)
         self._compare(baked, checked)
@@ -171,7 +171,7 @@ class Supply:
             ) from error
         check_trust(self.hub, kernel, trust)
         files = list_build(self.hub, kernel).get(directory.name)
-        damage = compare(directory, files)[0] if files else "it lists no such build"
+        damage = find_damage(directory, files)[0] if files else "it lists no such build"
         if damage:
             raise ValueError(
                 f"{self.source}: its copy of kernel {kernel}, variant {directory.name}, is not "
@@ -195,7 +195,7 @@ class Supply:
                 "there such a directory here: save the program with bundle=True"
             )
         finder = Finder(self.hub, True, self._locks())
-        return check_on_disk(path.absolute(), target, finder, baked.repository)
+        return check_local_kernel(path.absolute(), target, finder, baked.repository)
 
     def _locks(self) -> Locks:
         commits = {key: b.commit for key, b in self.kernels.items() if b.commit is not None}

@@ -24,8 +24,8 @@ from kernelgraph.hub import (
     Lock,
     Locks,
     Resolved,
-    compare,
     content_digest,
+    find_damage,
     list_build,
     resolve,
 )
@@ -139,7 +139,7 @@ def _held_against_the_hub(
     files = variants.get(directory.name)
     if files is None:
         return "the Hub lists no such variant", ""
-    damage, sha256 = compare(directory, files)
+    damage, sha256 = find_damage(directory, files)
     if damage:
         return f"not as the Hub lists it: {damage}", ""
     if not files:

@@ -1,4 +1,4 @@
-"""How the Hub is asked: through `huggingface_hub`'s client and cache, and never without a limit."""
+"""Requests to the Hub, through `huggingface_hub`'s client and cache, each with a time limit."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Older kernel repositories are of the Hub's type for models.
 REPO_TYPES = ("kernel", "model")
+"""The repository types that a kernel may have on the Hub; older kernels are models."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Hub:
-    """The Hub, and the cache of what was downloaded from it, as one load sees them.
+    """The Hub and the cache of files downloaded from it, as one load uses them.
 
     Args:
-        user_agent: What to add to the user agent of each request, as for `huggingface_hub`.
+        user_agent: An addition to the user agent of each request, as for `huggingface_hub`.
         cache: The cache's directory; by default ``KERNELS_CACHE``, or else `huggingface_hub`'s.
     """
 
@@ -47,6 +47,7 @@ class Hub:
 
     @cached_property
     def api(self) -> HfApi:
+        """The client that sends the requests."""
         from huggingface_hub import HfApi
 
         agent = self.user_agent
@@ -57,9 +58,10 @@ class Hub:
 
     @property
     def offline(self) -> bool:
+        """Whether no request may be sent, because of ``HF_HUB_OFFLINE=1`` or `cache_only`."""
         from huggingface_hub import is_offline_mode
 
-        return bool(is_offline_mode()) or _cache_alone.get()
+        return bool(is_offline_mode()) or _cache_only.get()
 
     @property
     def directory(self) -> Path:
@@ -75,12 +77,12 @@ class Hub:
         return self.directory / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
 
     def snapshot(self, resolved: Resolved) -> Path:
-        """Where the files of a commit are, once downloaded."""
+        """The directory that has the files of a commit once they are downloaded."""
         storage = self.storage(resolved.repo_id, resolved.repo_type)
         return storage / "snapshots" / resolved.commit
 
     def note(self, repo_id: str, repo_type: str, question: str) -> Note:
-        """The place for an answer of the Hub's that the client itself does not keep."""
+        """The place in the cache for an answer of the Hub that the client itself does not keep."""
         digest = hashlib.sha256(question.encode()).hexdigest()[:32]
         path = self.storage(repo_id, repo_type) / "kernelgraph" / f"{digest}.json"
         return Note(path, question)
@@ -88,13 +90,13 @@ class Hub:
 
 @dataclass(frozen=True)
 class Note:
-    """An answer of the Hub's, kept beside the repository's files and gone when they are."""
+    """An answer of the Hub, kept beside the repository's files, so that it is deleted with them."""
 
     path: Path
     question: str
 
     def read(self) -> str | None:
-        """The answer; None where there is none that can be understood."""
+        """The answer, or None if none is kept or the file cannot be understood."""
         try:
             content = json.loads(self.path.read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -105,7 +107,7 @@ class Note:
         return answer if isinstance(answer, str) else None
 
     def write(self, answer: str) -> None:
-        """Keep the answer, whole or not at all; a cache that cannot be written is left as it is."""
+        """Keep the answer, whole or not at all; nothing happens if the cache is not writable."""
         if self.read() == answer:
             return
         with contextlib.suppress(OSError):
@@ -117,7 +119,7 @@ class Note:
 
 
 def refused(error: BaseException) -> bool:
-    """Whether the Hub was there and said no. Otherwise what is known from before may serve."""
+    """Whether the Hub answered and refused; after any other error an earlier answer may be used."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not isinstance(error, HfHubHTTPError):
@@ -126,17 +128,17 @@ def refused(error: BaseException) -> bool:
 
 
 class NotOffered(ValueError):
-    """The Hub answered, and what is wanted is not there."""
+    """The Hub answered that it does not have what was asked for."""
 
 
 @contextlib.contextmanager
 def asking(repo_id: str) -> Iterator[None]:
-    """Ask the Hub within: what goes wrong becomes an error that names the repository.
+    """A context for requests: each has a time limit, and each error names the repository.
 
     Raises:
-        FileNotFoundError: The Hub has no such repository or revision, or not for this user.
-        ValueError: What is wanted is not there, or cannot be the name of anything.
-        OSError: Anything else that went wrong on the way.
+        FileNotFoundError: The Hub has no such repository or revision, or hides it from this user.
+        ValueError: The Hub does not have what was asked for, or the name is malformed.
+        OSError: Any other error in the context.
     """
     from huggingface_hub.errors import (
         HFValidationError,
@@ -161,15 +163,16 @@ def asking(repo_id: str) -> Iterator[None]:
 
 
 _limit_applies: ContextVar[bool] = ContextVar("limit_applies", default=False)
+_cache_only: ContextVar[bool] = ContextVar("cache_only", default=False)
 
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Give up on a Hub that does not answer.
+    """A context whose requests have a time limit.
 
-    Most calls of `huggingface_hub` have no time limit of their own, and a Hub that accepts the
-    connection and then says nothing would be waited for without end. The session is shared with
-    everybody in the process, so the limit counts only for what is asked here.
+    Most calls of `huggingface_hub` set no time limit, so a Hub that accepts the connection and
+    never answers would block forever. The whole process shares the session, so the limit applies
+    only to requests that are sent in this context.
     """
     from huggingface_hub import get_session
 
@@ -183,26 +186,36 @@ def _limited() -> Iterator[None]:
         _limit_applies.reset(token)
 
 
-_cache_alone: ContextVar[bool] = ContextVar("cache_alone", default=False)
-
-
 @contextlib.contextmanager
-def cache_alone(yes: bool = True) -> Iterator[None]:
-    """Ask nothing within, as with ``HF_HUB_OFFLINE=1``: what is in the cache has to do."""
-    token = _cache_alone.set(yes)
+def cache_only(enabled: bool = True) -> Iterator[None]:
+    """A context that sends no request, as with ``HF_HUB_OFFLINE=1``: only the cache is used."""
+    token = _cache_only.set(enabled)
     try:
         yield
     finally:
-        _cache_alone.reset(token)
+        _cache_only.reset(token)
 
 
-def _limit(request: Any) -> None:
-    """A request hook: the time limit for one that has none, that of a file's metadata."""
+class _Request(Protocol):
+    """A request of the client's HTTP library, which differs between versions of the client."""
+
+    @property
+    def url(self) -> object: ...
+
+    @property
+    def extensions(self) -> MutableMapping[str, object]: ...
+
+
+def _limit(request: _Request) -> None:
+    """Refuse the request in `cache_only`; give it the time limit for metadata if it has none."""
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if _limit_applies.get() and _cache_alone.get():
+    if not _limit_applies.get():
+        return
+    if _cache_only.get():
         raise OfflineModeIsEnabled(f"cannot reach {request.url}: local_files_only is set")
-    if _limit_applies.get() and not any((request.extensions.get("timeout") or {}).values()):
+    timeout = request.extensions.get("timeout")
+    if not (isinstance(timeout, Mapping) and any(timeout.values())):
         seconds = constants.HF_HUB_ETAG_TIMEOUT
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)

@@ -1,9 +1,10 @@
 """From a commit to the files of one variant on the disk, each as the Hub lists it.
 
-The Hub's listing of a commit has the hash that git, or git's large file storage, knows each file
-by; `huggingface_hub` keeps the listing beside the files. So a file that was damaged on its way or
-in the cache is noticed, also in builds whose metadata has no digest, and replaced where the Hub
-can be reached. The digest in the metadata is another matter: `loading` holds every build to it.
+The Hub's listing of a commit has a hash of each file: git's own, or the sha256 of a file in git's
+large file storage. `huggingface_hub` keeps the listing in the cache, beside the files. So every
+load notices a file that was damaged on its way or in the cache, also in builds whose metadata has
+no digest. A damaged file is replaced where the Hub can be reached. The digest in the
+metadata is a separate check: `kernelgraph.builds.check_variant` makes it for every build.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from kernelgraph.builds import (
     METADATA,
@@ -34,61 +35,48 @@ if TYPE_CHECKING:
 
 _BYTECODE = ["*/__pycache__/*", "*.pyc", "*.pyo"]
 _ATTEMPTS = 3
+"""How many times a variant is downloaded until it is as listed."""
+
+
+# --- the listing ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content, as the Hub lists it."""
+    """The content of one file, as the Hub lists it."""
 
     git_id: str
     sha256: str | None
     """In hex, for files in git's large file storage."""
 
 
-Files = Mapping[str, Blob]
-"""The files of one variant, bytecode aside, by their paths in it."""
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A variant whose files are in the cache, each as the Hub lists it."""
-
-    directory: Path
-    sha256: Mapping[str, str]
-    """The base64 digest of every file there, by relative path."""
-    files: Files
-    """The listing that they were held against."""
+Files: TypeAlias = Mapping[str, Blob]
+"""The files of one variant by relative path, without bytecode; empty where they are not known."""
 
 
 # A commit's listing never changes, and in a large repository it is long.
 _listings: dict[Path, Mapping[str, Files]] = {}
 
 
-def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str, Files]:
-    """The files of each variant of a commit, from the cache where an earlier load has listed them.
+def list_build(hub: Hub, kernel: Resolved, *, refresh: bool = False) -> Mapping[str, Files]:
+    """List the files of each variant of a commit, from the cache if it has the listing.
 
-    Offline, and without a listing in the cache, the variants there are those on the disk, and
-    nothing is known of their files.
+    Offline and without a listing in the cache, the variants are the directories on the disk, and
+    their files are not known.
+
+    Args:
+        hub: The Hub and the cache.
+        kernel: The commit.
+        refresh: Whether to ask the Hub even if the cache has the listing.
 
     Raises:
         ValueError: A path in the listing leads out of its directory.
         OSError: The Hub could not be asked.
     """
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
     snapshot = hub.snapshot(kernel)
-    if anew or snapshot not in _listings:
-        try:
-            if anew:
-                raise CachedRepoTreeNotFoundError
-            entries: Iterable[RepoFile] = get_cached_repo_tree(
-                kernel.repo_id,
-                repo_type=kernel.repo_type,
-                revision=kernel.commit,
-                cache_dir=hub.cache,
-            )
-        except CachedRepoTreeNotFoundError:
+    if refresh or snapshot not in _listings:
+        entries = None if refresh else _cached_listing(hub, kernel)
+        if entries is None:
             if hub.offline and (build := snapshot / "build").is_dir():
                 return {path.name: {} for path in build.iterdir() if path.is_dir()}
             entries = _ask_for_listing(hub, kernel)
@@ -96,17 +84,37 @@ def list_build(hub: Hub, kernel: Resolved, *, anew: bool = False) -> Mapping[str
     return _listings[snapshot]
 
 
-def _ask_for_listing(hub: Hub, kernel: Resolved) -> list[RepoFile]:
+def _cached_listing(hub: Hub, kernel: Resolved) -> Iterable[RepoFile] | None:
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return get_cached_repo_tree(
+            kernel.repo_id,
+            repo_type=kernel.repo_type,
+            revision=kernel.commit,
+            cache_dir=hub.cache,
+        )
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _ask_for_listing(hub: Hub, kernel: Resolved) -> Iterable[RepoFile]:
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
-    where: dict[str, Any] = {"repo_type": kernel.repo_type, "revision": kernel.commit}
     with asking(kernel.repo_id):
-        # Where the Hub cannot be reached, some versions of the client ask for a listing again and
-        # again, for 20 seconds and more; and for this once.
-        hub.api.repo_info(kernel.repo_id, **where)
+        # If the Hub cannot be reached, some versions of the client repeat the request for a
+        # listing for 20 seconds and more; this request fails at once.
+        hub.api.repo_info(kernel.repo_id, repo_type=kernel.repo_type, revision=kernel.commit)
         try:
-            listed = hub.api.list_repo_tree(kernel.repo_id, "build", recursive=True, **where)
+            listed = hub.api.list_repo_tree(
+                kernel.repo_id,
+                "build",
+                recursive=True,
+                repo_type=kernel.repo_type,
+                revision=kernel.commit,
+            )
             return [entry for entry in listed if isinstance(entry, RepoFile)]
         except EntryNotFoundError:
             return []
@@ -129,7 +137,10 @@ def _by_variant(kernel: Resolved, entries: Iterable[RepoFile]) -> Mapping[str, F
 def read_remote_metadata(
     hub: Hub, kernel: Resolved, variant: str, files: Files
 ) -> tuple[Metadata, str | None]:
-    """The metadata of one variant, without the rest of it; and its sha256, where it has any.
+    """Read the metadata of one variant without downloading the rest of the variant.
+
+    Returns:
+        The metadata, and the base64 sha256 of its file; None for a variant without metadata.
 
     Raises:
         ValueError: The metadata cannot be understood.
@@ -149,10 +160,14 @@ def read_remote_metadata(
 
 
 def content_digest(files: Files, sha256: Mapping[str, str]) -> str:
-    """What a lock file holds for a variant: a digest that needs no code to be downloaded.
+    """Compute the digest that a lock file has for a variant; no code is downloaded for it.
 
-    It is made of the hash of each file by which the Hub lists it, and of the metadata's own
-    sha256; so of the sha256 of every file, where the metadata has a digest.
+    It covers the listed hash of each file, and in place of the metadata's listed hash its sha256.
+    So it covers the sha256 of every file if the metadata has a digest.
+
+    Args:
+        files: The listing.
+        sha256: Base64 digests by relative path; only that of the metadata is used.
     """
     lines = []
     for name, blob in sorted(files.items()):
@@ -161,49 +176,67 @@ def content_digest(files: Files, sha256: Mapping[str, str]) -> str:
     return f"sha256-{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
+# --- the files ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A variant whose files are in the cache, each as the Hub lists it."""
+
+    directory: Path
+    sha256: Mapping[str, str]
+    """The base64 digest of every file in the directory, by relative path."""
+    files: Files
+    """The listing that the files were compared with."""
+
+
 def fetch(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
-    """Have the files of a variant in the cache, each as it is listed; a whole one is only read.
+    """Put the files of a variant into the cache, each as it is listed.
+
+    A variant that is whole is only read. Missing files are downloaded, and a variant with a damaged
+    file is downloaded again.
 
     Raises:
-        ValueError: A file in the cache is not what the Hub lists and could not be replaced, or
-            the Hub serves another content than it lists; the message names the files.
-        OSError: The Hub could not be asked, or not all files could be had.
+        ValueError: The Hub serves another content than it lists, or no longer lists the variant;
+            the message names the files.
+        OSError: Files are missing or damaged, and the Hub could not be asked for them.
     """
     directory = hub.snapshot(kernel) / "build" / variant
-    damage, sha256 = compare(directory, files)
+    damage, sha256 = find_damage(directory, files)
     if not damage:
         return Fetched(directory, sha256, files)
-    with _alone(hub.storage(kernel.repo_id, kernel.repo_type)):
-        return _mend(hub, kernel, variant, files)
+    with _repository_lock(hub.storage(kernel.repo_id, kernel.repo_type)):
+        return _repair(hub, kernel, variant, files)
 
 
-def _mend(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
-    """Download what is missing, and what is there but is not as listed."""
+def _repair(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
+    """Download a variant until it is as listed."""
     where = f"{kernel}, variant {variant}"
     directory = hub.snapshot(kernel) / "build" / variant
     for attempt in range(_ATTEMPTS + 1):
-        damage, sha256 = compare(directory, files)  # another process may have been faster
+        damage, sha256 = find_damage(directory, files)  # another process may have repaired it
         if not damage:
             return Fetched(directory, sha256, files)
         if hub.offline:
             raise OSError(
-                f"{where}: cannot be loaded from the cache without the Hub ({damage}): load it "
-                "once with the Hub in reach"
+                f"{where}: cannot be loaded from the cache while offline ({damage}): load it once "
+                "with network access"
             )
         if attempt == _ATTEMPTS:
             raise ValueError(f"{where}: what was downloaded is not what the Hub lists: {damage}")
         try:
-            if not damage.only_missing:  # then it may as well be the listing that is damaged
-                files = _list_anew(hub, kernel, variant)
-                damage, _ = compare(directory, files)
+            if not damage.only_missing:  # the listing in the cache may be what is damaged
+                files = _list_again(hub, kernel, variant)
+                damage, _ = find_damage(directory, files)
             _replace(hub, kernel, directory, damage)
         except OSError as error:
-            raise OSError(f"{error} (of {where} the cache is not whole: {damage})") from error
+            raise OSError(f"{error} (the cached copy of {where} is not whole: {damage})") from error
     raise AssertionError("unreachable")
 
 
-def _list_anew(hub: Hub, kernel: Resolved, variant: str) -> Files:
-    variants = list_build(hub, kernel, anew=True)
+def _list_again(hub: Hub, kernel: Resolved, variant: str) -> Files:
+    """The files of a variant as the Hub lists them now, in place of the listing in the cache."""
+    variants = list_build(hub, kernel, refresh=True)
     if variant not in variants:
         raise ValueError(f"{kernel}, variant {variant}: the Hub does not list it any more")
     storage = hub.storage(kernel.repo_id, kernel.repo_type)
@@ -241,12 +274,12 @@ def _download(hub: Hub, kernel: Resolved, paths: list[str], *, force: bool = Fal
 
 
 @contextlib.contextmanager
-def _alone(storage: Path) -> Iterator[None]:
-    """Among the processes that share a cache, one at a time mends a repository in it."""
+def _repository_lock(storage: Path) -> Iterator[None]:
+    """Let one process at a time download or repair files of a repository in a shared cache."""
     from filelock import FileLock
 
-    # Where a file system has no locks, the client's downloads still put each file in its place
-    # whole; only the work may be done twice.
+    # On a file system without locks two processes may do the same work twice; the client still
+    # puts each downloaded file in its place whole.
     lock = None
     with contextlib.suppress(OSError, NotImplementedError):
         folder = storage.parent / ".locks" / storage.name
@@ -260,33 +293,39 @@ def _alone(storage: Path) -> Iterator[None]:
             lock.release()
 
 
-# --- comparing -----------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Damage:
-    """How the files on the disk are not those that are listed."""
+    """The differences between the files on the disk and the listed ones; false without any."""
 
     missing: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
     unreadable: str = ""
+    """Why the directory could not be read; then nothing else is known."""
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.changed or self.unlisted or self.unreadable)
+        return not self.only_missing or bool(self.missing)
 
     @property
     def only_missing(self) -> bool:
+        """Whether all files on the disk are as listed."""
         return not (self.changed or self.unlisted or self.unreadable)
 
     def __str__(self) -> str:
-        kinds = {"missing": self.missing, "changed": self.changed, "not listed": self.unlisted}
-        shown = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        groups = {"missing": self.missing, "changed": self.changed, "not listed": self.unlisted}
+        shown = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
         return "; ".join([*shown, *filter(None, [self.unreadable])])
 
 
-def compare(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
-    """What is wrong with a variant on the disk, and the sha256 of each of its files."""
+def find_damage(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
+    """Compare a variant on the disk with its listing.
+
+    Returns:
+        The damage, and the base64 sha256 of each file by relative path.
+    """
     if directory.is_symlink():
         return Damage(unreadable=f"{directory.name} is a link"), {}
     if not directory.is_dir():
@@ -294,19 +333,23 @@ def compare(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str]]:
     sha256, changed = {}, []
     try:
         for name, path in files_in(directory):
-            sha256[name], good = _hash(path, files.get(name))
-            if not good:
+            sha256[name], same = _hash(path, files.get(name))
+            if not same:
                 changed.append(name)
     except (ValueError, OSError) as error:
         return Damage(unreadable=str(error)), {}
-    if not files:  # nothing is known of them
+    if not files:  # nothing to compare with
         return Damage(), sha256
     missing, unlisted = files.keys() - sha256.keys(), sha256.keys() - files.keys()
-    return Damage(tuple(sorted(missing)), tuple(changed), tuple(sorted(unlisted))), sha256
+    return Damage(
+        missing=tuple(sorted(missing)),
+        changed=tuple(sorted(changed)),
+        unlisted=tuple(sorted(unlisted)),
+    ), sha256
 
 
 def _hash(path: Path, blob: Blob | None) -> tuple[str, bool]:
-    """A file's base64 sha256, and whether it is the listed one; True where none is listed."""
+    """The base64 sha256 of a file, and whether the file is as listed; True if it is not listed."""
     if blob is None or blob.sha256 is not None:
         sha256 = encoded_digest(path)
         return sha256, blob is None or blob.sha256 == b64decode(sha256).hex()

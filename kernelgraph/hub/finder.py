@@ -1,6 +1,6 @@
-"""Finding a kernel that may be run: its commit, who vouches for it, and the variant that fits.
+"""The way from a wanted repository to files that may be run: commit, trust, variant, download.
 
-Every path from a repository id to files goes through here: loading, downloading, verifying.
+Loading, downloading and checking a kernel all go through `Finder`, so none can skip a step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from kernelgraph.hub.trust import Trust, check_trust
 _logger = logging.getLogger("kernelgraph")
 
 _LATER = 4
-"""How many of the newest versions are looked at for a build that fits, at one request each."""
+"""How many of the newest versions are searched for a build that fits; each costs one request."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One commit of a repository, whose code may be run, and the files of its variants."""
+    """One commit of a repository whose code may be run, with the files of its variants."""
 
     wanted: Wanted
     kernel: Resolved
@@ -36,12 +36,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Finder:
-    """How kernels are found.
+    """Finds kernels under the settings of one load.
 
     Args:
-        hub: The Hub, and the cache.
-        trust_remote_code: What the user vouches for.
-        locks: Where only what is locked counts, that.
+        hub: The Hub and the cache.
+        trust_remote_code: The repositories that the user trusts.
+        locks: The lock file, if only locked commits and contents may be loaded.
     """
 
     hub: Hub
@@ -49,22 +49,22 @@ class Finder:
     locks: Locks | None = None
 
     def override(self, wanted: Wanted) -> Path | None:
-        """What ``LOCAL_KERNELS`` has in the place of a repository; nothing overrides a lock.
+        """Find the path that ``LOCAL_KERNELS`` sets for a repository; nothing overrides a lock.
 
         Raises:
             ValueError: The setting is malformed.
         """
         path = local_kernels().get(wanted.repo_id) if self.locks is None else None
         if path is not None:
-            _logger.info("%s is taken from %s, as LOCAL_KERNELS says", wanted.repo_id, path)
+            _logger.info("%s is loaded from %s, as LOCAL_KERNELS says", wanted.repo_id, path)
         return path
 
     def find(self, wanted: Wanted) -> Found:
-        """Resolve, ask for trust, and list the variants; no code is downloaded.
+        """Resolve the commit, check trust, and list the variants; no code is downloaded.
 
         Raises:
             FileNotFoundError: There is no such repository or revision.
-            ValueError: No version fits, it is not locked, or nobody vouches for it.
+            ValueError: No version fits, the kernel is not locked, or its repository is not trusted.
             OSError: The Hub could not be asked.
         """
         pinned = wanted
@@ -75,11 +75,11 @@ class Finder:
         return Found(wanted, kernel, list_build(self.hub, kernel))
 
     def best(self, found: Found, backend: str) -> str:
-        """The variant that fits best.
+        """Choose the variant that fits a device type best.
 
         Raises:
             FileNotFoundError: None fits; the message says why each does not, and which later
-                version has one.
+                version has one that does.
         """
         system = System.detect(backend)
         choice = choose(found.variants, system)
@@ -90,22 +90,22 @@ class Finder:
         raise FileNotFoundError(f"{error}\n{later}") if later else error
 
     def fetch(self, found: Found, variant: str) -> Fetched:
-        """Have a variant in the cache, as it is listed and locked.
+        """Put a variant into the cache, and check it against the listing and the lock.
 
         Raises:
-            ValueError: It is not as listed, or not as locked.
-            OSError: It could not be had from the Hub.
+            ValueError: A file is not as listed, or the content is not as locked.
+            OSError: A file is missing or damaged, and the Hub could not be asked for it.
         """
         fetched = fetch(self.hub, found.kernel, variant, found.variants[variant])
         locked = dict(self.locks.get(found.wanted).digests) if self.locks else {}
-        if not locked:  # also a file of the `kernels` package's, which locks the commit alone
+        if not locked:  # also with a lock file of the `kernels` package: it has only commits
             return fetched
         assert self.locks is not None
         where = f"{found.wanted}, variant {variant}"
         if not fetched.files:
             raise OSError(
-                f"{where}: what is in the cache cannot be held against {self.locks.source} "
-                "without the Hub: load it once with the Hub in reach"
+                f"{where}: the cached files cannot be checked against {self.locks.source} while "
+                "offline: load it once with network access"
             )
         if locked.get(variant) != content_digest(fetched.files, fetched.sha256):
             raise ValueError(
@@ -115,40 +115,40 @@ class Finder:
         return fetched
 
     def _later_version(self, found: Found, system: System) -> str | None:
-        """What to say of a later version that has a build for this system, if there is one."""
+        """A sentence about a later version that has a build for this system, if there is one."""
         try:
             versions = list_versions(self.hub, found.kernel.repo_id)
             for version in reversed(_later(versions, found)[-_LATER:]):
                 best = choose(list_build(self.hub, version.commit), system).best
                 if best is not None:
                     return f"its later version {version.name} has one that fits: {best}"
-        except (OSError, ValueError) as error:  # never in the place of the error proper
-            _logger.debug("%s: no later version could be looked for: %s", found.wanted, error)
+        except (OSError, ValueError) as error:  # the caller's own error says more
+            _logger.debug("%s: later versions could not be searched: %s", found.wanted, error)
         return None
 
 
 def _later(versions: Sequence[PublishedVersion], found: Found) -> list[PublishedVersion]:
-    """Those of ``versions`` that come after the one found, and are of its kind.
+    """The versions after the found one: tags if a specifier was given, else branches.
 
-    Where what was found is none of them, such as the branch main, all of the branches; or of the
-    tags, if there are no branches.
+    If there are none of those, the others; all of them if the found commit is not a version, such
+    as that of the branch main.
     """
     is_tag = found.wanted.bound is not None
-    kinds = [[v for v in versions if v.is_tag == kind] for kind in (is_tag, not is_tag)]
-    of_kind = kinds[0] or kinds[1]
-    asked = [i for i, version in enumerate(of_kind) if version.commit == found.kernel]
-    return of_kind[asked[-1] + 1 :] if asked else of_kind
+    same = [version for version in versions if version.is_tag == is_tag]
+    candidates = same or list(versions)
+    positions = [i for i, version in enumerate(candidates) if version.commit == found.kernel]
+    return candidates[positions[-1] + 1 :] if positions else candidates
 
 
 def local_kernels() -> dict[str, Path]:
-    """The repositories that ``LOCAL_KERNELS`` overrides: ``org/a=/path:org/b=/path``.
+    """Read ``LOCAL_KERNELS``, which sets paths for repositories: ``org/a=/path:org/b=/path``.
 
     Raises:
-        ValueError: It is malformed.
+        ValueError: The setting is malformed.
     """
     setting = os.environ.get("LOCAL_KERNELS", "")
     overrides = {}
-    # A path may have colons in it, so an entry ends where the next one begins.
+    # A path may contain colons, so an entry ends where the next one begins.
     for entry in re.split(r":(?=[^:=/]+/[^:=/]+=)", setting) if setting else []:
         repo_id, separator, path = entry.partition("=")
         try:

@@ -1,13 +1,14 @@
-"""The lock file ``kernels.lock``: which commit each repository is loaded at, and with what content.
+"""The lock file ``kernels.lock``: the commit and the content at which each repository is loaded.
 
-It is a list, in JSON, of objects with two members::
+The file is a JSON list of objects with two members::
 
     {"dependency": {"repo-id": "owner/name", "version": 1},
      "lock": {"commit": "<40 hex digits>", "digests": {"<variant>": "sha256-<hex>"}}}
 
-``dependency`` is what was asked for, in the form that ``kernel-depends`` has too; a ``version`` may
-also be a specifier, and a ``revision`` may stand in its place. The repositories that the project
-itself depends on come first. Files of the `kernels` package are of this form without ``digests``.
+``dependency`` is what the project or a kernel asks for, in the format of ``kernel-depends`` in a
+kernel's metadata: ``version`` may also be a specifier, and ``revision`` may replace it. The
+project's own dependencies come first, then those of their kernels. Lock files of the `kernels`
+package have the same format without ``digests``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kernelgraph.builds import METADATA, Wanted, below, is_commit, read_wanted
 from kernelgraph.hub.client import Hub
@@ -30,17 +30,18 @@ from kernelgraph.hub.resolver import resolve
 from kernelgraph.selection import type_name
 
 LOCKFILE = "kernels.lock"
+"""The name of a lock file."""
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Lock:
-    """One repository, locked."""
+    """The lock of one repository."""
 
     wanted: Wanted
     commit: str
     digests: tuple[tuple[str, str], ...] = ()
-    """Pairs of a variant and its `fetching.content_digest`, by variant; empty where not known."""
+    """Pairs of a variant and its `content_digest`, sorted; empty if the file has no digests."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Locks:
 
     locks: tuple[Lock, ...]
     source: str = LOCKFILE
-    """What errors call the file."""
+    """The name of the file in errors."""
 
     def of(self, repo_id: str) -> Lock:
-        """What is locked for a repository that the project itself depends on.
+        """Return the lock of a repository that the project itself depends on.
 
         Raises:
-            ValueError: Nothing is.
+            ValueError: The repository is not locked.
         """
         for lock in self.locks:
             if lock.wanted.repo_id == repo_id:
@@ -63,10 +64,10 @@ class Locks:
         raise self._not_locked(repo_id)
 
     def get(self, wanted: Wanted) -> Lock:
-        """What is locked for exactly that.
+        """Return the lock of exactly this repository and revision or version.
 
         Raises:
-            ValueError: Nothing is.
+            ValueError: It is not locked.
         """
         for lock in self.locks:
             if lock.wanted == wanted:
@@ -74,22 +75,22 @@ class Locks:
         raise self._not_locked(str(wanted))
 
     def _not_locked(self, what: str) -> ValueError:
-        there = ", ".join(str(lock.wanted) for lock in self.locks) or "nothing"
+        locked = ", ".join(str(lock.wanted) for lock in self.locks) or "nothing"
         return ValueError(
-            f"{what} is not in {self.source}, which locks {there}: add it to "
+            f"{what} is not in {self.source}, which locks {locked}: add it to "
             "[tool.kernels.dependencies] in pyproject.toml and run `kernelgraph lock`"
         )
 
     def to_json(self) -> str:
-        """The content of the file."""
+        """Return the content of the lock file."""
         return json.dumps([_entry(lock) for lock in self.locks], indent=2) + "\n"
 
 
 def parse_locks(data: bytes | str, source: str = LOCKFILE) -> Locks:
-    """Parse the content of a lock file; ``source`` is the file that errors name.
+    """Parse the content of a lock file; errors name it ``source``.
 
     Raises:
-        ValueError: It is not what the format says; the message names what was expected where.
+        ValueError: The content is malformed; the message says what was expected where.
     """
     try:
         content = json.loads(data if isinstance(data, str) else data.decode())
@@ -97,7 +98,7 @@ def parse_locks(data: bytes | str, source: str = LOCKFILE) -> Locks:
         raise ValueError(f"{source}: expected a JSON list: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{source}: expected a JSON list, got {reprlib.repr(content)}")
-    locks = [_lock(source, i, entry) for i, entry in enumerate(content)]
+    locks = [_parse_lock(source, i, entry) for i, entry in enumerate(content)]
     seen = set()
     for lock in locks:
         if lock.wanted in seen:
@@ -106,7 +107,7 @@ def parse_locks(data: bytes | str, source: str = LOCKFILE) -> Locks:
     return Locks(tuple(locks), source)
 
 
-def _lock(source: str, i: int, entry: object) -> Lock:
+def _parse_lock(source: str, i: int, entry: object) -> Lock:
     def expected(what: str, got: object) -> ValueError:
         return ValueError(f"{source}: [{i}]: expected {what}, got {reprlib.repr(got)}")
 
@@ -124,23 +125,23 @@ def _lock(source: str, i: int, entry: object) -> Lock:
     return Lock(wanted, commit, tuple(sorted(digests.items())))
 
 
-def _entry(lock: Lock) -> dict[str, Any]:
+def _entry(lock: Lock) -> dict[str, object]:
     wanted = lock.wanted
     asked = {"revision": wanted.ref} if wanted.version is None else {"version": wanted.version}
-    locked: dict[str, Any] = {"commit": lock.commit}
+    locked: dict[str, object] = {"commit": lock.commit}
     if lock.digests:
         locked["digests"] = dict(lock.digests)
     return {"dependency": {"repo-id": wanted.repo_id, **asked}, "lock": locked}
 
 
-# --- what a project has -------------------------------------------------------------------------
+# --- the files of a project -----------------------------------------------------------------------
 
 
 def read_dependencies(pyproject: Path) -> tuple[Wanted, ...]:
-    """What ``[tool.kernels.dependencies]`` of a ``pyproject.toml`` says to lock.
+    """Read ``[tool.kernels.dependencies]`` of a ``pyproject.toml``: the kernels to lock.
 
-    Each entry is ``"owner/name" = version``, a number or a specifier; or a table with ``version``
-    or ``revision``.
+    Each entry is ``"owner/name" = version``, where the version is a number or a specifier; or
+    ``"owner/name" = table``, where the table has ``version`` or ``revision``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -152,7 +153,7 @@ def read_dependencies(pyproject: Path) -> tuple[Wanted, ...]:
         import tomli as tomllib
 
     try:
-        content: Any = tomllib.loads(pyproject.read_bytes().decode())
+        content: object = tomllib.loads(pyproject.read_bytes().decode())
     except ValueError as error:
         raise ValueError(f"{pyproject}: {error}") from error
     for key in ("tool", "kernels", "dependencies"):
@@ -173,17 +174,18 @@ def read_dependencies(pyproject: Path) -> tuple[Wanted, ...]:
 def find_locks(lockfile: str | os.PathLike[str] | None) -> Locks:
     """Read a lock file: the given one, or that of the caller.
 
-    The caller's is the ``kernels.lock`` among the metadata of the package that the nearest calling
-    function outside of this library belongs to, or else the one in the working directory.
+    The caller is the package of the nearest calling function outside of this library. Its lock
+    file is the ``kernels.lock`` in the metadata that it was installed with, or else the one in the
+    working directory.
 
     Raises:
-        TypeError: ``lockfile`` is no path.
+        TypeError: ``lockfile`` is not a path.
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be understood.
+        ValueError: The content is malformed.
     """
     if lockfile is None:
-        if (found := _of_caller()) is not None:
-            return parse_locks(found[1], found[0])
+        if (locks := _locks_of_caller()) is not None:
+            return locks
         lockfile = LOCKFILE
         if not os.path.exists(lockfile):
             raise FileNotFoundError(
@@ -200,7 +202,7 @@ def find_locks(lockfile: str | os.PathLike[str] | None) -> Locks:
     return parse_locks(data, str(lockfile))
 
 
-def _of_caller() -> tuple[str, str] | None:
+def _locks_of_caller() -> Locks | None:
     own = __name__.partition(".")[0]
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").partition(".")[0] == own:
@@ -212,15 +214,17 @@ def _of_caller() -> tuple[str, str] | None:
         return None
     for name in importlib.metadata.packages_distributions().get(package, ()):
         if (text := importlib.metadata.distribution(name).read_text(LOCKFILE)) is not None:
-            return f"{LOCKFILE} of {name}", text
+            return parse_locks(text, f"{LOCKFILE} of {name}")
     return None
 
 
-def lock(hub: Hub, dependencies: Iterable[Wanted]) -> Locks:
-    """Lock what a project depends on, and, after that, the kernels that those use.
+# --- locking --------------------------------------------------------------------------------------
 
-    Of the files only each variant's metadata is downloaded. Every variant is locked, whatever
-    system this one is.
+
+def lock(hub: Hub, dependencies: Iterable[Wanted]) -> Locks:
+    """Lock the dependencies of a project, then the kernels that those use.
+
+    Every variant is locked, also those for other systems. Of each only the metadata is downloaded.
 
     Raises:
         FileNotFoundError: There is no such repository or revision.
@@ -241,12 +245,12 @@ def _add_lock(
     above = below(above, wanted)
     if wanted in found:
         return
-    kernel = resolve(hub, wanted, anew=True)
+    kernel = resolve(hub, wanted, refresh=True)
     digests = []
     used: dict[Wanted, None] = {}
     for variant, files in sorted(list_build(hub, kernel).items()):
         if not files:
-            raise OSError(f"{kernel}: cannot be locked without the Hub, only read from the cache")
+            raise OSError(f"{kernel}: cannot be locked while offline: lock it with network access")
         metadata, sha256 = read_remote_metadata(hub, kernel, variant, files)
         digests.append((variant, content_digest(files, {METADATA: sha256} if sha256 else {})))
         used |= dict.fromkeys(metadata.kernel_depends)

@@ -1,9 +1,8 @@
-"""Repository objects: what a mapping holds, and what `kernelize` loads hub layers from."""
+"""Repository objects: the values of a kernel mapping, each of which loads one hub layer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from kernelgraph.builds import (
 )
 from kernelgraph.hub.kernels import load, load_from_disk
 from kernelgraph.hub.lockfile import Locks, find_locks
-from kernelgraph.hub.trust import allowed
+from kernelgraph.hub.trust import Trust, parse_trust
 from kernelgraph.selection import Target, type_name
 
 if TYPE_CHECKING:
@@ -30,46 +29,50 @@ _TAKE = {"layer_name": take_layer, "func_name": take_function}
 
 
 @dataclass(frozen=True)
-class Repository:
-    """What all kinds have in common: a kernel from somewhere, and one thing to take of it."""
+class KernelRepository:
+    """The base class of repository objects: a kernel, and the name of one layer or function of it.
+
+    Repository objects are immutable values: they can be compared, hashed, copied and pickled.
+    """
 
     _member: ClassVar[str]
-    """The field that names what is taken."""
+    """The field with the name of the layer or function."""
 
     def __post_init__(self) -> None:
         check_name(self._member, getattr(self, self._member))
 
     def load(self, target: Target | None = None) -> type[nn.Module]:
-        """The hub layer.
+        """Load the hub layer.
 
         Args:
-            target: The device that it is for; by default the accelerator that torch can use here,
-                or else the cpu.
+            target: The device that the layer is for; by default the accelerator that torch can use
+                here, or else the cpu.
 
         Raises:
             FileNotFoundError: There is no such repository, or no variant in it that fits.
-            ValueError: The kernel has no such layer, may not be run, is for other devices, or is
+            ValueError: The kernel has no such layer, is not trusted, is for other devices, or is
                 not what its metadata says.
             ImportError: The kernel's own code failed.
-            OSError: The Hub could not be asked, or does not have it.
+            OSError: The Hub could not be asked, or does not have the repository.
         """
         if target is not None and not isinstance(target, Target):
             raise TypeError(f"target: expected a Target or None, got {type_name(target)}")
-        kernel = self._kernel(target or default_target())
-        return _TAKE[self._member](kernel, getattr(self, self._member), self._where())
+        kernel = self._load_kernel(target or default_target())
+        return _TAKE[self._member](kernel, getattr(self, self._member), self._source())
 
     def __str__(self) -> str:
-        return f"{self._where()}: {getattr(self, self._member)}"
+        return f"{self._source()}: {getattr(self, self._member)}"
 
-    def _kernel(self, target: Target) -> ModuleType:
+    def _load_kernel(self, target: Target) -> ModuleType:
         raise NotImplementedError
 
-    def _where(self) -> str:
+    def _source(self) -> str:
+        """The repository as errors and reports show it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class _Local(Repository):
+class _LocalRepository(KernelRepository):
     repo_path: str | os.PathLike[str] = field(compare=False)
     package_name: str | None = field(default=None, kw_only=True)
     _path: Path = field(init=False, repr=False)
@@ -84,71 +87,81 @@ class _Local(Repository):
         path = Path(os.path.abspath(os.path.expanduser(self.repo_path)))
         object.__setattr__(self, "_path", path)
 
-    def _kernel(self, target: Target) -> ModuleType:
+    def _load_kernel(self, target: Target) -> ModuleType:
         return load_from_disk(
-            self._path, target, shown=self._where(), package_name=self.package_name
+            self._path, target, shown=self._source(), package_name=self.package_name
         )
 
-    def _where(self) -> str:
+    def _source(self) -> str:
         return str(self.repo_path)
 
 
 @dataclass(frozen=True)
-class _Hub(Repository):
+class _HubRepository(KernelRepository):
     repo_id: str
     revision: str | None = field(default=None, kw_only=True)
     version: int | str | None = field(default=None, kw_only=True)
-    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
+    trust_remote_code: Trust = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._wanted()
-        object.__setattr__(self, "trust_remote_code", allowed(self.trust_remote_code))
+        self._wanted()  # checks the arguments
+        object.__setattr__(self, "trust_remote_code", parse_trust(self.trust_remote_code))
 
     def _wanted(self) -> Wanted:
         return Wanted(self.repo_id, self.revision, self.version)
 
-    def _kernel(self, target: Target) -> ModuleType:
+    def _load_kernel(self, target: Target) -> ModuleType:
         return load(self._wanted(), target, trust_remote_code=self.trust_remote_code)
 
-    def _where(self) -> str:
+    def _source(self) -> str:
         return str(self._wanted())
 
 
 @dataclass(frozen=True)
-class LockedLayerRepository(Repository):
+class LockedLayerRepository(KernelRepository):
     """A layer of a kernel repository on the Hub, at the commit that a lock file has for it.
 
     Args:
         repo_id: The repository, ``owner/name``.
-        lockfile: The lock file, read now; by default the ``kernels.lock`` that the calling package
-            was installed with, or else the one in the working directory.
+        lockfile: The lock file, which is read now; by default the ``kernels.lock`` that the calling
+            package was installed with, or else the one in the working directory.
         layer_name: The layer, a class in the kernel's ``layers``.
         trust_remote_code: As for `LayerRepository`.
 
     Raises:
         TypeError: An argument is of the wrong type.
         FileNotFoundError: There is no such lock file.
-        ValueError: The lock file cannot be understood, or has no such repository; or a name is
-            malformed.
+        ValueError: The lock file cannot be understood or does not have the repository, or a name
+            is malformed.
+
+    Example:
+        >>> import kernelgraph as kg
+        >>> repository = kg.LockedLayerRepository(
+        ...     "kernels-community/activation", layer_name="SiluAndMul"
+        ... )
+        >>> print(repository)
+        kernels-community/activation (locked): SiluAndMul
+        >>> repository.load().__name__
+        'SiluAndMul'
     """
 
     repo_id: str
     lockfile: str | os.PathLike[str] | None = field(default=None, kw_only=True, compare=False)
     layer_name: str = field(kw_only=True)
-    trust_remote_code: bool | Sequence[str] = field(default=False, kw_only=True)
+    trust_remote_code: Trust = field(default=False, kw_only=True)
     _locks: Locks = field(init=False, repr=False)
     _member = "layer_name"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_repo_id("repo_id", self.repo_id)
-        object.__setattr__(self, "trust_remote_code", allowed(self.trust_remote_code))
+        object.__setattr__(self, "trust_remote_code", parse_trust(self.trust_remote_code))
         locks = find_locks(self.lockfile)
-        locks.of(self.repo_id)
+        locks.of(self.repo_id)  # raises if it is not locked
         object.__setattr__(self, "_locks", locks)
 
-    def _kernel(self, target: Target) -> ModuleType:
+    def _load_kernel(self, target: Target) -> ModuleType:
         return load(
             self._locks.of(self.repo_id).wanted,
             target,
@@ -156,23 +169,31 @@ class LockedLayerRepository(Repository):
             locks=self._locks,
         )
 
-    def _where(self) -> str:
+    def _source(self) -> str:
         return f"{self.repo_id} (locked)"
 
 
 @dataclass(frozen=True)
-class LocalLayerRepository(_Local):
-    """A layer of a kernel repository on this machine, which is taken for the user's own code.
+class LocalLayerRepository(_LocalRepository):
+    """A layer of a kernel repository on this machine, which is trusted as the user's own code.
 
     Args:
-        repo_path: The repository, its ``build/``, or one variant in it. A relative path is taken
-            from where the process is now.
-        package_name: The package in the variant; older builds only.
+        repo_path: The repository, its ``build/``, or one variant in it. A relative path is made
+            absolute now.
+        package_name: The package in the variant; only older builds need it.
         layer_name: The layer, a class in the kernel's ``layers``.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: A name is empty.
+
+    Example:
+        >>> import kernelgraph as kg
+        >>> repository = kg.LocalLayerRepository("examples/kernels", layer_name="RMSNorm")
+        >>> print(repository)
+        examples/kernels: RMSNorm
+        >>> repository.load().__name__
+        'RMSNorm'
     """
 
     layer_name: str = field(kw_only=True)
@@ -180,7 +201,7 @@ class LocalLayerRepository(_Local):
 
 
 @dataclass(frozen=True)
-class LocalFuncRepository(_Local):
+class LocalFuncRepository(_LocalRepository):
     """A function of a kernel repository on this machine, as a layer.
 
     Args:
@@ -189,6 +210,14 @@ class LocalFuncRepository(_Local):
 
     Raises:
         TypeError, ValueError: As for `LocalLayerRepository`.
+
+    Example:
+        >>> import kernelgraph as kg
+        >>> repository = kg.LocalFuncRepository("examples/kernels", func_name="silu_and_mul")
+        >>> print(repository)
+        examples/kernels: silu_and_mul
+        >>> repository.load().__name__
+        'silu_and_mul'
     """
 
     func_name: str = field(kw_only=True)
@@ -196,8 +225,8 @@ class LocalFuncRepository(_Local):
 
 
 @dataclass(frozen=True)
-class LayerRepository(_Hub):
-    """A layer of a kernel repository on the Hub. Nothing is asked of the Hub before ``load``.
+class LayerRepository(_HubRepository):
+    """A layer of a kernel repository on the Hub. No request is sent before `load`.
 
     Args:
         repo_id: The repository, ``owner/name``.
@@ -205,13 +234,23 @@ class LayerRepository(_Hub):
         revision: A branch, a tag or a commit.
         version: ``N`` for the branch ``v<N>``; or a PEP 440 specifier such as ``">=0.1,<0.2"``,
             for the highest of the tags ``v<major>.<minor>.<patch>`` that fits.
-        trust_remote_code: Whether the repository's code may be run: True, or a list of the
-            repository ids that are trusted.
+        trust_remote_code: Whether to run the repository's code even if the Hub does not call its
+            owner a trusted publisher: True, or a list of the repository ids that are trusted.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: ``repo_id`` or ``version`` is malformed, a name is empty, or both ``revision``
             and ``version`` are given.
+
+    Example:
+        >>> import kernelgraph as kg
+        >>> repository = kg.LayerRepository(
+        ...     "kernels-community/activation", layer_name="SiluAndMul", version=1
+        ... )
+        >>> print(repository)
+        kernels-community/activation version 1: SiluAndMul
+        >>> repository.load().__name__
+        'SiluAndMul'
     """
 
     layer_name: str = field(kw_only=True)
@@ -219,7 +258,7 @@ class LayerRepository(_Hub):
 
 
 @dataclass(frozen=True)
-class FuncRepository(_Hub):
+class FuncRepository(_HubRepository):
     """A function of a kernel repository on the Hub, as a layer.
 
     Args:
@@ -228,6 +267,16 @@ class FuncRepository(_Hub):
 
     Raises:
         TypeError, ValueError: As for `LayerRepository`.
+
+    Example:
+        >>> import kernelgraph as kg
+        >>> repository = kg.FuncRepository(
+        ...     "kernels-community/activation", func_name="silu_and_mul", version=">=0.1"
+        ... )
+        >>> print(repository)
+        kernels-community/activation version >=0.1: silu_and_mul
+        >>> repository.load().__name__
+        'silu_and_mul'
     """
 
     func_name: str = field(kw_only=True)

@@ -1,4 +1,4 @@
-"""From what is wanted of a repository to one commit of it: online, or as it was last online."""
+"""From a wanted revision or version of a repository to one commit of it, online and offline."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from kernelgraph.hub.client import REPO_TYPES, Hub, NotOffered, Resolved, asking
 _logger = logging.getLogger("kernelgraph")
 
 
-def resolve(hub: Hub, wanted: Wanted, *, anew: bool = False) -> Resolved:
-    """The commit that is wanted.
+def resolve(hub: Hub, wanted: Wanted, *, refresh: bool = False) -> Resolved:
+    """Find the commit that is wanted.
 
-    A commit that is in the cache is not asked for; anything else costs one request, or two for
-    the older repositories of the type model. Where the Hub cannot be reached, the commit is the
-    one that the same question had as its answer last.
+    A commit that is in the cache costs no request; anything else costs one, or two for older
+    repositories of the type model. If the Hub cannot be reached, the commit is the last answer to
+    the same question.
 
     Args:
-        hub: The Hub, and the cache.
-        wanted: The repository, and what is wanted of it.
-        anew: Whether only an answer that the Hub gives now will do.
+        hub: The Hub and the cache.
+        wanted: The repository, and its wanted revision or version.
+        refresh: Whether to accept only an answer that the Hub gives now.
 
     Raises:
-        FileNotFoundError: The Hub has no such repository, or no such revision of it; the message
-            says which there are.
-        ValueError: No tag fits the specifier; the message says which there are.
-        OSError: The Hub could not be reached, and the answer is not known from before.
+        FileNotFoundError: The Hub has no such repository or revision; the message lists the
+            versions of the repository.
+        ValueError: No tag fits the specifier; the message lists the tags.
+        OSError: The Hub could not be reached, and no earlier answer is known.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    if not anew and (cached := _in_cache(hub, wanted)) is not None:
+    if not refresh and (cached := _in_cache(hub, wanted)) is not None:
         return cached
     missing: Exception | None = None
     try:
         with asking(wanted.repo_id):
             for repo_type in REPO_TYPES:
                 try:
-                    return Resolved(wanted.repo_id, repo_type, _ask(hub, wanted, repo_type, anew))
+                    commit = _ask(hub, wanted, repo_type, refresh)
+                    return Resolved(wanted.repo_id, repo_type, commit)
                 except RepositoryNotFoundError as error:
                     missing = error
                 except Exception as error:
-                    if anew or refused(error):
+                    if refresh or refused(error):
                         raise
                     return _recall(hub, wanted, error)
             assert missing is not None
@@ -59,7 +60,7 @@ def resolve(hub: Hub, wanted: Wanted, *, anew: bool = False) -> Resolved:
 
 
 def _in_cache(hub: Hub, wanted: Wanted) -> Resolved | None:
-    """What is wanted, where that is a commit some of whose files are in the cache."""
+    """The wanted commit, if a commit hash is wanted and some of its files are in the cache."""
     if wanted.bound is None and is_commit(wanted.ref):
         for repo_type in REPO_TYPES:
             resolved = Resolved(wanted.repo_id, repo_type, wanted.ref)
@@ -68,7 +69,8 @@ def _in_cache(hub: Hub, wanted: Wanted) -> Resolved | None:
     return None
 
 
-def _ask(hub: Hub, wanted: Wanted, repo_type: str, anew: bool) -> str:
+def _ask(hub: Hub, wanted: Wanted, repo_type: str, refresh: bool) -> str:
+    """The commit hash that the Hub gives as the answer."""
     repo_id = wanted.repo_id
     if wanted.bound is not None:
         refs = hub.api.list_repo_refs(repo_id, repo_type=repo_type)
@@ -80,8 +82,8 @@ def _ask(hub: Hub, wanted: Wanted, repo_type: str, anew: bool) -> str:
         commit = _commit(commits[tag])
         hub.note(repo_id, repo_type, str(wanted)).write(commit)
         return commit
-    if anew or is_commit(wanted.ref):
-        # `resolve_revision` believes a commit, and for a name it may answer from the cache.
+    if refresh or is_commit(wanted.ref):
+        # `resolve_revision` does not check a commit hash, and it may answer from the cache.
         commit = _commit(hub.api.repo_info(repo_id, repo_type=repo_type, revision=wanted.ref).sha)
         if is_commit(wanted.ref) and commit != wanted.ref:
             raise NotOffered(f"{wanted.ref} is no commit of it")
@@ -94,7 +96,7 @@ def _ask(hub: Hub, wanted: Wanted, repo_type: str, anew: bool) -> str:
 
 
 def _recall(hub: Hub, wanted: Wanted, error: Exception) -> Resolved:
-    """The last answer; where there is none, the ``error`` that kept the Hub from answering."""
+    """The last answer; without one, raise the ``error`` that kept the Hub from answering."""
     from huggingface_hub.errors import RevisionResolutionError
 
     for repo_type in REPO_TYPES:
@@ -120,6 +122,7 @@ def _recall(hub: Hub, wanted: Wanted, error: Exception) -> Resolved:
 
 
 def _commit(text: str | None) -> str:
+    """Check a commit hash that came from the Hub or the cache."""
     if text is None or not is_commit(text):
         raise ValueError(f"expected a commit hash, got {text!r}: from the Hub, or from the cache")
     return text
@@ -127,7 +130,7 @@ def _commit(text: str | None) -> str:
 
 @dataclass(frozen=True)
 class PublishedVersion:
-    """A branch ``v<N>`` or a tag ``v<major>.<minor>.<patch>``, and its commit."""
+    """A branch ``v<N>`` or a tag ``v<major>.<minor>.<patch>``, with its commit."""
 
     name: str
     commit: Resolved
@@ -136,10 +139,10 @@ class PublishedVersion:
 
 
 def list_versions(hub: Hub, repo_id: str) -> list[PublishedVersion]:
-    """The versions of a repository, the oldest first, branches before tags.
+    """List the versions of a repository: branches before tags, each from the oldest on.
 
     Raises:
-        FileNotFoundError, OSError: As `resolve` raises.
+        FileNotFoundError, OSError: As for `resolve`.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -151,13 +154,13 @@ def list_versions(hub: Hub, repo_id: str) -> list[PublishedVersion]:
             except RepositoryNotFoundError:
                 if repo_type == REPO_TYPES[-1]:
                     raise
-        kinds = ((False, refs.branches, branch_version), (True, refs.tags, tag_version))
+        groups = ((False, refs.branches, branch_version), (True, refs.tags, tag_version))
         found = [
             PublishedVersion(
                 ref.name, Resolved(repo_id, repo_type, _commit(ref.target_commit)), is_tag, version
             )
-            for is_tag, named, version_of in kinds
-            for ref in named
+            for is_tag, references, version_of in groups
+            for ref in references
             if (version := version_of(ref.name)) is not None
         ]
     return sorted(found, key=lambda version: (version.is_tag, version.version))

@@ -1,19 +1,19 @@
-"""Whose code may be run: loading a kernel runs what its repository holds."""
+"""Trust: whose code may be run. Loading a kernel runs the code of its repository."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 from kernelgraph.builds import check_repo_id
 from kernelgraph.hub.client import Hub, Resolved, asking
 
-Trust = bool | Sequence[str]
-"""What `trust_remote_code` may be."""
+Trust: TypeAlias = bool | Sequence[str]
+"""A ``trust_remote_code`` argument: all repositories, none, or a list of repository ids."""
 
 
-def allowed(trust_remote_code: Any) -> bool | tuple[str, ...]:
-    """``trust_remote_code`` in a form that nobody changes later.
+def parse_trust(trust_remote_code: object) -> bool | tuple[str, ...]:
+    """Check a ``trust_remote_code`` argument, and copy a list so that it cannot change later.
 
     Raises:
         TypeError: It is neither a bool nor a list of repository ids.
@@ -32,21 +32,21 @@ def allowed(trust_remote_code: Any) -> bool | tuple[str, ...]:
 
 
 def check_trust(hub: Hub, kernel: Resolved, trust_remote_code: Trust) -> None:
-    """Refuse a commit that neither the user nor the Hub vouches for; no code of it is here yet.
+    """Refuse a commit that neither the user nor the Hub trusts, before its code is downloaded.
 
-    The Hub vouches for the organisations that it calls trusted publishers. Its word is kept for
-    the commit for which it was given, so that this commit loads again without a request and
-    offline, while another one is asked for anew.
+    The Hub trusts the organisations that it calls trusted publishers. Its answer is kept for that
+    one commit: the commit loads again without a request, also offline, and for another commit the
+    Hub is asked again.
 
     Args:
         hub: The Hub to ask.
-        kernel: What is to be loaded.
+        kernel: The commit to be loaded.
         trust_remote_code: True, or the repository ids that the user trusts.
 
     Raises:
-        FileNotFoundError: The Hub no longer has it.
-        ValueError: Nobody vouches for it, or the Hub cannot be asked; the message names the ways
-            out.
+        FileNotFoundError: The Hub no longer has the commit.
+        ValueError: Neither the user nor the Hub trusts the repository, or the Hub cannot be asked;
+            the message says what the user can do.
     """
     if trust_remote_code is True:
         return
@@ -69,8 +69,8 @@ def check_trust(hub: Hub, kernel: Resolved, trust_remote_code: Trust) -> None:
 
 
 def _owner(hub: Hub, kernel: Resolved) -> str:
-    # The Hub forwards the old name of a repository that has moved, so the name that was asked for
-    # does not say who owns what arrives.
+    # The Hub redirects the old name of a repository that has moved, so the requested name does not
+    # say who owns the files that arrive.
     info = hub.api.repo_info(kernel.repo_id, repo_type=kernel.repo_type, revision=kernel.commit)
     return info.id.partition("/")[0]
 
@@ -81,7 +81,7 @@ def _is_trusted_publisher(hub: Hub, owner: str) -> bool:
     try:
         overview = hub.api.get_organization_overview(owner)
     except HfHubHTTPError as error:
-        if error.response.status_code == 404:  # a user, and only organisations are vouched for
+        if error.response.status_code == 404:  # a user, who cannot be a trusted publisher
             return False
         raise
     return getattr(overview, "trustedKernelPublisher", False) is True

@@ -29,7 +29,15 @@ from kernelgraph.builds import (
     read_wanted,
     verify,
 )
-from kernelgraph.hub import Finder, Hub, check, check_on_disk, content_digest, list_build, resolve
+from kernelgraph.hub import (
+    Finder,
+    Hub,
+    check_kernel,
+    check_local_kernel,
+    content_digest,
+    list_build,
+    resolve,
+)
 from kernelgraph.selection import Target
 
 
@@ -158,10 +166,10 @@ def kernels_of(
             )
         finder = Finder(Hub(), trust_remote_code=True)  # it is running here already
         if is_commit(origin.revision):
-            kernel = check(Wanted(origin.repository, origin.revision), target, finder)
+            kernel = check_kernel(Wanted(origin.repository, origin.revision), target, finder)
         else:
             path = Path(origin.repository, "build", origin.variant)
-            kernel = check_on_disk(path, target, finder, origin.repository)
+            kernel = check_local_kernel(path, target, finder, origin.repository)
     found: dict[str, Baked] = {}
     here: dict[str, Checked] = {}
     return _note(kernel, found, here), found, here

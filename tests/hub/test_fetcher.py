@@ -9,7 +9,7 @@ import pytest
 from kernelgraph import get_kernel
 from kernelgraph.builds.metadata import digest_files
 from kernelgraph.hub.client import Hub, Resolved
-from kernelgraph.hub.fetcher import compare, fetch, list_build
+from kernelgraph.hub.fetcher import fetch, find_damage, list_build
 from tests.support.toy_repository import layer_files, variant_files
 
 FILES = {**layer_files(), "data/weights.bin": b"\0" * 300, "_ops.so": b"\x7fELF"}
@@ -201,7 +201,8 @@ class TestPoison:
         assert fetched(kernel).directory == variant
         assert digest_files(variant) == whole
         hub.asked()
-        assert not compare(variant, list_build(Hub(), kernel, anew=True)["torch-universal"])[0]
+        files = list_build(Hub(), kernel, refresh=True)["torch-universal"]
+        assert not find_damage(variant, files)[0]
 
     @pytest.mark.parametrize("poison", POISON)
     def test_is_refused_offline(self, kernel, variant, offline, as_a_new_process, poison):

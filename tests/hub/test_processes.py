@@ -14,7 +14,7 @@ import pytest
 
 from kernelgraph import get_kernel
 from kernelgraph.hub.client import Hub, Resolved
-from kernelgraph.hub.fetcher import compare, list_build
+from kernelgraph.hub.fetcher import find_damage, list_build
 from tests.support.toy_repository import layer_files, variant_files
 
 FILES = {**layer_files(), **{f"data/{i}.bin": bytes([i]) * 5000 for i in range(6)}}
@@ -72,7 +72,7 @@ def check_cache(kernel, tmp_path):
     """Everything is there, whole, and nothing else is."""
     hub = Hub()
     directory = hub.snapshot(kernel) / "build/torch-universal"
-    assert not compare(directory, list_build(hub, kernel)["torch-universal"])[0]
+    assert not find_damage(directory, list_build(hub, kernel)["torch-universal"])[0]
     assert not [
         path for path in Path(tmp_path).rglob("*") if path.suffix in (".tmp", ".incomplete")
     ]

@@ -15,11 +15,11 @@ from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.lockfile import Lock, Locks
 from kernelgraph.hub.repositories import (
     FuncRepository,
+    KernelRepository,
     LayerRepository,
     LocalFuncRepository,
     LocalLayerRepository,
     LockedLayerRepository,
-    Repository,
 )
 from kernelgraph.selection.devices import Target
 from tests.support.toy_repository import layer_files, variant_files, write_repository
@@ -71,7 +71,7 @@ class TestAsValues:
             assert hash(same) == hash(repository)
             assert repr(same) == repr(repository)
             assert str(same) == str(repository)
-        assert isinstance(repository, Repository)
+        assert isinstance(repository, KernelRepository)
 
     def test_different_ones_differ(self):
         assert len({*EACH}) == len(EACH)

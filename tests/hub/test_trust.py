@@ -8,7 +8,7 @@ from kernelgraph import get_kernel, has_kernel
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
 from kernelgraph.hub.resolver import resolve
-from kernelgraph.hub.trust import allowed, check_trust
+from kernelgraph.hub.trust import check_trust, parse_trust
 from tests.support.toy_repository import layer_files, variant_files
 
 
@@ -116,6 +116,6 @@ def test_the_three_ways_out(repository):
 
 def test_a_list_that_changes_later():
     trusted = ["a/b"]
-    kept = allowed(trusted)
+    kept = parse_trust(trusted)
     trusted.append("c/d")
     assert kept == ("a/b",)
