@@ -17,6 +17,8 @@ Invariants:
     - A kernel is loaded from one commit, also if its branch or tag moves during the load.
     - Each request has a time limit, and each error in one names the repository.
     - Offline, a revision or version means the commit that it meant when the Hub last answered.
+    - A repair deletes a variant's directory and its commit's listing in the cache, never the target
+      of a link and nothing outside of the cache.
     - Importing this wing imports neither torch nor huggingface_hub.
 """
 

@@ -3,7 +3,7 @@
 The Hub's listing of a commit has a hash of each file: git's own, or the sha256 of a file in git's
 large file storage. `huggingface_hub` keeps the listing in the cache, beside the files. So every
 load notices a file that was damaged on its way or in the cache, also in builds whose metadata has
-no digest. A damaged file is replaced where the Hub can be reached. The digest in the
+no digest. A damaged variant is downloaded again where the Hub can be reached. The digest in the
 metadata is a separate check: `kernelgraph.builds.check_variant` makes it for every build.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import os
 import shutil
 from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping
@@ -228,7 +229,9 @@ def _repair(hub: Hub, kernel: Resolved, variant: str, files: Files) -> Fetched:
             if not damage.only_missing:  # the listing in the cache may be what is damaged
                 files = _list_again(hub, kernel, variant)
                 damage, _ = find_damage(directory, files)
-            _replace(hub, kernel, directory, damage)
+            if not damage.only_missing:
+                _remove(hub, kernel, directory)
+            _download(hub, kernel, variant, force=bool(damage.changed))
         except OSError as error:
             raise OSError(f"{error} (the cached copy of {where} is not whole: {damage})") from error
     raise AssertionError("unreachable")
@@ -244,30 +247,36 @@ def _list_again(hub: Hub, kernel: Resolved, variant: str) -> Files:
     return variants[variant]
 
 
-def _replace(hub: Hub, kernel: Resolved, directory: Path, damage: Damage) -> None:
-    within = f"build/{directory.name}"
-    if damage.unreadable:
-        if directory.is_symlink():
-            directory.unlink()
-        shutil.rmtree(directory, ignore_errors=True)
-    for name in (*damage.changed, *damage.unlisted):
-        (directory / name).unlink(missing_ok=True)
-    for name in damage.missing:
-        shutil.rmtree(directory / name, ignore_errors=True)  # where it is a directory
-    if damage.changed:
-        _download(hub, kernel, [f"{within}/{name}" for name in damage.changed], force=True)
-    _download(hub, kernel, [f"{within}/*"])
+def _remove(hub: Hub, kernel: Resolved, directory: Path) -> None:
+    """Remove a variant's directory from the cache, with the links in it but not their targets.
+
+    The client's downloads then link to the contents in the cache, or with ``force`` replace them.
+
+    Raises:
+        OSError: The way to the directory leads out of the repository's part of the cache.
+    """
+    storage = hub.storage(kernel.repo_id, kernel.repo_type)
+    build = directory.parent
+    if build.resolve() != storage.resolve() / build.relative_to(storage):
+        raise OSError(
+            f"{kernel.repo_id}: {build} leads out of the cache, where nothing is deleted: remove "
+            "the link and load the kernel again"
+        )
+    if directory.is_symlink() or directory.is_file():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)  # if it fails, so does the download
 
 
-def _download(hub: Hub, kernel: Resolved, paths: list[str], *, force: bool = False) -> None:
-    patterns = [glob.escape(path) for path in paths] if force else paths
+def _download(hub: Hub, kernel: Resolved, variant: str, *, force: bool) -> None:
+    """Download the files of a variant that it lacks; with ``force`` all of them."""
     with asking(kernel.repo_id):
         hub.api.snapshot_download(
             kernel.repo_id,
             repo_type=kernel.repo_type,
             revision=kernel.commit,
             cache_dir=hub.cache,
-            allow_patterns=patterns,
+            allow_patterns=[f"build/{glob.escape(variant)}/*"],
             ignore_patterns=_BYTECODE,
             force_download=force,
         )
@@ -329,6 +338,8 @@ def find_damage(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str
     if directory.is_symlink():
         return Damage(unreadable=f"{directory.name} is a link"), {}
     if not directory.is_dir():
+        if directory.exists():
+            return Damage(unreadable=f"{directory.name} is no directory"), {}
         return Damage(missing=tuple(sorted(files)) or (directory.name,)), {}
     sha256, changed = {}, []
     try:
@@ -341,9 +352,11 @@ def find_damage(directory: Path, files: Files) -> tuple[Damage, Mapping[str, str
     if not files:  # nothing to compare with
         return Damage(), sha256
     missing, unlisted = files.keys() - sha256.keys(), sha256.keys() - files.keys()
+    # A directory in the place of a file: the client would take it for the file.
+    occupied = {name for name in missing if os.path.lexists(directory / name)}
     return Damage(
-        missing=tuple(sorted(missing)),
-        changed=tuple(sorted(changed)),
+        missing=tuple(sorted(missing - occupied)),
+        changed=tuple(sorted([*changed, *occupied])),
         unlisted=tuple(sorted(unlisted)),
     ), sha256
 

@@ -165,6 +165,16 @@ def directory_for_file(variant):
     (variant / "layers.py" / "__init__.py").write_text("poison")
 
 
+def empty_directory_for_file(variant):
+    (variant / "layers.py").unlink()
+    (variant / "layers.py").mkdir()
+
+
+def file_for_directory(variant):
+    shutil.rmtree(variant)
+    variant.write_text("poison")
+
+
 def link_for_directory(variant):
     shutil.move(variant, variant.parents[4] / "moved")
     variant.symlink_to(variant.parents[4] / "moved")
@@ -187,6 +197,8 @@ POISON = [
     lead_out,
     break_link,
     directory_for_file,
+    empty_directory_for_file,
+    file_for_directory,
     link_for_directory,
     corrupt_listing,
 ]
@@ -246,3 +258,74 @@ class TestPoison:
             fetched(kernel)
         hub.faults.clear()
         assert (fetched(kernel).directory / "layers.py").read_text() == FILES["layers.py"]
+
+
+class TestRepair:
+    """How a damaged variant is downloaded again, and what of the cache that leaves alone."""
+
+    def test_damaged_variant_is_downloaded_again_whole(self, hub, kernel, variant):
+        hub.asked()
+        change_content(variant)
+        fetched(kernel)
+        assert names(hub.asked()) == sorted([*FILES, "metadata.json"])
+
+    def test_whole_contents_are_linked_again_without_a_download(self, hub, kernel, variant):
+        hub.asked()
+        add_file(variant)
+        fetched(kernel)
+        assert names(hub.asked()) == []
+
+    def test_repair_leaves_other_variants_alone(self, kernel, variant):
+        hub = Hub()
+        other = fetch(hub, kernel, "torch-rocm", list_build(hub, kernel)["torch-rocm"]).directory
+        (other / "own.txt").write_text("of the user")
+        change_large_file(variant)
+        fetched(kernel)
+        assert (other / "own.txt").read_text() == "of the user"
+
+    @pytest.mark.parametrize("name", ["layers.py", "more.py"])
+    def test_repair_deletes_a_link_and_not_its_target(self, kernel, variant, tmp_path, name):
+        (tmp_path / "outside.py").write_text("of the user")
+        (variant / name).unlink(missing_ok=True)
+        (variant / name).symlink_to(tmp_path / "outside.py")
+        fetched(kernel)
+        assert (tmp_path / "outside.py").read_text() == "of the user"
+
+    def test_repair_deletes_a_link_and_not_its_target_directory(self, kernel, variant, tmp_path):
+        (tmp_path / "outside").mkdir()
+        (tmp_path / "outside" / "file.py").write_text("of the user")
+        (variant / "more").symlink_to(tmp_path / "outside")
+        fetched(kernel)
+        assert not (variant / "more").exists()
+        assert (tmp_path / "outside" / "file.py").read_text() == "of the user"
+
+    def test_repair_of_a_variant_that_is_a_link_deletes_the_link_alone(self, kernel, variant):
+        link_for_directory(variant)
+        moved = variant.resolve()
+        before = sorted(path.name for path in moved.iterdir())
+        fetched(kernel)
+        assert not variant.is_symlink()
+        assert sorted(path.name for path in moved.iterdir()) == before
+
+    def test_repair_deletes_nothing_where_a_link_leads_out_of_the_cache(
+        self, hub, kernel, variant, tmp_path
+    ):
+        build, outside = variant.parent, tmp_path / "outside"
+        shutil.move(build, outside)
+        build.symlink_to(outside)
+        own = outside / "torch-universal" / "own.txt"
+        own.write_text("of the user")
+        hub.asked()
+        with pytest.raises(OSError, match=r"^org/toy: .*build leads out of the cache, where noth"):
+            fetched(kernel)
+        assert own.read_text() == "of the user"
+        assert names(hub.asked()) == []
+
+    def test_repository_whose_folder_is_a_link_is_repaired(self, kernel, variant, tmp_path):
+        """A user may keep a large repository on another disk."""
+        storage = Hub().storage("org/toy", "kernel")
+        shutil.move(storage, tmp_path / "other-disk")
+        storage.symlink_to(tmp_path / "other-disk")
+        add_file(variant)
+        assert fetched(kernel).directory == variant
+        assert not (variant / "more.py").exists()
