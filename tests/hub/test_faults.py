@@ -1,4 +1,4 @@
-"""A Hub that fails: the right kernel or one clear error, and afterwards no cleaning up."""
+"""A Hub that fails: the load gives the right kernel or a clear error, and leaves no damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = {**layer_files(), "_ops.so": b"\x7fELF" * 50}
 
 @pytest.fixture(autouse=True)
 def repository(hub, no_waiting, monkeypatch):
-    """The client waits for nothing: not between its attempts, and a little for an answer."""
+    """The repository that is loaded, with a client that does not wait between its attempts."""
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.2)
@@ -55,8 +55,8 @@ def faulty(fault, path, times):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kind}{fault.status}")
 @pytest.mark.parametrize("times", [1, 1 << 30], ids=["once", "always"])
-def test_cold(hub, step, fault, times):
-    """The kernel is right, or there is an error that names the repository; then it is right."""
+def test_cold_load_is_right_or_names_the_repository(hub, step, fault, times):
+    """After the fault has passed, the kernel loads."""
     hub.faults.append(faulty(fault, STEPS[step], times))
     wanted = WANTED[step == "versions"]
     failure = None
@@ -75,23 +75,23 @@ def test_cold(hub, step, fault, times):
 
 @pytest.mark.parametrize("fault", FAULTS[:6], ids=lambda fault: f"{fault.kind}{fault.status}")
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
-def test_warm(hub, fault, wanted):
-    """What was loaded once loads whatever the Hub does, and as it was."""
+def test_warm_load_needs_no_hub(hub, fault, wanted):
+    """A kernel that was loaded once loads again, and is the same module."""
     kernel = get_kernel("org/toy", **wanted)
     hub.faults.append(fault)
     assert get_kernel("org/toy", **wanted) is kernel
 
 
 @pytest.mark.parametrize("kind", ["status", "stall", "corrupt"])
-def test_a_passing_fault_is_borne(hub, kind):
-    """Where the client tries again, or the file is fetched anew, the user sees nothing of it."""
+def test_passing_fault_is_not_noticed(hub, kind):
+    """The client repeats the request, or the file is downloaded again."""
     hub.fault(kind, "layers.py", times=1, method="GET" if kind == "corrupt" else None)
     assert get_kernel("org/toy", version=1).RESULT == 1
 
 
 @pytest.mark.parametrize("wanted", [*WANTED, {"revision": "a" * 40}], ids=str)
-def test_refused_connections(hub, no_waiting, wanted):
-    """An error at once, and nothing to clean up; what was loaded before loads as it was."""
+def test_refused_connection_is_an_error_at_once(hub, no_waiting, wanted):
+    """Later the kernel loads without any cleaning up, and then also without the Hub."""
     hub.stop()
     close_session()
     with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
@@ -107,8 +107,8 @@ def test_refused_connections(hub, no_waiting, wanted):
     hub.start()
 
 
-def test_a_tag_that_is_lost_between_two_calls(hub, repository):
-    """The commit is what counts once it is known."""
+def test_tag_lost_between_two_requests_does_not_matter(hub, repository):
+    """Once the commit is known, only the commit is used."""
 
     def lose(method, path):
         if path.endswith("/refs"):
@@ -120,8 +120,8 @@ def test_a_tag_that_is_lost_between_two_calls(hub, repository):
     assert get_kernel("org/toy", version=">=0.1").RESULT == 1
 
 
-def test_a_branch_that_moves_between_two_calls(hub, repository):
-    """No mixture of two revisions."""
+def test_branch_moved_between_two_requests_does_not_matter(hub, repository):
+    """All files are from the commit that was resolved first."""
     commit = repository.branches["v1"]
 
     def move(method, path):

@@ -1,4 +1,4 @@
-"""Files: which are downloaded, and that each is what the Hub lists, or is replaced."""
+"""The files of a variant: which are downloaded, and that each is what the Hub lists."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kernel(repository):
 
 @pytest.fixture
 def variant(kernel):
-    """Where the variant is, once it is in the cache."""
+    """The directory of the variant, which is in the cache."""
     return fetched(kernel).directory
 
 
@@ -53,37 +53,37 @@ def names(requests, method="GET"):
 
 
 class TestDownload:
-    def test_only_the_variant_and_no_bytecode(self, hub, kernel):
+    def test_only_the_variant_without_bytecode_is_downloaded(self, hub, kernel):
         directory = fetched(kernel).directory
         assert names(hub.asked()) == sorted([*FILES, "metadata.json"])
         assert [path.name for path in directory.parent.iterdir()] == ["torch-universal"]
         assert set(digest_files(directory)) == set(FILES)
 
-    def test_once(self, hub, kernel, variant):
+    def test_variant_is_downloaded_once(self, hub, kernel, variant):
         hub.asked()
         assert fetched(kernel).directory == variant
         assert hub.asked() == []
 
-    def test_what_is_missing(self, hub, kernel, variant):
+    def test_missing_files_alone_are_downloaded(self, hub, kernel, variant):
         hub.asked()
         (variant / "layers.py").unlink()
         fetched(kernel)
-        assert names(hub.asked()) == []  # its content is still among the blobs
+        assert names(hub.asked()) == []  # the cache still has the blob
         blob = (variant / "layers.py").resolve()
         blob.unlink()
         fetched(kernel)
         assert names(hub.asked()) == ["layers.py"]
 
-    def test_digests(self, kernel):
+    def test_digests_of_all_files_are_returned(self, kernel):
         found = fetched(kernel)
         listed = digest_files(found.directory)
         assert {name: found.sha256[name] for name in listed} == listed
 
-    def test_offline(self, kernel, variant, offline):
+    def test_cached_variant_is_fetched_offline(self, kernel, variant, offline):
         offline()
         assert fetched(kernel).directory == variant
 
-    def test_offline_and_not_all_there(self, kernel, variant, offline):
+    def test_incomplete_variant_is_refused_offline(self, kernel, variant, offline):
         (variant / "layers.py").unlink()
         offline()
         with pytest.raises(
@@ -91,25 +91,27 @@ class TestDownload:
         ):
             fetched(kernel)
 
-    def test_offline_without_a_listing(self, kernel, variant, offline, as_a_new_process):
-        """An older client has left none."""
+    def test_cached_variant_without_a_listing_is_fetched_offline(
+        self, kernel, variant, offline, as_a_new_process
+    ):
+        """A cache that an older client has written has no listing."""
         shutil.rmtree(variant.parents[3] / "trees")
         offline()
         as_a_new_process()
         assert list_build(Hub(), kernel) == {"torch-universal": {}}
         assert fetched(kernel).directory == variant
 
-    def test_a_listing_that_leads_out(self, hub, repository, kernel):
+    def test_listing_with_a_path_that_leads_out_is_refused(self, hub, repository, kernel):
         repository.commits[kernel.commit] = {"build/torch-universal/../../../../x.py": b""}
         with pytest.raises(ValueError, match=r"^org/toy at \w+: build/.*x.py is no path inside"):
             list_build(Hub(), kernel)
 
-    def test_no_build(self, hub, repository, kernel):
+    def test_repository_without_a_build_has_no_variants(self, hub, repository, kernel):
         repository.commits[kernel.commit] = {"README.md": b"#"}
         assert list_build(Hub(), kernel) == {}
 
-    def test_blobs_that_repositories_share(self, kernel, variant):
-        """The client keeps what several repositories hold once, and links to it."""
+    def test_blobs_shared_by_repositories_are_accepted(self, kernel, variant):
+        """The client may keep a content of several repositories once, and link to it."""
         blob = (variant / "_ops.so").resolve()
         shared = blob.parents[2] / "blobs" / "ab" / "cdef"
         shared.parent.mkdir(parents=True)
@@ -117,7 +119,7 @@ class TestDownload:
         blob.symlink_to(shared)
         assert fetched(kernel).directory == variant
 
-    def test_a_link_to_anywhere_else(self, kernel, variant, tmp_path, offline):
+    def test_link_out_of_the_cache_is_refused(self, kernel, variant, tmp_path, offline):
         (tmp_path / "elsewhere.so").write_bytes(FILES["_ops.so"])
         (variant / "_ops.so").unlink()
         (variant / "_ops.so").symlink_to(tmp_path / "elsewhere.so")
@@ -187,7 +189,7 @@ def corrupt_listing(variant):
     listing.write_text(text.replace(id_, "0" * 40))
 
 
-POISON = [
+DAMAGES = [
     change_content,
     change_large_file,
     change_metadata,
@@ -204,11 +206,13 @@ POISON = [
 ]
 
 
-class TestPoison:
-    @pytest.mark.parametrize("poison", POISON)
-    def test_is_replaced_online(self, hub, kernel, variant, as_a_new_process, poison):
+class TestDamage:
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_damaged_variant_is_replaced_online(
+        self, hub, kernel, variant, as_a_new_process, damage
+    ):
         whole = digest_files(variant)
-        poison(variant)
+        damage(variant)
         as_a_new_process()
         assert fetched(kernel).directory == variant
         assert digest_files(variant) == whole
@@ -216,39 +220,43 @@ class TestPoison:
         files = list_build(Hub(), kernel, refresh=True)["torch-universal"]
         assert not find_damage(variant, files)[0]
 
-    @pytest.mark.parametrize("poison", POISON)
-    def test_is_refused_offline(self, kernel, variant, offline, as_a_new_process, poison):
-        poison(variant)
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_damaged_variant_is_refused_offline(
+        self, kernel, variant, offline, as_a_new_process, damage
+    ):
+        damage(variant)
         as_a_new_process()
         offline()
         with pytest.raises(OSError, match=r"^org/toy at \w+, variant torch-universal: cannot be"):
             fetched(kernel)
 
-    def test_a_hub_that_lists_nothing_vouches_for_nothing(self, repository, kernel, variant):
+    def test_damaged_variant_that_the_hub_no_longer_lists_is_refused(
+        self, repository, kernel, variant
+    ):
         (variant / "layers.py").resolve().write_text("poison")
         repository.commits[kernel.commit] = {"build/torch-rocm/__init__.py": b""}
         with pytest.raises(ValueError, match=r"torch-universal: the Hub does not list it any more"):
             fetched(kernel)
 
-    def test_with_the_hub_out_of_reach(self, hub, kernel, variant):
+    def test_damaged_variant_is_refused_if_the_hub_cannot_be_reached(self, hub, kernel, variant):
         (variant / "layers.py").resolve().write_text("poison")
         hub.fault("drop")
         with pytest.raises(OSError, match=r"^org/toy: could not be had .* not whole: changed: lay"):
             fetched(kernel)
 
-    def test_is_never_run(self, hub, kernel, variant, offline, tmp_path):
+    def test_damaged_code_is_never_run(self, hub, kernel, variant, offline, tmp_path):
         (variant / "__init__.py").resolve().write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
         offline()
         with pytest.raises(OSError, match=r"changed: __init__\.py"):
             get_kernel("org/toy", revision=kernel.commit, trust_remote_code=True)
         assert not (tmp_path / "ran").exists()
 
-    def test_one_wrong_byte_on_the_way(self, hub, kernel):
+    def test_byte_changed_once_on_the_way_is_corrected(self, hub, kernel):
         hub.fault("corrupt", "layers.py", times=1, method="GET")
         directory = fetched(kernel).directory
         assert (directory / "layers.py").read_text() == FILES["layers.py"]
 
-    def test_a_wrong_byte_each_time(self, hub, kernel):
+    def test_byte_changed_each_time_on_the_way_is_an_error(self, hub, kernel):
         hub.fault("corrupt", "layers.py", method="GET")
         with pytest.raises(
             ValueError,
@@ -261,7 +269,7 @@ class TestPoison:
 
 
 class TestRepair:
-    """How a damaged variant is downloaded again, and what of the cache that leaves alone."""
+    """The download of a damaged variant, and the files that it must not touch."""
 
     def test_damaged_variant_is_downloaded_again_whole(self, hub, kernel, variant):
         hub.asked()

@@ -1,4 +1,4 @@
-"""Kernels from the Hub as modules: which build, local overrides, kernels that use kernels."""
+"""Loading kernels as modules: which build is loaded, and kernels that use other kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kernelgraph import get_kernel, get_kernel_dep, get_local_kernel, get_locked
 from kernelgraph.builds.importing import module_origin
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.finder import local_kernels
 from kernelgraph.hub.kernels import load
 from kernelgraph.hub.lockfile import lock
 from kernelgraph.selection.devices import Target
@@ -21,7 +20,7 @@ from tests.support.toy_repository import METADATA, layer_files, variant_files, w
 
 @pytest.fixture(autouse=True)
 def org(hub):
-    """Everything in these tests is of a trusted publisher."""
+    """Makes the owner of all repositories in these tests a trusted publisher."""
     hub.organisation("org", trusted=True)
 
 
@@ -33,7 +32,7 @@ def toy(hub):
 
 
 class TestGet:
-    def test_each_way_to_ask(self, toy):
+    def test_kernel_is_found_by_version_bound_branch_and_commit(self, toy):
         commit = toy.branches["v1"]
         toy.branches["main"] = commit
         ways = ({"version": 1}, {"version": ">=0.1"}, {"revision": "main"}, {"revision": commit})
@@ -42,7 +41,7 @@ class TestGet:
             assert kernel.RESULT == 1
             assert module_origin(kernel.__name__).revision == commit
 
-    def test_main_is_warned_of(self, toy):
+    def test_loading_from_main_warns(self, toy):
         toy.branches["main"] = toy.branches["v1"]
         with pytest.warns(UserWarning, match="org/toy is loaded from its branch main") as warned:
             get_kernel("org/toy")
@@ -51,25 +50,25 @@ class TestGet:
             warnings.simplefilter("error")
             get_kernel("org/toy", revision="main")
 
-    def test_two_revisions_side_by_side(self, toy):
+    def test_two_revisions_are_loaded_side_by_side(self, toy):
         old = get_kernel("org/toy", version=1)
         toy.commit(variant_files(layer_files(result=5)), branch="v1")
         new = get_kernel("org/toy", version=1)
         assert (old.RESULT, new.RESULT) == (1, 5)
         assert old.layers is not new.layers
 
-    def test_an_id_shadows_nothing(self, hub):
+    def test_metadata_id_shadows_no_module(self, hub):
         hub.repository("org/toy").commit(variant_files(metadata={"id": "json"}), branch="v1")
         get_kernel("org/toy", version=1)
         assert sys.modules["json"] is json
 
-    def test_the_backend_decides(self, hub):
+    def test_backend_chooses_the_variant(self, hub):
         files = variant_files(layer_files(result=7), variant="torch-cuda")
         hub.repository("org/toy").commit({**variant_files(), **files}, branch="v1")
         assert get_kernel("org/toy", version=1, backend="cuda").RESULT == 7
         assert get_kernel("org/toy", version=1, backend="cpu").RESULT == 1
 
-    def test_user_agent(self, hub, toy, monkeypatch):
+    def test_requests_have_the_user_agent(self, hub, toy, monkeypatch):
         seen = []
         answer = hub.answer
         monkeypatch.setattr(hub, "answer", lambda url: seen.append(url) or answer(url))
@@ -86,7 +85,7 @@ class TestGet:
         get_kernel("org/toy", version=1, user_agent={"framework": "mine"})
         assert all("kernelgraph" in agent and "framework/mine" in agent for agent in agents)
 
-    def test_archs(self, hub):
+    def test_build_for_other_devices_is_refused(self, hub):
         metadata = {**METADATA, "backend": {"type": "cuda", "archs": ["9.0"]}}
         files = variant_files(variant="torch-cuda", metadata=metadata)
         hub.repository("org/toy").commit(files, branch="v1")
@@ -96,7 +95,7 @@ class TestGet:
         assert load(wanted, old, trust_remote_code=False, check_arch=False).RESULT == 1
         assert load(wanted, Target("cuda", 90), trust_remote_code=False).RESULT == 1
 
-    def test_a_build_that_is_not_what_its_metadata_says(self, hub):
+    def test_build_that_differs_from_its_metadata_is_refused(self, hub):
         files = variant_files()
         files["build/torch-universal/layers.py"] += b"\n"
         hub.repository("org/toy").commit(files, branch="v1")
@@ -105,7 +104,7 @@ class TestGet:
         ):
             get_kernel("org/toy", version=1)
 
-    def test_a_failing_import_names_everything(self, hub):
+    def test_failing_import_names_kernel_revision_and_variant(self, hub):
         files = variant_files({"__init__.py": "1 / 0"})
         commit = hub.repository("org/toy").commit(files, branch="v1")
         with pytest.raises(
@@ -128,81 +127,34 @@ class TestGet:
         ],
         ids=str,
     )
-    def test_bad_arguments(self, hub, arguments):
+    def test_bad_argument_is_refused_without_a_request(self, hub, arguments):
         for function in (get_kernel, has_kernel):
             with pytest.raises(ValueError, match=r"revision|version|trust_remote_code|device type"):
                 function("org/toy", **arguments)
         assert hub.asked() == []
 
 
-class TestNoneFits:
-    def test_each_with_its_reason(self, hub):
-        files = variant_files(variant="torch-rocm") | variant_files(
-            variant="torch11-cpu-x86_64-linux"
-        )
-        hub.repository("org/toy").commit(files, branch="v1")
-        with pytest.raises(FileNotFoundError) as caught:
-            get_kernel("org/toy", version=1, backend="cpu")
-        message = str(caught.value)
-        assert "no build variant of org/toy at " in message
-        assert "torch-rocm: built for rocm, wanted for cpu" in message
-        assert "torch11-cpu-x86_64-linux: built for torch 1.1" in message
-        assert "later version" not in message
-
-    @pytest.mark.parametrize(
-        ("asked", "later"), [({"version": 1}, "v2"), ({"version": "<0.2"}, "v0.2.0")], ids=str
-    )
-    def test_a_later_version_that_would(self, hub, asked, later):
-        repository = hub.repository("org/toy")
-        repository.commit(variant_files(), tag="v0.0.1")
-        repository.commit(variant_files(variant="torch-rocm"), branch="v1", tag="v0.1.0")
-        repository.tags["v0.1.5"] = repository.branches["v1"]
-        newer = repository.commit(variant_files(layer_files(result=2)), branch="main")
-        repository.branches["v2"] = repository.tags["v0.2.0"] = newer
-        if isinstance(asked["version"], int):
-            repository.tags.clear()
-        with pytest.raises(
-            FileNotFoundError,
-            match=f"its later version {later} has one that fits: torch-universal$",
-        ):
-            get_kernel("org/toy", backend="cpu", **asked)
-
-    def test_not_an_earlier_one(self, hub):
-        repository = hub.repository("org/toy")
-        repository.commit(variant_files(), branch="v1")
-        repository.commit(variant_files(variant="torch-rocm"), branch="v2")
-        with pytest.raises(FileNotFoundError, match=r"no build variant") as caught:
-            get_kernel("org/toy", version=2, backend="cpu")
-        assert "later" not in str(caught.value)
-
-    def test_the_error_proper_is_not_lost(self, hub):
-        hub.repository("org/toy").commit(variant_files(variant="torch-rocm"), branch="v1")
-        hub.fault("status", "/refs", status=500)
-        with pytest.raises(FileNotFoundError, match=r"built for rocm, wanted for cpu$"):
-            get_kernel("org/toy", version=1, backend="cpu")
-
-
 class TestHas:
-    def test_downloads_no_code(self, hub, toy):
+    def test_has_kernel_downloads_no_code(self, hub, toy):
         assert has_kernel("org/toy", version=1)
         assert [r.rpartition("/")[2] for r in hub.asked() if r.startswith("GET /kernels")] == [
             "metadata.json"
         ]
 
-    def test_no_variant(self, hub):
+    def test_has_kernel_is_false_without_a_variant_that_fits(self, hub):
         hub.repository("org/toy").commit(variant_files(variant="torch-rocm"), branch="v1")
         assert not has_kernel("org/toy", version=1, backend="cpu")
         assert has_kernel("org/toy", version=1, backend="rocm")
 
-    def test_nothing_there(self, toy):
+    def test_has_kernel_is_false_without_repository_or_revision(self, toy):
         assert not has_kernel("org/toy", version=2)
         assert not has_kernel("org/nothing", version=1)
 
-    def test_without_metadata(self, hub):
+    def test_has_kernel_is_true_for_a_build_without_metadata(self, hub):
         hub.repository("org/toy").commit(variant_files(metadata=None), branch="v1")
         assert has_kernel("org/toy", version=1)
 
-    def test_archs(self, hub, monkeypatch):
+    def test_has_kernel_checks_the_devices_of_a_build(self, hub, monkeypatch):
         metadata = {**METADATA, "backend": {"type": "cuda", "archs": ["9.0"]}}
         files = variant_files(variant="torch-cuda", metadata=metadata)
         hub.repository("org/toy").commit(files, branch="v1")
@@ -210,50 +162,33 @@ class TestHas:
         assert not has_kernel("org/toy", version=1, backend="cuda")
         assert has_kernel("org/toy", version=1, backend="cuda", check_arch=False)
 
-    def test_unreachable_is_no_answer(self, hub, toy):
+    def test_has_kernel_raises_if_the_hub_cannot_be_reached(self, hub, toy):
         hub.fault("drop")
         with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub"):
             has_kernel("org/toy", version=1)
 
 
 class TestLocalKernels:
-    def test_override(self, hub, toy, tmp_path, monkeypatch):
+    def test_local_kernel_replaces_a_repository(self, hub, toy, tmp_path, monkeypatch):
         write_repository(tmp_path / "mine", layer_files(result=42))
         monkeypatch.setenv("LOCAL_KERNELS", f"org/other=/x:org/toy={tmp_path / 'mine'}")
         assert get_kernel("org/toy", version=1).RESULT == 42
         assert has_kernel("org/toy", version=1)
         assert hub.asked() == []
 
-    def test_nobody_is_asked_for_trust(self, hub, toy, tmp_path, monkeypatch):
+    def test_local_kernel_needs_no_trust(self, hub, toy, tmp_path, monkeypatch):
         hub.organisation("org", trusted=False)
         write_repository(tmp_path / "mine", layer_files(result=42))
         monkeypatch.setenv("LOCAL_KERNELS", f"org/toy={tmp_path / 'mine'}")
         assert get_kernel("org/toy", version=1).RESULT == 42
 
-    def test_not_what_is_locked(self, toy, tmp_path, monkeypatch):
+    def test_local_kernel_does_not_replace_a_locked_one(self, toy, tmp_path, monkeypatch):
         (tmp_path / "kernels.lock").write_text(
             lock(Hub(), [Wanted("org/toy", version=1)]).to_json()
         )
         write_repository(tmp_path / "mine", layer_files(result=42))
         monkeypatch.setenv("LOCAL_KERNELS", f"org/toy={tmp_path / 'mine'}")
         assert get_locked_kernel("org/toy", lockfile=tmp_path / "kernels.lock").RESULT == 1
-
-    def test_paths(self, monkeypatch):
-        monkeypatch.setenv("LOCAL_KERNELS", "a/b=/x:y/z:c/d=C:/w=1:e/f=~/g")
-        monkeypatch.setenv("HOME", "/home/me")
-        found = {repo_id: str(path) for repo_id, path in local_kernels().items()}
-        assert found["a/b"] == "/x:y/z"
-        assert found["c/d"].endswith("C:/w=1")
-        assert found["e/f"] == "/home/me/g"
-
-    @pytest.mark.parametrize("setting", ["x", "org/toy", "org/toy=", "=/x", "toy=/x", "a/b=/x:"])
-    def test_malformed(self, setting, monkeypatch):
-        monkeypatch.setenv("LOCAL_KERNELS", setting)
-        if setting == "a/b=/x:":  # a path may end so
-            assert set(local_kernels()) == {"a/b"}
-            return
-        with pytest.raises(ValueError, match=r"^LOCAL_KERNELS: expected owner/name=path, got"):
-            local_kernels()
 
 
 USER = """
@@ -285,12 +220,12 @@ class TestDependencies:
         repository.commit(using(USED), branch="v1")
         return repository
 
-    def test_at_import_and_later(self, user):
+    def test_used_kernel_is_available_at_import_and_later(self, user):
         kernel = get_kernel("org/user", version=1)
         assert (kernel.NOW, kernel.later()) == (11, 11)
 
-    def test_by_the_kernels_packages_own_name(self, hub, used, monkeypatch):
-        """A kernel may ask that package, where it is installed."""
+    def test_used_kernel_is_available_through_the_kernels_package(self, hub, used, monkeypatch):
+        """A kernel may get the kernels it uses from that package, if it is installed."""
         from contextlib import contextmanager
         from importlib.machinery import ModuleSpec
         from types import ModuleType
@@ -312,30 +247,30 @@ class TestDependencies:
         get_kernel("org/user", version=1)
         assert [modules["org/used"].RESULT for modules in offered] == [11]
 
-    def test_another_dependency_is_another_kernel(self, user, used):
-        """The same content is imported again where what it uses has changed."""
+    def test_kernel_is_imported_again_if_a_used_kernel_changed(self, user, used):
+        """Its own content is the same."""
         old = get_kernel("org/user", version=1)
         used.commit(variant_files(layer_files(result=12)), branch="v1")
         new = get_kernel("org/user", version=1)
         assert (old.NOW, new.NOW, old.later(), new.later()) == (11, 12, 11, 12)
 
-    def test_one_that_is_not_listed(self, user):
+    def test_used_kernel_that_is_not_declared_is_refused(self, user):
         with pytest.raises(
             RuntimeError,
             match=r"^kernel org/user does not depend on org/another: .* org/used in ker",
         ):
             get_kernel("org/user", version=1).another()
 
-    def test_asked_from_outside(self):
+    def test_used_kernel_outside_of_a_kernel_is_refused(self):
         with pytest.raises(RuntimeError, match=r"test_kernels is no kernel's module$"):
             get_kernel_dep("org/used")
 
-    def test_has(self, hub, user, used):
+    def test_has_kernel_needs_a_build_of_used_kernels(self, hub, user, used):
         assert has_kernel("org/user", version=1)
         used.commit(variant_files(variant="torch-rocm"), branch="v1")
         assert not has_kernel("org/user", version=1, backend="cpu")
 
-    def test_nothing_runs_unless_all_is_checked(self, hub, user, used, tmp_path):
+    def test_no_kernel_runs_before_all_are_checked(self, hub, user, used, tmp_path):
         ran = tmp_path / "ran"
         files = variant_files({"__init__.py": f"open({str(ran)!r}, 'w')"})
         hub.repository("org/first").commit(files, branch="v1")
@@ -347,7 +282,7 @@ class TestDependencies:
             get_kernel("org/user", version=1)
         assert not ran.exists()
 
-    def test_each_owner_is_asked_for(self, hub, user):
+    def test_each_repository_needs_trust(self, hub, user):
         metadata = {**METADATA, "kernel-depends": [{"repo-id": "else/where", "version": 1}]}
         hub.repository("else/where").commit(variant_files(), branch="v1")
         user.commit(variant_files(metadata=metadata), branch="v1")
@@ -356,7 +291,7 @@ class TestDependencies:
         assert get_kernel("org/user", version=1, trust_remote_code=["else/where"])
 
     @pytest.mark.parametrize("length", [1, 2, 3])
-    def test_cycles(self, hub, length, tmp_path):
+    def test_kernels_in_a_circle_are_refused(self, hub, length, tmp_path):
         names = [f"org/k{i}" for i in range(length)]
         for name, after in zip(names, [*names[1:], names[0]], strict=True):
             files = using({"repo-id": after, "version": 1}, code="raise Exception('run')")
@@ -368,7 +303,7 @@ class TestDependencies:
         with pytest.raises(ValueError, match=f"^kernels that use each other cannot .*: {way}$"):
             lock(Hub(), [Wanted("org/k0", version=1)])
 
-    def test_one_that_two_use_is_no_cycle(self, hub, used):
+    def test_kernel_used_twice_is_no_circle(self, hub, used):
         for name in ("org/left", "org/right"):
             hub.repository(name).commit(using(USED), branch="v1")
         both = [{"repo-id": f"org/{name}", "version": 1} for name in ("left", "right")]
@@ -380,18 +315,18 @@ class TestDependencies:
         kernel = get_kernel("org/top", version=1)
         assert kernel.left.NOW == kernel.right.NOW == 11
 
-    def test_of_a_kernel_on_the_disk(self, used, tmp_path):
+    def test_local_kernel_uses_kernels_on_the_hub(self, used, tmp_path):
         metadata = {**METADATA, "kernel-depends": [USED]}
         write_repository(tmp_path / "mine", {"__init__.py": USER}, metadata=metadata)
         assert get_local_kernel(tmp_path / "mine").NOW == 11
 
-    def test_locked(self, user, used, tmp_path):
+    def test_used_kernel_is_loaded_at_its_locked_commit(self, user, used, tmp_path):
         lockfile = tmp_path / "kernels.lock"
         lockfile.write_text(lock(Hub(), [Wanted("org/user", version=1)]).to_json())
         used.commit(variant_files(layer_files(result=12)), branch="v1")
         assert get_locked_kernel("org/user", lockfile=lockfile).NOW == 11
 
-    def test_python_packages(self, hub, tmp_path):
+    def test_missing_python_package_is_an_error_before_the_import(self, hub, tmp_path):
         ran = tmp_path / "ran"
         hub.repository("org/user").commit(
             using(code=f"open({str(ran)!r}, 'w')", **{"python-depends": ["helion"]}), branch="v1"

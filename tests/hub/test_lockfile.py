@@ -1,4 +1,4 @@
-"""Lock files: their form, what a project depends on, what a locked load refuses."""
+"""Lock files: their format, the dependencies of a project, and loads at a locked commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.toy_repository import METADATA, layer_files, variant_files
 
 COMMIT = "0123456789" * 4
 
-# As `kernels lock` of the `kernels` package 0.17.2 has written it.
+# The output of `kernels lock` of the `kernels` package 0.17.2.
 OF_KERNELS = """\
 [
   {
@@ -67,7 +67,7 @@ anything = st.recursive(
 )
 
 
-def assert_right_or_value_error(content):
+def assert_parsed_or_refused(content):
     try:
         found = parse_locks(content)
     except ValueError as error:
@@ -78,13 +78,13 @@ def assert_right_or_value_error(content):
     assert message.startswith("kernels.lock: ")
 
 
-class TestForm:
+class TestFormat:
     @given(st.lists(locks, unique_by=lambda lock: lock.wanted))
-    def test_what_is_written_is_what_is_read(self, content):
+    def test_written_locks_are_read_back(self, content):
         written = Locks(tuple(content))
         assert parse_locks(written.to_json()) == written
 
-    def test_files_of_the_kernels_package(self):
+    def test_lock_file_of_the_kernels_package_is_read(self):
         found = parse_locks(OF_KERNELS)
         assert found.locks == (
             Lock(Wanted("org/a", version=1), "a" * 40),
@@ -92,7 +92,7 @@ class TestForm:
         )
         assert found.to_json() == OF_KERNELS + "\n"
 
-    def test_the_first_of_a_repository_is_the_projects(self):
+    def test_first_lock_of_a_repository_is_the_projects_own(self):
         first, second = (Lock(Wanted("org/a", version=n), COMMIT) for n in (2, 1))
         assert Locks((first, second)).of("org/a") == first
         assert Locks((first, second)).get(second.wanted) == second
@@ -127,18 +127,17 @@ class TestForm:
             ),
         ],
     )
-    def test_malformed(self, content, message):
+    def test_malformed_lock_file_is_refused(self, content, message):
         with pytest.raises(ValueError, match=rf"^some\.lock: {message}"):
             parse_locks(content, "some.lock")
 
     @given(st.binary(max_size=60))
-    def test_any_bytes(self, data):
-        """Right, or ValueError."""
-        assert_right_or_value_error(data)
+    def test_any_bytes_are_parsed_or_refused(self, data):
+        assert_parsed_or_refused(data)
 
     @given(st.data())
-    def test_any_change_of_a_good_file(self, data):
-        """Right, or ValueError, whatever JSON stands in the place of any part of it."""
+    def test_any_change_of_a_lock_file_is_parsed_or_refused(self, data):
+        """Any part of the file is replaced by any JSON."""
         content = json.loads(OF_KERNELS)
         content[0]["lock"]["digests"] = {"torch-cpu": "sha256-" + "0" * 64}
         places = [(content, 0), (content[0], "dependency"), (content[0], "lock")]
@@ -146,11 +145,11 @@ class TestForm:
         places += [(content[0]["lock"], "commit"), (content[0]["lock"], "digests")]
         holder, key = data.draw(st.sampled_from(places))
         holder[key] = data.draw(anything)
-        assert_right_or_value_error(json.dumps(content))
+        assert_parsed_or_refused(json.dumps(content))
 
 
 class TestDependencies:
-    def test_each_form(self, tmp_path):
+    def test_each_form_of_a_dependency_is_read(self, tmp_path):
         (tmp_path / "pyproject.toml").write_text(
             '[tool.kernels.dependencies]\n"org/a" = 1\n"org/b" = ">=0.1"\n'
             '"org/c" = { revision = "main" }\n"org/d" = { version = 2 }\n'
@@ -181,20 +180,20 @@ class TestDependencies:
             ('[tool.kernels.dependencies]\n"a/b" = {}', 'and either "version" or "revision"$'),
         ],
     )
-    def test_malformed(self, tmp_path, content, message):
+    def test_malformed_dependencies_are_refused(self, tmp_path, content, message):
         (tmp_path / "pyproject.toml").write_text(content)
         with pytest.raises(ValueError, match=message) as caught:
             read_dependencies(tmp_path / "pyproject.toml")
         assert str(tmp_path / "pyproject.toml") in str(caught.value)
 
-    def test_none(self, tmp_path):
+    def test_missing_pyproject_is_an_error(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             read_dependencies(tmp_path / "pyproject.toml")
 
 
-class TestFind:
-    def test_that_of_the_calling_package(self, tmp_path, monkeypatch):
-        """The `kernels.lock` that an installed package has among its metadata."""
+class TestFindLocks:
+    def test_lock_file_of_the_calling_package_is_found(self, tmp_path, monkeypatch):
+        """An installed package has its `kernels.lock` in its metadata."""
         info = tmp_path / "caller-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: caller\nVersion: 1.0\n")
@@ -214,13 +213,13 @@ class TestFind:
         with pytest.raises(FileNotFoundError, match=r"^there is no kernels\.lock in the working"):
             find_locks(None)
 
-    def test_no_json(self, tmp_path):
+    def test_given_lock_file_that_is_no_json_is_refused(self, tmp_path):
         (tmp_path / "kernels.lock").write_text("x")
         with pytest.raises(ValueError, match=r"kernels\.lock: expected a JSON list"):
             find_locks(tmp_path / "kernels.lock")
 
 
-class TestLocked:
+class TestLockedKernel:
     @pytest.fixture
     def toy(self, hub):
         hub.organisation("org", trusted=True)
@@ -235,21 +234,21 @@ class TestLocked:
         path.write_text(lock(Hub(), [Wanted("org/toy", version=">=0.1")]).to_json())
         return path
 
-    def test_every_variant_and_no_code(self, hub, toy):
+    def test_every_variant_is_locked_without_downloading_code(self, hub, toy):
         (locked,) = lock(Hub(), [Wanted("org/toy", version=1)]).locks
         assert locked.commit == toy.branches["v1"]
         assert [variant for variant, _ in locked.digests] == ["torch-rocm", "torch-universal"]
         downloaded = {r.rpartition("/")[2] for r in hub.asked() if r.startswith("GET /kernels")}
         assert downloaded == {"metadata.json"}
 
-    def test_the_projects_own_come_first(self, hub, toy):
+    def test_own_dependencies_come_first(self, hub, toy):
         depends = {**METADATA, "kernel-depends": [{"repo-id": "org/toy", "version": 1}]}
         hub.repository("org/user").commit(variant_files(metadata=depends), branch="v1")
         asked = [Wanted("org/user", version=1), Wanted("org/toy", version=">=0.1")]
         found = [lock.wanted for lock in lock(Hub(), asked).locks]
         assert found == [*asked, Wanted("org/toy", version=1)]
 
-    def test_the_locked_commit(self, toy, lockfile, offline):
+    def test_locked_commit_is_loaded(self, toy, lockfile, offline):
         toy.commit(variant_files(layer_files(result=2)), branch="v1", tag="v0.2.0")
         assert get_locked_kernel("org/toy", lockfile=lockfile).RESULT == 1
         offline()
@@ -257,8 +256,10 @@ class TestLocked:
 
     @pytest.mark.parametrize("name", ["layers.py", "metadata.json"])
     @pytest.mark.parametrize("digest", [True, False])
-    def test_another_byte_stops(self, hub, toy, lockfile, tmp_path, as_a_new_process, name, digest):
-        """Even where the Hub itself serves it under the locked commit, listing and all."""
+    def test_changed_byte_stops_the_load(
+        self, hub, toy, lockfile, tmp_path, as_a_new_process, name, digest
+    ):
+        """Even if the Hub serves and lists the changed content for the locked commit."""
         as_a_new_process()
         commit = toy.branches["v1"]
         files = variant_files({**layer_files(), "ran.py": ""}, digest=digest)
@@ -274,7 +275,7 @@ class TestLocked:
             get_locked_kernel("org/toy", lockfile=lockfile)
         assert not (tmp_path / "ran").exists()
 
-    def test_a_damaged_cache_is_mended_first(self, toy, lockfile, as_a_new_process):
+    def test_damaged_listing_in_the_cache_is_repaired(self, toy, lockfile, as_a_new_process):
         get_locked_kernel("org/toy", lockfile=lockfile)
         storage = Hub().storage("org/toy", "kernel")
         (listing,) = (storage / "trees").iterdir()
@@ -284,25 +285,25 @@ class TestLocked:
         as_a_new_process()
         assert get_locked_kernel("org/toy", lockfile=lockfile).RESULT == 1
 
-    def test_a_variant_that_was_not_there(self, toy, lockfile, as_a_new_process):
+    def test_variant_added_after_locking_is_refused(self, toy, lockfile, as_a_new_process):
         as_a_new_process()
         files = toy.commits[toy.branches["v1"]]
         files |= variant_files(variant="torch-cpu")
         with pytest.raises(ValueError, match="variant torch-cpu: is not the content"):
             get_locked_kernel("org/toy", lockfile=lockfile)
 
-    def test_trust_is_asked_for(self, hub, toy, lockfile):
+    def test_locked_kernel_needs_trust(self, hub, toy, lockfile):
         hub.organisation("org", trusted=False)
         with pytest.raises(ValueError, match="trusted publisher"):
             get_locked_kernel("org/toy", lockfile=lockfile)
         assert get_locked_kernel("org/toy", lockfile=lockfile, trust_remote_code=True).RESULT == 1
 
-    def test_one_that_is_gone(self, toy, lockfile):
+    def test_locked_commit_that_is_gone_is_an_error(self, toy, lockfile):
         toy.commits.clear()
         with pytest.raises(FileNotFoundError, match=r"^org/toy: the Hub has no such revision"):
             get_locked_kernel("org/toy", lockfile=lockfile)
 
-    def test_a_kernel_that_it_uses_and_that_is_not_locked(self, hub, toy, tmp_path):
+    def test_used_kernel_that_is_not_locked_is_refused(self, hub, toy, tmp_path):
         depends = {**METADATA, "kernel-depends": [{"repo-id": "org/toy", "version": 1}]}
         user = hub.repository("org/user")
         commit = user.commit(variant_files(metadata=depends), branch="v1")
@@ -311,13 +312,13 @@ class TestLocked:
         with pytest.raises(ValueError, match=r"^org/toy version 1 is not in .*kernels\.lock"):
             get_locked_kernel("org/user", lockfile=lockfile)
 
-    def test_a_file_of_the_kernels_package(self, toy, tmp_path):
+    def test_lock_file_of_the_kernels_package_locks_the_commit(self, toy, tmp_path):
         content = OF_KERNELS.replace("org/a", "org/toy").replace("a" * 40, toy.branches["v1"])
         (tmp_path / "kernels.lock").write_text(content)
         assert get_locked_kernel("org/toy", lockfile=tmp_path / "kernels.lock").RESULT == 1
 
-    def test_with_the_kernels_package_if_it_is_here(self, toy):
-        """What it can read of ours: the locks, where there are no digests."""
+    def test_kernels_package_reads_locks_without_digests(self, toy):
+        """It reads a lock file of this library if that has no digests."""
         rust = pytest.importorskip("kernels._rust")
         ours = Locks((Lock(Wanted("org/toy", version=1), COMMIT),)).to_json()
         theirs = rust.KernelLocks.from_json(ours)

@@ -1,4 +1,4 @@
-"""Many processes and threads on one cache, and a process that is killed on the way."""
+"""One cache with many processes and threads, and with a process that was killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.toy_repository import layer_files, variant_files
 
 FILES = {**layer_files(), **{f"data/{i}.bin": bytes([i]) * 5000 for i in range(6)}}
 
-# One import of torch for all processes, which fork from it; each then has a client of its own.
+# torch is imported once, before the processes fork; each process has its own client.
 SCRIPT = """
 import json, os, sys, threading
 import torch, huggingface_hub.hf_api
@@ -69,7 +69,7 @@ def start(hub, *arguments):
 
 
 def check_cache(kernel, tmp_path):
-    """Everything is there, whole, and nothing else is."""
+    """The variant in the cache is whole, and there are no temporary files."""
     hub = Hub()
     directory = hub.snapshot(kernel) / "build/torch-universal"
     assert not find_damage(directory, list_build(hub, kernel)["torch-universal"])[0]
@@ -79,7 +79,7 @@ def check_cache(kernel, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_eight_processes_with_threads_from_a_cold_cache(hub, kernel, tmp_path):
+def test_processes_with_threads_share_a_cold_cache(hub, kernel, tmp_path):
     output, _ = start(hub, 8, 4).communicate(timeout=120)
     results = [result for line in output.splitlines() for result in json.loads(line)]
     assert len(results) == 32
@@ -91,7 +91,7 @@ def test_eight_processes_with_threads_from_a_cold_cache(hub, kernel, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["/tree/", "data/3.bin", "layers.py"])
-def test_a_killed_process_leaves_a_cache_that_the_next_one_repairs(hub, kernel, tmp_path, place):
+def test_killed_process_leaves_a_cache_that_the_next_one_repairs(hub, kernel, tmp_path, place):
     reached = threading.Event()
 
     def look(method, path):
@@ -108,11 +108,11 @@ def test_a_killed_process_leaves_a_cache_that_the_next_one_repairs(hub, kernel, 
     kernel_module = get_kernel("org/toy", version=1)
     assert (kernel_module.RESULT, kernel_module.layers.Add().forward(1)) == (1, 2)
     for leftover in Path(tmp_path).rglob("*.incomplete"):
-        leftover.unlink()  # of the killed process; nobody reads it
+        leftover.unlink()  # the killed process left it, and nothing reads it
     check_cache(kernel, tmp_path)
 
 
-def test_threads_on_a_damaged_cache(hub, kernel, tmp_path):
+def test_threads_repair_a_damaged_cache_together(hub, kernel, tmp_path):
     get_kernel("org/toy", version=1)
     directory = Hub().snapshot(kernel) / "build/torch-universal"
     (directory / "layers.py").resolve().write_text("poison")
@@ -131,8 +131,8 @@ def test_threads_on_a_damaged_cache(hub, kernel, tmp_path):
     check_cache(kernel, tmp_path)
 
 
-def test_one_at_a_time(hub, kernel):
-    """While one mends the cache, nobody else asks for a file of it."""
+def test_one_process_at_a_time_downloads_a_repository(hub, kernel):
+    """While one downloads, no other asks for a file of the repository."""
     others, interfered = [], threading.Event()
 
     def look(method, path):

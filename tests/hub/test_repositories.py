@@ -1,4 +1,4 @@
-"""Repository objects: their arguments, what they load, and who is trusted."""
+"""Repository objects: their arguments, the layers that they load, and trust."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ EACH = [
 ]
 
 
-class TestAsValues:
+class TestValues:
     @pytest.mark.parametrize("repository", EACH, ids=str)
     def test_copies_are_equal(self, repository):
         for same in (
@@ -73,7 +73,7 @@ class TestAsValues:
             assert str(same) == str(repository)
         assert isinstance(repository, KernelRepository)
 
-    def test_different_ones_differ(self):
+    def test_different_repositories_differ(self):
         assert len({*EACH}) == len(EACH)
         assert LayerRepository("a/b", layer_name="L") != LayerRepository("a/b", layer_name="M")
         assert LayerRepository("a/b", layer_name="L") != FuncRepository("a/b", func_name="L")
@@ -81,11 +81,11 @@ class TestAsValues:
         assert one != LayerRepository("a/b", layer_name="L", version=2)
 
     @pytest.mark.parametrize("repository", EACH, ids=str)
-    def test_frozen(self, repository):
+    def test_repositories_are_immutable(self, repository):
         with pytest.raises(AttributeError):
             repository.layer_name = "other"
 
-    def test_shown(self):
+    def test_repositories_are_shown_with_source_and_name(self):
         assert [str(repository) for repository in EACH] == [
             "some/where: L",
             "some/where: f",
@@ -97,7 +97,7 @@ class TestAsValues:
             "LocalLayerRepository(repo_path='x', package_name=None, layer_name='L')"
         )
 
-    def test_a_relative_path_is_where_it_was(self, repo, monkeypatch):
+    def test_relative_path_is_made_absolute_at_once(self, repo, monkeypatch):
         monkeypatch.chdir(repo.parent)
         repository = LocalLayerRepository("repo", layer_name="Add")
         same = LocalLayerRepository(repo, layer_name="Add")
@@ -108,7 +108,7 @@ class TestAsValues:
         layer = pickle.loads(pickle.dumps(repository)).load()
         assert origin_of(layer).repository == "repo"
 
-    def test_home(self, repo, monkeypatch):
+    def test_tilde_in_a_path_is_the_home_directory(self, repo, monkeypatch):
         monkeypatch.setenv("HOME", str(repo.parent))
         assert LocalLayerRepository("~/repo", layer_name="Add").load()
 
@@ -147,7 +147,7 @@ class TestArguments:
             ),
         ],
     )
-    def test_hub(self, make, arguments, error, message):
+    def test_bad_argument_of_a_hub_repository_is_refused(self, make, arguments, error, message):
         name = {"layer_name" if make is LayerRepository else "func_name": "x"}
         with pytest.raises(error, match=message):
             make(**{"repo_id": "owner/name", **name, **arguments})
@@ -161,7 +161,7 @@ class TestArguments:
             (LocalFuncRepository, "func_name"),
         ],
     )
-    def test_names(self, make, name):
+    def test_bad_name_of_a_layer_or_function_is_refused(self, make, name):
         with pytest.raises(TypeError, match=f"^{name}: expected a str, got NoneType$"):
             make("a/b", **{name: None})
         with pytest.raises(ValueError, match=f"^{name}: expected a name, got an empty str$"):
@@ -171,25 +171,25 @@ class TestArguments:
         with pytest.raises(TypeError, match="positional"):
             make("a/b", "x")
 
-    def test_local(self):
+    def test_bad_argument_of_a_local_repository_is_refused(self):
         with pytest.raises(TypeError, match=r"^repo_path: expected a path, got int$"):
             LocalLayerRepository(1, layer_name="L")
         with pytest.raises(TypeError, match=r"^package_name: expected a str, got int$"):
             LocalLayerRepository("x", package_name=1, layer_name="L")
 
-    def test_target(self, repo):
+    def test_target_of_another_type_is_refused(self, repo):
         with pytest.raises(TypeError, match=r"^target: expected a Target or None, got str$"):
             LocalLayerRepository(repo, layer_name="Add").load("cpu")
 
 
 class TestLayers:
-    def test_load(self, repo):
+    def test_layer_is_loaded_once(self, repo):
         layer = LocalLayerRepository(repo, layer_name="Add").load()
         assert layer()(torch.ones(1)) == 2
         assert layer is LocalLayerRepository(repo, layer_name="Add").load()
         assert origin_of(layer).name == "toy"
 
-    def test_the_target_decides(self, repo):
+    def test_target_chooses_the_variant(self, repo):
         write_repository(repo, layer_files(result=5), variant="torch-cuda")
         repository = LocalLayerRepository(repo, layer_name="Add")
         x = torch.ones(1)
@@ -197,7 +197,7 @@ class TestLayers:
         assert repository.load(Target("cuda", 90))()(x) == 6
         assert repository.load(Target("cpu"))()(x) == 2
 
-    def test_the_capability_decides(self, tmp_path):
+    def test_build_for_another_capability_is_refused(self, tmp_path):
         metadata = {"backend": {"type": "cuda", "archs": ["9.0"]}}
         write_repository(tmp_path, variant="torch-cuda", metadata=metadata)
         repository = LocalLayerRepository(tmp_path, layer_name="Add")
@@ -205,21 +205,21 @@ class TestLayers:
         with pytest.raises(ValueError, match=r"built for 9\.0, and this device is cuda 8\.0$"):
             repository.load(Target("cuda", 80))
 
-    def test_no_layers(self, functions):
+    def test_kernel_without_layers_is_an_error(self, functions):
         repository = LocalLayerRepository(functions, layer_name="Add")
         with pytest.raises(ValueError, match=r"functions: the kernel defines no layers$"):
             repository.load()
 
-    def test_no_such_layer(self, repo):
+    def test_missing_layer_is_an_error_that_names_the_others(self, repo):
         repository = LocalLayerRepository(repo, layer_name="Mul")
         with pytest.raises(ValueError, match=r"repo: the kernel has no layer 'Mul'; it has: Add$"):
             repository.load()
 
-    def test_no_such_repository(self, tmp_path):
+    def test_missing_repository_is_an_error(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere is not a kernel repository"):
             LocalLayerRepository(tmp_path / "nowhere", layer_name="Add").load()
 
-    def test_package_name(self, tmp_path):
+    def test_package_name_chooses_the_package(self, tmp_path):
         files = {f"{p}/{n}": t for p in "ab" for n, t in layer_files(result=ord(p)).items()}
         write_repository(tmp_path, files)
         repository = LocalLayerRepository(tmp_path, package_name="b", layer_name="Add")
@@ -227,7 +227,7 @@ class TestLayers:
 
 
 class TestFunctions:
-    def test_load(self, functions):
+    def test_function_is_loaded_as_a_layer(self, functions):
         layer = LocalFuncRepository(functions, func_name="scale").load()
         assert issubclass(layer, torch.nn.Module)
         assert "__init__" not in vars(layer)
@@ -237,43 +237,43 @@ class TestFunctions:
         assert origin_of(layer).repository == str(functions)
         assert layer is LocalFuncRepository(functions, func_name="scale").load()
 
-    def test_signature(self, functions):
+    def test_function_layer_has_the_functions_signature(self, functions):
         layer = LocalFuncRepository(functions, func_name="scale").load()
         assert str(inspect.signature(layer.forward)) == "(self, x, by=2, *, shift=0)"
         assert str(inspect.signature(layer().forward)) == "(x, by=2, *, shift=0)"
 
-    def test_flags(self, functions):
+    def test_function_layer_has_the_functions_flags(self, functions):
         layer = LocalFuncRepository(functions, func_name="scale").load()
         assert layer.has_backward is False
         assert not hasattr(layer, "can_torch_compile")
 
-    def test_odd_parameters(self, functions):
+    def test_parameter_named_self_is_kept(self, functions):
         layer = LocalFuncRepository(functions, func_name="first").load()
         assert str(inspect.signature(layer.forward)) == "(_self, x, /, self)"
         assert layer().forward(5, self=6) == 5
 
     @pytest.mark.parametrize("name", ["missing", "CONSTANT"])
-    def test_no_such_function(self, functions, name):
+    def test_missing_function_is_an_error_that_names_the_others(self, functions, name):
         repository = LocalFuncRepository(functions, func_name=name)
         message = f"the kernel has no function '{name}'; it has: first, scale$"
         with pytest.raises(ValueError, match=message):
             repository.load()
 
-    def test_builtin(self, tmp_path):
+    def test_builtin_function_is_loaded_as_a_layer(self, tmp_path):
         write_repository(tmp_path, {"__init__.py": "import operator\nf = dict.fromkeys\ng = max"})
         layer = LocalFuncRepository(tmp_path, func_name="g").load()
         assert layer()(1, 2) == 2
 
 
 class TestHub:
-    """What a repository object adds to `get_kernel`, which has tests of its own."""
+    """Repositories on the Hub, beyond what the tests of `get_kernel` cover."""
 
     @pytest.fixture
     def commit(self, hub):
         hub.organisation("owner", trusted=True)
         return hub.repository("owner/name").commit(variant_files(), branch="v1")
 
-    def test_load(self, commit):
+    def test_layers_and_functions_are_loaded_from_the_hub(self, commit):
         layer = LayerRepository("owner/name", layer_name="Add", version=1).load()
         assert layer()(torch.ones(1)) == 2
         assert list(vars(origin_of(layer)).values()) == [
@@ -286,12 +286,12 @@ class TestHub:
         with pytest.raises(ValueError, match=r"owner/name@.*the kernel has no function 'layers'"):
             function.load()
 
-    def test_nothing_is_asked_before(self, hub):
+    def test_no_request_is_sent_before_the_load(self, hub):
         repository = LayerRepository("owner/name", layer_name="Add", version=1)
         assert hash(repository) == hash(copy.deepcopy(repository))
         assert hub.asked() == []
 
-    def test_main_without_a_bound_is_warned_of(self, hub, commit):
+    def test_loading_from_main_without_a_bound_warns(self, hub, commit):
         hub.repository("owner/name").branches["main"] = commit
         with pytest.warns(UserWarning, match=r"^owner/name is loaded from its branch main, which"):
             LayerRepository("owner/name", layer_name="Add").load()
@@ -301,7 +301,7 @@ class TestHub:
                 LayerRepository("owner/name", layer_name="Add", **bound).load()
 
     @pytest.mark.parametrize("make", [LayerRepository, FuncRepository])
-    def test_trust(self, hub, make):
+    def test_untrusted_repository_is_refused(self, hub, make):
         hub.organisation("owner", trusted=False)
         hub.repository("owner/name").commit(variant_files(), branch="v1")
         name = {"layer_name" if make is LayerRepository else "func_name": "layers"}
@@ -320,13 +320,13 @@ class TestLocked:
         path.write_text(Locks((Lock(Wanted("owner/name", version=1), commit),)).to_json())
         return path
 
-    def test_load(self, hub, lockfile):
+    def test_locked_commit_is_loaded(self, hub, lockfile):
         repository = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Add")
         hub.repository("owner/name").commit(variant_files(layer_files(result=9)), branch="v1")
         assert repository.load()()(torch.ones(1)) == 2
         assert str(repository) == "owner/name (locked): Add"
 
-    def test_as_a_value(self, lockfile):
+    def test_copies_of_a_locked_repository_are_equal(self, lockfile):
         repository = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Add")
         for same in (
             pickle.loads(pickle.dumps(repository)),
@@ -338,19 +338,19 @@ class TestLocked:
         other = LockedLayerRepository("owner/name", lockfile=lockfile, layer_name="Mul")
         assert repository != other
 
-    def test_in_the_working_directory(self, lockfile, monkeypatch):
+    def test_lock_file_in_the_working_directory_is_read_at_once(self, lockfile, monkeypatch):
         monkeypatch.chdir(lockfile.parent)
         repository = LockedLayerRepository("owner/name", layer_name="Add")
         monkeypatch.chdir("/")
         assert repository.load()()(torch.ones(1)) == 2
 
-    def test_not_locked(self, lockfile):
+    def test_repository_that_is_not_locked_is_refused(self, lockfile):
         with pytest.raises(
             ValueError, match=r"^owner/other is not in .*kernels\.lock, which locks owner/name ver"
         ):
             LockedLayerRepository("owner/other", lockfile=lockfile, layer_name="Add")
 
-    def test_bad_arguments(self, tmp_path, monkeypatch):
+    def test_bad_argument_of_a_locked_repository_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"^there is no kernels\.lock in the working"):
             LockedLayerRepository("owner/name", layer_name="Add")

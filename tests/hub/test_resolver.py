@@ -1,4 +1,4 @@
-"""From what is wanted to a commit: each form of it, online and as it was last online."""
+"""Resolving: the commit of each form of revision and version, online and offline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = {"build/torch-universal/__init__.py": b""}
 
 @pytest.fixture
 def repository(hub):
-    """Three releases, of which the second is the branch v1, and a main that is ahead."""
+    """A repository with three releases, of which the second is branch v1; main is ahead."""
     repository = hub.repository("org/toy")
     repository.commit(FILES, tag="v0.1.0")
     repository.branches["v1"] = repository.commit(FILES, tag="v0.2.0")
@@ -47,62 +47,62 @@ EACH = [
 
 class TestOnline:
     @pytest.mark.parametrize(("wanted", "name"), EACH, ids=str)
-    def test_one_request(self, hub, repository, wanted, name):
+    def test_each_form_costs_one_request(self, hub, repository, wanted, name):
         assert commit_of(**wanted) == repository.find(name)
         assert len(hub.asked()) == 1
 
-    def test_a_commit(self, hub, repository):
+    def test_commit_hash_is_resolved_to_itself(self, hub, repository):
         commit = repository.tags["v0.1.0"]
         assert resolve(Hub(), Wanted("org/toy", commit)) == Resolved("org/toy", "kernel", commit)
 
-    def test_it_follows_the_branch(self, repository):
+    def test_branch_is_followed(self, repository):
         before = commit_of(version=1)
         repository.commit(FILES, branch="v1")
         assert commit_of(version=1) not in (before, None)
 
-    def test_a_tag_that_is_lost_between_two_calls(self, hub, repository):
+    def test_lost_tag_is_not_chosen_any_more(self, hub, repository):
         assert commit_of(version=">=0.1") == repository.tags["v0.2.0"]
         del repository.tags["v0.2.0"]
         assert commit_of(version=">=0.1") == repository.tags["v0.1.0"]
         with pytest.raises(ValueError, match=r"^org/toy: no version fits '>=0.2'; there are: v0.1"):
             commit_of(version=">=0.2")
 
-    def test_older_repositories_are_models(self, hub):
+    def test_older_repository_of_type_model_is_found(self, hub):
         model = hub.repository("org/toy", "model")
         commit = model.commit(FILES, branch="v1", tag="v0.1.0")
         for wanted in ({"version": 1}, {"version": ">=0"}, {"revision": commit}):
             found = resolve(Hub(), Wanted("org/toy", **wanted))
             assert found == Resolved("org/toy", "model", commit)
 
-    def test_a_kernel_comes_before_a_model_of_its_name(self, hub, repository):
+    def test_kernel_comes_before_a_model_of_its_name(self, hub, repository):
         hub.repository("org/toy", "model").commit({"build/x/y": b"1"}, branch="v1")
         assert commit_of(version=1) == repository.branches["v1"]
 
 
-class TestNotThere:
-    def test_no_such_repository(self, hub):
+class TestMissing:
+    def test_missing_repository_is_an_error(self, hub):
         for wanted in ({"version": 1}, {"version": ">=0"}, {"revision": "main"}):
             with pytest.raises(FileNotFoundError, match=r"^org/toy: the Hub has no such reposit"):
                 commit_of(**wanted)
 
     @pytest.mark.parametrize("wanted", [{"version": 3}, {"revision": "v3"}])
-    def test_no_such_revision(self, repository, wanted):
+    def test_missing_revision_is_an_error_that_lists_the_versions(self, repository, wanted):
         with pytest.raises(
             FileNotFoundError,
             match=r"^org/toy: there is no v3; its versions are: v1, v0\.1\.0, v0\.2\.0, v0\.3\.0rc",
         ):
             commit_of(**wanted)
 
-    def test_no_such_commit(self, repository):
+    def test_missing_commit_is_an_error(self, repository):
         with pytest.raises(FileNotFoundError, match=f"^org/toy: there is no {'0' * 40}; its vers"):
             commit_of(revision="0" * 40)
 
-    def test_a_branch_that_is_called_like_a_commit(self, repository):
+    def test_branch_named_like_a_commit_is_refused(self, repository):
         repository.branches["a" * 40] = repository.branches["main"]
         with pytest.raises(ValueError, match=r"is no commit of it$"):
             commit_of(revision="a" * 40)
 
-    def test_no_versions(self, hub):
+    def test_bound_on_a_repository_without_versions_is_an_error(self, hub):
         hub.repository("org/toy").commit(FILES)
         with pytest.raises(ValueError, match=r"no version fits '>=0'; there are: none$"):
             commit_of(version=">=0")
@@ -110,7 +110,7 @@ class TestNotThere:
 
 class TestOffline:
     @pytest.mark.parametrize(("wanted", "name"), EACH, ids=str)
-    def test_as_it_was_online(self, hub, repository, offline, wanted, name):
+    def test_offline_answer_is_the_last_one_online(self, hub, repository, offline, wanted, name):
         commit = commit_of(**wanted)
         hub.asked()
         for moved in (repository.branches, repository.tags):
@@ -119,7 +119,7 @@ class TestOffline:
         assert commit_of(**wanted) == commit
         assert hub.asked() == []
 
-    def test_the_last_answer_counts_not_the_highest_tag(self, repository, offline):
+    def test_last_answer_is_used_though_a_higher_tag_is_cached(self, repository, offline):
         commit_of(version=">=0.1")
         lost = repository.tags.pop("v0.2.0")
         commit = commit_of(version=">=0.1")
@@ -127,14 +127,14 @@ class TestOffline:
         offline()
         assert commit_of(version=">=0.1") == commit != lost
 
-    def test_what_was_never_asked(self, repository, offline):
+    def test_question_that_was_never_asked_is_an_error(self, repository, offline):
         commit_of(version=">=0.1")
         offline()
         for wanted in ({"version": ">=0.2"}, {"version": 1}, {"revision": "0" * 40}):
             with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
                 commit_of(**wanted)
 
-    def test_a_model(self, hub, offline):
+    def test_model_is_found_offline(self, hub, offline):
         commit = hub.repository("org/toy", "model").commit(FILES, branch="v1", tag="v0.1.0")
         every = ({"version": 1}, {"version": ">=0"})
         assert [commit_of(**wanted) for wanted in every] == [commit] * 2
@@ -142,7 +142,9 @@ class TestOffline:
         assert [commit_of(**wanted) for wanted in every] == [commit] * 2
 
     @pytest.mark.parametrize("garbage", ["", "x", "../../x", "0" * 39])
-    def test_a_ref_in_the_cache_that_is_no_commit(self, repository, offline, tmp_path, garbage):
+    def test_ref_in_the_cache_that_is_no_commit_is_an_error(
+        self, repository, offline, tmp_path, garbage
+    ):
         commit_of(version=1)
         (tmp_path / "cache/kernels--org--toy/refs/v1").write_text(garbage)
         offline()
@@ -150,7 +152,7 @@ class TestOffline:
             commit_of(version=1)
 
     @pytest.mark.parametrize("garbage", ["", "[]", "{}", '{"question": 1}', "\xff", "[" * 10**5])
-    def test_a_note_in_the_cache_that_is_none(self, repository, offline, tmp_path, garbage):
+    def test_malformed_note_in_the_cache_is_no_answer(self, repository, offline, tmp_path, garbage):
         commit_of(version=">=0.1")
         (note,) = (tmp_path / "cache/kernels--org--toy/kernelgraph").iterdir()
         note.write_bytes(garbage.encode("latin-1"))
@@ -171,7 +173,9 @@ UNREACHABLE = [
 class TestUnreachable:
     @pytest.mark.parametrize(("kind", "how"), UNREACHABLE, ids=str)
     @pytest.mark.parametrize(("wanted", "name"), EACH[3:6], ids=str)
-    def test_taken_as_it_was_last(self, hub, repository, caplog, kind, how, wanted, name):
+    def test_last_answer_is_used_if_the_hub_cannot_be_reached(
+        self, hub, repository, caplog, kind, how, wanted, name
+    ):
         commit = commit_of(**wanted)
         repository.tags["v0.2.1"] = repository.branches["v1"] = repository.branches["main"]
         hub.fault(kind, **how)
@@ -185,13 +189,15 @@ class TestUnreachable:
     @pytest.mark.parametrize(
         "wanted", [{"version": 1}, {"version": ">=0"}, {"revision": "a" * 40}], ids=str
     )
-    def test_and_never_asked(self, hub, repository, no_waiting, kind, how, wanted):
+    def test_question_that_was_never_asked_is_an_error_at_once(
+        self, hub, repository, no_waiting, kind, how, wanted
+    ):
         hub.fault(kind, **how)
         with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
             commit_of(**wanted)
         assert not no_waiting, "the client was left to try again and again"
 
-    def test_a_refusal_is_not_papered_over(self, hub, repository):
+    def test_refusal_of_the_hub_is_an_error(self, hub, repository):
         commit_of(version=1)
         hub.fault("status", status=403)
         with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: .*403"):
@@ -214,8 +220,8 @@ clauses = st.builds(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.sets(tags, max_size=6), st.lists(clauses, min_size=1, max_size=2).map(",".join))
-def test_a_bound_means_what_packaging_says(hub, tags, bound):
-    """The tag is the highest of those whose versions the specifier contains."""
+def test_bound_chooses_the_highest_version_that_packaging_accepts(hub, tags, bound):
+    """The chosen tag is the highest of those whose versions the specifier contains."""
     repository = hub.repository("org/toy")
     repository.tags.clear()
     for tag in sorted(tags):
@@ -234,7 +240,7 @@ def test_a_bound_means_what_packaging_says(hub, tags, bound):
         assert commit_of(version=bound) == repository.tags[f"v{max(fitting)}"]
 
 
-def test_list_versions(hub, repository):
+def test_versions_are_listed_in_order(hub, repository):
     repository.branches |= {"v10": repository.branches["v1"], "v2": repository.branches["v1"]}
     repository.tags["latest"] = repository.branches["main"]
     versions = list_versions(Hub(), "org/toy")

@@ -1,8 +1,10 @@
-"""The real client against a Hub on loopback, in the process of the tests."""
+"""Fixtures for tests with the real client and a Hub on loopback, in the process of the tests."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,8 @@ from tests.support.loopback import LoopbackHub
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub of the test's own, and an empty cache."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub for this test alone, and an empty cache."""
     with LoopbackHub() as hub:
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -31,16 +33,16 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """Call it to be offline from then on, as with ``HF_HUB_OFFLINE=1``."""
+def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function that sets the process offline from its call on, as ``HF_HUB_OFFLINE=1`` does."""
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
-def as_a_new_process():
-    """Call it to forget the listings that the process has read."""
+def as_a_new_process() -> Callable[[], None]:
+    """A function that forgets the listings that the process has read."""
 
-    def forget():
+    def forget() -> None:
         fetcher._listings.clear()
         _tree_cache._IN_MEMORY_TREE_CACHE.clear()
 
@@ -48,9 +50,9 @@ def as_a_new_process():
 
 
 @pytest.fixture
-def no_waiting(monkeypatch):
-    """The client's pauses between its attempts take no time; the fixture is their list."""
-    pauses = []
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The list of the client's pauses between its attempts, which take no time."""
+    pauses: list[float] = []
     clock = SimpleNamespace(sleep=pauses.append, time=time.time, perf_counter=time.perf_counter)
     for module in ("utils._http", "file_download"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)

@@ -1,9 +1,8 @@
-"""A small Hub on loopback: the endpoints that the real client uses, over real repositories.
+"""A small Hub on loopback, with the endpoints that the real client uses.
 
-Each commit of a repository is a dict of its files. What is served follows the Hub's own HTTP
-behaviour: refs, revision info, trees, files with their commit and ETag headers, organisations, and
-the error codes by which the client tells one refusal from another. A test makes it misbehave by
-adding a `Fault`.
+Each commit of a repository is a dict of its files. The answers follow the Hub's own HTTP behaviour:
+refs, revision info, trees, files with their commit and ETag headers, organisations, and the error
+codes by which the client distinguishes refusals. A test adds a `Fault` to make the Hub misbehave.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Answer = tuple[int, dict[str, str], bytes]
+Answer: TypeAlias = tuple[int, dict[str, str], bytes]
+"""The status, the headers and the body of an answer."""
 
 
 @dataclass
 class Repository:
-    """A repository: its commits, and what the branches and tags point to."""
+    """A repository: its commits, and the commits of its branches and tags."""
 
     repo_id: str
     repo_type: str = "kernel"
@@ -31,12 +32,12 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     moved_to: str | None = None
-    """The id by which it is known since it was renamed; the old one still works."""
+    """The new id, after the repository was renamed; the old one still works."""
 
     def commit(
         self, files: Mapping[str, bytes] | Path, *, branch: str = "main", tag: str | None = None
     ) -> str:
-        """Commit ``files``, or those in a directory, to a branch; returns the commit's hash."""
+        """Commit ``files``, or those in a directory, to a branch; return the commit's hash."""
         if isinstance(files, Path):
             files = {
                 path.relative_to(files).as_posix(): path.read_bytes()
@@ -52,18 +53,19 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> str | None:
+        """The commit of a branch, a tag or a commit hash."""
         if revision in self.commits:
             return revision
         return self.branches.get(revision) or self.tags.get(revision)
 
 
 def is_lfs(path: str) -> bool:
-    """Which files the Hub has in git's large file storage."""
+    """Whether the Hub has a file in git's large file storage."""
     return path.endswith((".so", ".bin"))
 
 
 def etag(path: str, content: bytes) -> str:
-    """The name of a file's content: as git has it, or for a large file its sha256."""
+    """The ETag of a file's content: git's hash, or for a large file its sha256."""
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -71,15 +73,18 @@ def etag(path: str, content: bytes) -> str:
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests whose path holds ``path``.
+    """A failure of the requests whose path contains ``path``.
 
     Args:
         kind: ``drop`` closes the connection unanswered; ``stall`` never answers; ``status``
-            answers with ``status`` and nothing else; ``cut`` ends the body half way; ``corrupt``
-            changes a byte of it; ``portal`` answers a web page, as a hotel's network does.
-        path: Part of the paths that are concerned.
-        times: How many requests are; by default all from now on.
-        method: Only these.
+            answers with ``status`` and ``headers`` alone; ``cut`` ends the body half way;
+            ``corrupt`` changes a byte of it; ``portal`` answers a web page, as a hotel's network
+            does.
+        path: A part of the path.
+        times: The number of requests that fail; by default all from now on.
+        status: The status of the kind ``status``.
+        method: The HTTP method of the requests that fail; by default any.
+        headers: The headers of the kind ``status``.
     """
 
     kind: str
@@ -91,11 +96,11 @@ class Fault:
 
 
 class LoopbackHub:
-    """The Hub; a context manager that runs it."""
+    """A Hub that runs from its creation on; as a context manager it stops at the end."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.organisations: dict[str, dict[str, Any]] = {}
+        self.organisations: dict[str, dict[str, object]] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.hooks: list[Callable[[str, str], None]] = []
@@ -127,26 +132,37 @@ class LoopbackHub:
         self._server.server_close()
 
     def repository(self, repo_id: str, repo_type: str = "kernel") -> Repository:
-        """Add a repository, or return the one there is."""
+        """Return the repository of this id and type, and add it if there is none."""
         found = self.repositories.get((repo_type, repo_id))
         if found is None:
             found = self.repositories[repo_type, repo_id] = Repository(repo_id, repo_type)
         return found
 
     def organisation(self, name: str, *, trusted: bool) -> None:
+        """Add an organisation, which is a trusted publisher or not."""
         self.organisations[name] = {"name": name, "trustedKernelPublisher": trusted}
 
-    def fault(self, kind: str, path: str = "", **arguments: Any) -> None:
-        self.faults.append(Fault(kind, path, **arguments))
+    def fault(
+        self,
+        kind: str,
+        path: str = "",
+        *,
+        times: int = 1 << 30,
+        status: int = 503,
+        method: str | None = None,
+    ) -> None:
+        """Add a `Fault`."""
+        self.faults.append(Fault(kind, path, times, status, method))
 
     def asked(self) -> list[str]:
-        """The requests since the last call of this."""
+        """Return the requests since the last call of this method."""
         with self._lock:
             asked, self.requests = self.requests, []
         return asked
 
     def take_fault(self, method: str, path: str) -> Fault | None:
-        if path == "/api/agent-harnesses":  # the client asks once in each process, for itself
+        """Record a request, and return the fault that it meets."""
+        if path == "/api/agent-harnesses":  # the client sends this once in each process
             return None
         with self._lock:
             self.requests.append(f"{method} {path}")
@@ -157,11 +173,13 @@ class LoopbackHub:
         return None
 
     def wait_for_the_end(self) -> None:
+        """Wait until the Hub is stopped."""
         self._stopping.wait()
 
-    # --- what is served ---------------------------------------------------------------------------
+    # --- the answers ------------------------------------------------------------------------------
 
     def answer(self, url: str) -> Answer:
+        """Answer a request without faults."""
         parts = urlsplit(url)
         steps = [unquote(step) for step in parts.path.strip("/").split("/")]
         match steps:
@@ -233,14 +251,14 @@ def _tree(files: Mapping[str, bytes], under: str, recursive: bool) -> Answer:
     inside = {path: content for path, content in files.items() if path.startswith(prefix)}
     if under and not inside:
         return _error(404, "EntryNotFound", f"{under} does not exist")
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, object]] = {}
     for path, content in inside.items():
         steps = path.removeprefix(prefix).split("/")
         for depth in range(1, len(steps)) if recursive else [1][: len(steps) - 1]:
             folder = prefix + "/".join(steps[:depth])
             entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
         if recursive or len(steps) == 1:
-            entry = {"type": "file", "path": path, "size": len(content)}
+            entry: dict[str, object] = {"type": "file", "path": path, "size": len(content)}
             entry["oid"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             if is_lfs(path):
                 entry["lfs"] = {
@@ -252,7 +270,7 @@ def _tree(files: Mapping[str, bytes], under: str, recursive: bool) -> Answer:
     return _json(list(entries.values()))
 
 
-def _json(content: Any) -> Answer:
+def _json(content: object) -> Answer:
     return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
@@ -267,8 +285,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+    def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
+        """Print nothing: clients of these tests close connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Small kernel repositories for tests, written to a disk."""
+"""Small kernel repositories for tests, as directories and as the files of a commit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kernelgraph.builds.metadata import digest_files
 
-METADATA = {"id": "_toy_1", "name": "toy", "version": 1, "license": "apache-2.0"}
+METADATA: Mapping[str, object] = {
+    "id": "_toy_1",
+    "name": "toy",
+    "version": 1,
+    "license": "apache-2.0",
+}
 
 LAYERS = """
 import torch
@@ -24,7 +28,7 @@ class {layer}(nn.Module):
 
 
 def layer_files(layer: str = "Add", result: int = 1) -> dict[str, str | bytes]:
-    """A kernel with one layer, which adds ``result``: so a test sees which kernel ran."""
+    """The files of a kernel with one layer, which adds ``result`` to show which kernel ran."""
     return {
         "__init__.py": f"from . import layers\nRESULT = {result}\n",
         "layers.py": LAYERS.format(layer=layer, result=result),
@@ -36,13 +40,13 @@ def write_repository(
     files: Mapping[str, str | bytes] | None = None,
     *,
     variant: str = "torch-universal",
-    metadata: Mapping[str, Any] | None = METADATA,
+    metadata: Mapping[str, object] | None = METADATA,
     digest: bool = True,
 ) -> Path:
     """Write one variant of a kernel repository, and return the variant's directory.
 
-    Other variants in ``path`` are left; this one is replaced. With ``metadata`` None there is no
-    ``metadata.json``; with ``digest`` it lists the files' digests.
+    An earlier variant of this name is replaced, other variants in ``path`` stay. If ``metadata`` is
+    None there is no ``metadata.json``; with ``digest`` it lists the files' digests.
     """
     directory = path / "build" / variant
     shutil.rmtree(directory, ignore_errors=True)
@@ -52,10 +56,10 @@ def write_repository(
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     directory.mkdir(parents=True, exist_ok=True)
     if metadata is not None:
-        said = dict(metadata)
+        content = dict(metadata)
         if digest:
-            said["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
-        (directory / "metadata.json").write_text(json.dumps(said))
+            content["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
+        (directory / "metadata.json").write_text(json.dumps(content))
     return directory
 
 
@@ -63,10 +67,10 @@ def variant_files(
     files: Mapping[str, str | bytes] | None = None,
     *,
     variant: str = "torch-universal",
-    metadata: Mapping[str, Any] | None = METADATA,
+    metadata: Mapping[str, object] | None = METADATA,
     digest: bool = True,
 ) -> dict[str, bytes]:
-    """What `write_repository` writes, as the files of a commit."""
+    """The files that `write_repository` writes, as those of a commit."""
     with tempfile.TemporaryDirectory() as directory:
         write_repository(Path(directory), files, variant=variant, metadata=metadata, digest=digest)
         return {
