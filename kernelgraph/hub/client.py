@@ -128,7 +128,7 @@ def refused(error: BaseException) -> bool:
 
 
 class NotOffered(ValueError):
-    """The Hub answered that it does not have what was asked for."""
+    """The Hub answered, but it does not have the wanted version or commit."""
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def asking(repo_id: str) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: The Hub has no such repository or revision, or hides it from this user.
-        ValueError: The Hub does not have what was asked for, or the name is malformed.
+        ValueError: The Hub does not have the wanted version or commit, or a name is malformed.
         OSError: Any other error in the context.
     """
     from huggingface_hub.errors import (
@@ -159,7 +159,7 @@ def asking(repo_id: str) -> Iterator[None]:
     except (NotOffered, HFValidationError) as error:
         raise ValueError(f"{repo_id}: {error}") from error
     except Exception as error:
-        raise OSError(f"{repo_id}: could not be had from the Hub: {error}") from error
+        raise OSError(f"{repo_id}: could not be fetched from the Hub: {error}") from error
 
 
 _limit_applies: ContextVar[bool] = ContextVar("limit_applies", default=False)

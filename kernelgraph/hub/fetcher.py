@@ -242,8 +242,9 @@ def _list_again(hub: Hub, kernel: Resolved, variant: str) -> Files:
     variants = list_build(hub, kernel, refresh=True)
     if variant not in variants:
         raise ValueError(f"{kernel}, variant {variant}: the Hub does not list it any more")
-    storage = hub.storage(kernel.repo_id, kernel.repo_type)
-    (storage / "trees" / f"{kernel.commit}.json").unlink(missing_ok=True)
+    listing = hub.storage(kernel.repo_id, kernel.repo_type) / "trees" / f"{kernel.commit}.json"
+    _check_deletion(hub, kernel, listing)
+    listing.unlink(missing_ok=True)
     return variants[variant]
 
 
@@ -251,21 +252,28 @@ def _remove(hub: Hub, kernel: Resolved, directory: Path) -> None:
     """Remove a variant's directory from the cache, with the links in it but not their targets.
 
     The client's downloads then link to the contents in the cache, or with ``force`` replace them.
-
-    Raises:
-        OSError: The way to the directory leads out of the repository's part of the cache.
     """
-    storage = hub.storage(kernel.repo_id, kernel.repo_type)
-    build = directory.parent
-    if build.resolve() != storage.resolve() / build.relative_to(storage):
-        raise OSError(
-            f"{kernel.repo_id}: {build} leads out of the cache, where nothing is deleted: remove "
-            "the link and load the kernel again"
-        )
+    _check_deletion(hub, kernel, directory)
     if directory.is_symlink() or directory.is_file():
         directory.unlink()
     else:
         shutil.rmtree(directory, ignore_errors=True)  # if it fails, so does the download
+
+
+def _check_deletion(hub: Hub, kernel: Resolved, path: Path) -> None:
+    """Refuse to delete ``path`` if a link on the way to it leads elsewhere.
+
+    The repository's own folder in the cache may be a link, to another disk for instance.
+
+    Raises:
+        OSError: There is such a link.
+    """
+    storage, folder = hub.storage(kernel.repo_id, kernel.repo_type), path.parent
+    if folder.resolve() != storage.resolve() / folder.relative_to(storage):
+        raise OSError(
+            f"{kernel.repo_id}: {folder} leads out of the cache, where nothing is deleted: remove "
+            "the link and load the kernel again"
+        )
 
 
 def _download(hub: Hub, kernel: Resolved, variant: str, *, force: bool) -> None:

@@ -116,7 +116,7 @@ def _recall(hub: Hub, wanted: Wanted, error: Exception) -> Resolved:
                 continue
         if commit is not None:
             if not hub.offline:
-                _logger.warning("%s: taken as it was last, because %s", wanted, error)
+                _logger.warning("%s: the last answer of the Hub is used, because %s", wanted, error)
             return Resolved(wanted.repo_id, repo_type, _commit(commit))
     raise error
 

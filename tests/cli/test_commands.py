@@ -185,7 +185,7 @@ class TestLock:
         hub.fault("drop")
         status, _, error = run("lock", project)
         assert (status, (project / "kernels.lock").read_text()) == (3, before)
-        assert error.startswith("kernelgraph: org/toy: could not be had from the Hub")
+        assert error.startswith("kernelgraph: org/toy: could not be fetched from the Hub")
 
     def test_no_project(self, run, tmp_path):
         status, _, error = run("lock", tmp_path)
@@ -353,7 +353,7 @@ class TestStatus:
         hub.fault("drop")
         status, out, error = run(command, "org/toy")
         assert (status, out) == (3, "")
-        assert error.startswith("kernelgraph: org/toy: could not be had from the Hub")
+        assert error.startswith("kernelgraph: org/toy: could not be fetched from the Hub")
 
     def test_help_says_them(self, run):
         status, out, _ = run("verify", "--help")

@@ -50,7 +50,7 @@ class TestTimeLimit:
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyError("x"), ValueError("x"), OSError("x")])
 def test_every_error_names_the_repository(error):
     with (
-        pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: .?x") as caught,
+        pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub: .?x") as caught,
         asking("org/toy"),
     ):
         raise error

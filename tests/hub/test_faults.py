@@ -94,7 +94,7 @@ def test_refused_connection_is_an_error_at_once(hub, no_waiting, wanted):
     """Later the kernel loads without any cleaning up, and then also without the Hub."""
     hub.stop()
     close_session()
-    with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
+    with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub: "):
         get_kernel("org/toy", **wanted)
     assert not no_waiting, "the client was left to try again and again"
     hub.start()

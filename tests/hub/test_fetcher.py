@@ -241,7 +241,8 @@ class TestDamage:
     def test_damaged_variant_is_refused_if_the_hub_cannot_be_reached(self, hub, kernel, variant):
         (variant / "layers.py").resolve().write_text("poison")
         hub.fault("drop")
-        with pytest.raises(OSError, match=r"^org/toy: could not be had .* not whole: changed: lay"):
+        message = r"^org/toy: could not be fetched .* not whole: changed: lay"
+        with pytest.raises(OSError, match=message):
             fetched(kernel)
 
     def test_damaged_code_is_never_run(self, hub, kernel, variant, offline, tmp_path):
@@ -328,6 +329,17 @@ class TestRepair:
             fetched(kernel)
         assert own.read_text() == "of the user"
         assert names(hub.asked()) == []
+
+    def test_repair_deletes_no_listing_where_a_link_leads_out_of_the_cache(
+        self, kernel, variant, tmp_path
+    ):
+        listings, outside = variant.parents[3] / "trees", tmp_path / "outside"
+        shutil.move(listings, outside)
+        listings.symlink_to(outside)
+        change_content(variant)
+        with pytest.raises(OSError, match=r"^org/toy: .*trees leads out of the cache, where noth"):
+            fetched(kernel)
+        assert (outside / f"{kernel.commit}.json").exists()
 
     def test_repository_whose_folder_is_a_link_is_repaired(self, kernel, variant, tmp_path):
         """A user may keep a large repository on another disk."""

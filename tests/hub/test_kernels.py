@@ -164,7 +164,7 @@ class TestHas:
 
     def test_has_kernel_raises_if_the_hub_cannot_be_reached(self, hub, toy):
         hub.fault("drop")
-        with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub"):
+        with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub"):
             has_kernel("org/toy", version=1)
 
 

@@ -131,7 +131,7 @@ class TestOffline:
         commit_of(version=">=0.1")
         offline()
         for wanted in ({"version": ">=0.2"}, {"version": 1}, {"revision": "0" * 40}):
-            with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
+            with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub: "):
                 commit_of(**wanted)
 
     def test_model_is_found_offline(self, hub, offline):
@@ -148,7 +148,8 @@ class TestOffline:
         commit_of(version=1)
         (tmp_path / "cache/kernels--org--toy/refs/v1").write_text(garbage)
         offline()
-        with pytest.raises(OSError, match=r"^org/toy: could not be had.*expected a commit hash"):
+        message = r"^org/toy: could not be fetched.*expected a commit hash"
+        with pytest.raises(OSError, match=message):
             commit_of(version=1)
 
     @pytest.mark.parametrize("garbage", ["", "[]", "{}", '{"question": 1}', "\xff", "[" * 10**5])
@@ -157,7 +158,7 @@ class TestOffline:
         (note,) = (tmp_path / "cache/kernels--org--toy/kernelgraph").iterdir()
         note.write_bytes(garbage.encode("latin-1"))
         offline()
-        with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub"):
+        with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub"):
             commit_of(version=">=0.1")
 
 
@@ -193,14 +194,14 @@ class TestUnreachable:
         self, hub, repository, no_waiting, kind, how, wanted
     ):
         hub.fault(kind, **how)
-        with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: "):
+        with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub: "):
             commit_of(**wanted)
         assert not no_waiting, "the client was left to try again and again"
 
     def test_refusal_of_the_hub_is_an_error(self, hub, repository):
         commit_of(version=1)
         hub.fault("status", status=403)
-        with pytest.raises(OSError, match=r"^org/toy: could not be had from the Hub: .*403"):
+        with pytest.raises(OSError, match=r"^org/toy: could not be fetched from the Hub: .*403"):
             commit_of(version=1)
 
 

@@ -56,10 +56,10 @@ def write_repository(
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     directory.mkdir(parents=True, exist_ok=True)
     if metadata is not None:
-        content = dict(metadata)
+        listed = dict(metadata)
         if digest:
-            content["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
-        (directory / "metadata.json").write_text(json.dumps(content))
+            listed["digest"] = {"algorithm": "sha256", "files": digest_files(directory)}
+        (directory / "metadata.json").write_text(json.dumps(listed))
     return directory
 
 
