@@ -32,7 +32,7 @@ import kernelgraph
 from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
-from kernelgraph.graph.lowering.sites import Choices
+from kernelgraph.graph.lowering.sites import GraphDecisions
 from kernelgraph.selection.mapping import current_mapping
 
 NODES = (12_500, 25_000, 50_000)
@@ -72,7 +72,7 @@ Run = Callable[[fx.GraphModule], None]
 
 
 def backend_s(graph_module: fx.GraphModule) -> None:
-    choices = Choices(Options(), current_mapping())
+    choices = GraphDecisions(Options(), current_mapping())
     replace_layers(plan(graph_module, choices), choices)
 
 

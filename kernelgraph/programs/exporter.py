@@ -24,9 +24,10 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, UnsupportedValue, read
 from kernelgraph.graph.compile import Trace, adopt, exporting, kernelized_forward
 from kernelgraph.graph.lowering import (
-    Choices,
+    GraphDecisions,
     KeepReference,
     Options,
+    Policy,
     Site,
     decision_of,
     kernelized_with,
@@ -107,11 +108,11 @@ def export(
         raise ValueError("lowering='native' is for non-strict export: pass strict=False")
     if policy not in EXPORT_POLICIES:
         raise ValueError(f"policy is one of {', '.join(EXPORT_POLICIES)}, not {policy!r}")
-    options = Options(policy, kernel_mode=mode)
+    options = Options(Policy(policy), kernel_mode=mode)
     choices = _Choices(options, current_mapping(), training=Mode.TRAINING in mode)
     choices.target = None if device is None else target_of(device)
     made = Lowering()
-    token = exporting.set(Trace(choices, ours=True, op_for=made.op_for))
+    token = exporting.set(Trace(choices, uses_mapping=True, op_for=made.op_for))
     try:
         with _prepared(model, _Exporter(choices, made, mode, strict, lowering == "native")):
             program = torch.export.export(
@@ -130,13 +131,13 @@ def export(
 
 
 @dataclass
-class _Choices(Choices):
+class _Choices(GraphDecisions):
     """As ever, but for a device that was asked for."""
 
     target: Target | None = None
 
-    def place(self, site: Site, tensors: Any) -> Site:
-        site = super().place(site, tensors)
+    def with_target(self, site: Site, tensors: Any) -> Site:
+        site = super().with_target(site, tensors)
         return site if self.target is None else replace(site, target=self.target)
 
 
@@ -158,7 +159,7 @@ def _find_references(there: Installed, calls: Sequence[tuple[Extensible, Call, A
 class _Exporter:
     """How the layers of a model are called while it is exported."""
 
-    choices: Choices
+    choices: GraphDecisions
     lowering: Lowering
     mode: Mode
     strict: bool
@@ -200,7 +201,7 @@ class _Exporter:
     def _lowered(self, site: Site, args: Any, kwargs: Any) -> tuple[_Op, list[Any]] | Kernel:
         """The op for a call, and its operands; or a kernel that is to be traced."""
         tensors = _torch.tensor_leaves((args, kwargs))
-        site, kernel, state = self.choices.settle(site, tensors)
+        site, kernel, state = self.choices.kernel_for(site, tensors)
         if self.native and (namespace := _own_ops(kernel, site)):
             detail = f"traced into its own ops, {namespace}::*"
             self.choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), detail))

@@ -1,9 +1,9 @@
-"""Which of several programs is fastest: timing them in turns, and the rule that chooses.
+"""Timing programs in turns, and the rule that chooses the fastest.
 
-Times of small programs vary by more than what tells them apart, and drift together as a device
-warms up. So the programs take turns, each is known by the median of its rounds, and rounds go on
-until the medians are known well enough or the time is up. The error of a median is estimated from
-the median absolute deviation of the samples, as for a normal distribution.
+Times of small programs vary by more than the difference between the programs, and drift together
+as a device warms up. So the programs take turns, each is known by the median of its rounds, and
+rounds go on until the medians are known well enough or the time is up. The error of a median is
+estimated from the median absolute deviation of the samples, as for a normal distribution.
 """
 
 from __future__ import annotations
@@ -14,95 +14,98 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 MARGIN = 0.02
-"""By how much, beyond what is noise, another program has to be faster than the reference."""
+"""The part by which another program has to be faster than the reference, beyond what is noise."""
 PRECISION = 0.01
-"""How well a median is to be known, relative to it."""
+"""The error that a median is to have at most, relative to the median."""
 ROUNDS = (5, 40)
-"""The fewest and the most."""
+"""The fewest and the most rounds."""
 SAMPLE_SECONDS = 2e-3
-"""How long one sample is to take: so much longer than the resolution of any clock."""
-MOST_CALLS = 32
-"""In one sample."""
+"""The time that one sample is to take: so much longer than the resolution of any clock."""
+MAX_CALLS = 32
+"""The most calls in one sample."""
 
 Sampler = Callable[[int], float]
-"""Runs a program so many times in a row, and returns the seconds that all took."""
+"""Runs a program so many times in a row, and returns the seconds that all runs took."""
 
 
-class Measured(NamedTuple):
-    """How long one call takes."""
+class Timing(NamedTuple):
+    """The time that one call of a program takes."""
 
     seconds: float
     """The median."""
     error: float
-    """Of the median, in seconds."""
+    """The error of the median, in seconds."""
 
     @property
-    def least(self) -> float:
-        """What it may be, too."""
+    def low(self) -> float:
+        """The lower end of the median's error interval."""
         return max(self.seconds - self.error, 0.0)
 
     @property
-    def most(self) -> float:
-        """What it may be, too."""
+    def high(self) -> float:
+        """The upper end of the median's error interval."""
         return self.seconds + self.error
 
     def __str__(self) -> str:
         return f"{1e3 * self.seconds:.3g} ms"
 
 
-def measure(samplers: Sequence[Sampler], time_is_up: Callable[[], bool]) -> list[Measured]:
+def measure(samplers: Sequence[Sampler], time_is_up: Callable[[], bool]) -> list[Timing]:
     """Time programs in turns.
 
     Args:
         samplers: The programs, each of which has been called before.
-        time_is_up: Asked between rounds; what is known then is returned, from one round on.
+        time_is_up: Asked after each round; once it is true, no further round begins.
+
+    Returns:
+        The times of the programs, after one round at least.
 
     Raises:
-        Exception: What a program raises.
+        Exception: Whatever a program raises.
     """
     fewest, most = ROUNDS
-    calls = [_calls(sampler) for sampler in samplers]
+    calls = [_calls_per_sample(sampler) for sampler in samplers]
     samples: list[list[float]] = [[] for _ in samplers]
-    measured: list[Measured] = []
+    timings: list[Timing] = []
     for done in range(1, most + 1):
         for sampler, count, found in zip(samplers, calls, samples, strict=True):
             found.append(sampler(count) / count)
-        measured = [summary(found) for found in samples]
-        known = all(m.error <= PRECISION * m.seconds for m in measured)
-        if time_is_up() or (done >= fewest and known):
+        timings = [summary(found) for found in samples]
+        precise = all(t.error <= PRECISION * t.seconds for t in timings)
+        if time_is_up() or (done >= fewest and precise):
             break
-    return measured
+    return timings
 
 
-def _calls(sampler: Sampler) -> int:
+def _calls_per_sample(sampler: Sampler) -> int:
     once = sampler(1)
-    return MOST_CALLS if once <= 0 else min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / once)))
+    return MAX_CALLS if once <= 0 else min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / once)))
 
 
-def summary(samples: Sequence[float]) -> Measured:
-    """The median of samples and its error; with one sample all of it."""
+def summary(samples: Sequence[float]) -> Timing:
+    """Return the median of samples and its error; of one sample, all of it is the error."""
     median = statistics.median(samples)
     if len(samples) == 1:
-        return Measured(median, median)
+        return Timing(median, median)
     deviation = 1.4826 * statistics.median(abs(sample - median) for sample in samples)
-    return Measured(median, 1.2533 * deviation / math.sqrt(len(samples)))
+    return Timing(median, 1.2533 * deviation / math.sqrt(len(samples)))
 
 
-def fastest(measured: Mapping[str, Measured], reference: str) -> str:
-    """The program to use: the fastest, but ``reference`` wherever that may be as fast.
+def fastest(timings: Mapping[str, Timing], reference: str) -> str:
+    """Return the program to use: the fastest, but the reference wherever it may be as fast.
 
-    Another one is used if it is faster than the reference by more than the errors of both and
-    `MARGIN`. Of several others, the first of those which may be as fast as each of them.
+    Another program is used if it is faster than the reference by more than the errors of both and
+    `MARGIN`. If several are, the first that may be as fast as each of the others is used.
 
     Args:
-        measured: The programs, those that are preferred first.
-        reference: One of them, or the name of one that cannot be run.
+        timings: The programs' times; a program that is preferred comes before others.
+        reference: The name of the reference, which need not be among them: it may not run.
     """
-    floor = math.inf
-    if reference in measured:
-        floor = measured[reference].least * (1 - MARGIN)
-    faster = [n for n in measured if n != reference and measured[n].most < floor]
+    limit = math.inf
+    if reference in timings:
+        limit = timings[reference].low * (1 - MARGIN)
+    faster = [n for n in timings if n != reference and timings[n].high < limit]
     if not faster:
         return reference
-    least_of_most = min(measured[name].most for name in faster)
-    return next(name for name in faster if measured[name].least <= least_of_most)
+    lowest_high = min(timings[name].high for name in faster)
+    return next(name for name in faster if timings[name].low <= lowest_high)

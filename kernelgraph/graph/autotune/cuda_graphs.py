@@ -1,10 +1,11 @@
-"""Which kernels cannot be in a CUDA graph: those that wait for the device.
+"""Which ops cannot be in a CUDA graph: those that synchronize with the device.
 
-To ask for a value on the host while a graph is captured is an error, and one that leaves torch's
-random numbers in disorder. So where Inductor will make CUDA graphs, each op is run before, outside
-of any, with torch told to raise where it waits. Inductor cuts the graph around an op that does.
-Kernels that tune themselves have done so by then. What a kernel does past torch is not seen. The
-setting is the whole process's: another thread that waits just then gets the error, too.
+To ask for a value on the host while a graph is captured is an error that also leaves the CUDA
+generator of random numbers in an invalid state. So where Inductor will make CUDA graphs, each op
+is run before, outside of any graph, with torch set to raise where the op synchronizes. Inductor
+then cuts the graph around it. Kernels that tune themselves have done so by then. A kernel that
+synchronizes without torch is not seen. The setting is the whole process's: another thread that
+synchronizes just then gets the error, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,54 +27,55 @@ from kernelgraph.report import error_text
 logger = logging.getLogger("kernelgraph")
 
 
-class OpCall(NamedTuple):
-    """A call of an op for inference."""
+class InferenceCall(NamedTuple):
+    """A call of an op for inference, which a trial run can make again."""
 
     module: nn.Module
     call: Call
-    operands: Sequence[Any]
+    operands: Sequence[object]
     packed: Sequence[int]
+    """The operands that the op takes as one list, as in `Lowered`."""
 
 
-_waits: dict[str, bool] = {}
-"""Of each op that was run, whether it waits for the device."""
+_synchronizes: dict[str, bool] = {}
+"""For each op that was run, whether it synchronizes with the device."""
 
 
-def cut_around(calls: Mapping[str, OpCall]) -> list[str]:
-    """The ops that CUDA graphs have to be cut around, by the names that graphs have them under.
+def ops_that_synchronize(calls: Mapping[str, InferenceCall]) -> list[str]:
+    """Return the ops that CUDA graphs have to be cut around, by their names in graphs.
 
     Args:
         calls: A call of each op.
     """
     for name, call in calls.items():
         devices = {v.device.type for v in call.operands if isinstance(v, Tensor)}
-        if name not in _waits and "cuda" in devices:
-            _waits[name] = _op_waits(name, call)
-    return sorted(f"{NAMESPACE}::{name}" for name in calls if _waits.get(name))
+        if name not in _synchronizes and "cuda" in devices:
+            _synchronizes[name] = _op_synchronizes(name, call)
+    return sorted(f"{NAMESPACE}::{name}" for name in calls if _synchronizes.get(name))
 
 
-def _op_waits(name: str, call: OpCall) -> bool:
+def _op_synchronizes(name: str, call: InferenceCall) -> bool:
     try:
         maker = Operands(call.call, call.operands, call.module)
         with maker.apart(0):
             operands = maker.make(0)
-            return waits(lambda: results_of(name, call.packed, operands))
-    except Exception as error:  # of the kernel, on operands that are made up
+            return synchronizes(lambda: results_of(name, call.packed, operands))
+    except Exception as error:  # the kernel may fail on operands that are made up
         logger.debug("op %s cannot be tried: %s", name, error_text(error))
         return False
 
 
-def waits(run: Callable[[], Any]) -> bool:
-    """Whether code waits for a CUDA device, once it has run twice.
+def synchronizes(run: Callable[[], object]) -> bool:
+    """Whether code synchronizes with a CUDA device, once it has run twice.
 
     Raises:
-        Exception: What it raises by itself.
+        Exception: Whatever the code raises by itself.
     """
     for _ in range(2):
         run()
     torch.cuda.synchronize()
     try:
-        with _no_waiting():
+        with _synchronizing_raises():
             run()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
@@ -83,9 +85,9 @@ def waits(run: Callable[[], Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
+def _synchronizing_raises() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():  # the mode is new, it says
+    with warnings.catch_warnings():  # torch warns that the mode is a prototype
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,16 +1,16 @@
-"""The neighbourhood of a node: the part of a graph that a compiler may fuse with it.
+"""The region of a node: the part of a graph that a compiler may fuse with it.
 
-A layer that is timed alone tells little of what it costs in a graph, where Inductor would compute
-it together with the additions and casts around it, and a kernel keeps it from that. So a node is
-cut out with what is next to it: the nodes before and behind, up to those that are computed by
-themselves whatever is around them (matrix products, attention, other kernels). Behind a value that
-somebody else needs too, and that is in memory anyway, nothing more is taken.
+The time of a layer alone says little of its cost in a graph: Inductor would compute it together
+with the additions and casts around it, and a kernel prevents that. So a node is cut out with its
+neighbours: the nodes before and behind it, up to those that are computed by themselves whatever
+is around them (matrix products, attention, other kernels). Behind a value that is needed elsewhere
+too, and that is in memory anyway, nothing more is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.infer import NoValue, value_of
 from kernelgraph.graph.ops import NAMESPACE
 
-_APART = frozenset(
+_NOT_FUSED = frozenset(
     [
         "linear",
         "matmul",
@@ -51,44 +51,45 @@ _APART = frozenset(
         "_scaled_grouped_mm",
     ]
 )
-"""Functions that a compiler does not fuse with what is around them, by name."""
+"""The names of functions that a compiler does not fuse with the nodes around them."""
 _IN_PLACE = frozenset(["setitem", "iadd", "imul", "isub"])
-"""Functions that write into what they are given, and whose names do not tell."""
-_FURTHEST = 8
-"""How many nodes away from the one in the middle one may be."""
-_MOST = 48
-"""Nodes in a neighbourhood."""
+"""The names of functions that write into their arguments and do not end with an underscore."""
+_MAX_DISTANCE = 8
+"""The most nodes between a node of the region and the one in the middle, itself included."""
+_MAX_NODES = 48
+"""The most nodes in a region."""
 
 
-class Neighbourhood(NamedTuple):
-    """A node with what is around it, as a graph of its own."""
+class Region(NamedTuple):
+    """A node with its neighbours, as a graph of its own."""
 
     graph_module: fx.GraphModule
-    inputs: list[Any]
-    """For each placeholder the value that it has where the graph is traced; of tensors, fakes."""
+    inputs: list[object]
+    """The value of each placeholder in the trace; tensors are fakes."""
     node: fx.Node
+    """The node in the middle."""
 
 
-def cut(graph_module: fx.GraphModule, node: fx.Node) -> Neighbourhood:
-    """The neighbourhood of a node.
+def cut_region(graph_module: fx.GraphModule, node: fx.Node) -> Region:
+    """Copy the region of a node out of a graph.
 
     Raises:
-        NoValue: A node at its edge carries none.
+        NoValue: If a node at its edge carries no fake value.
     """
-    # A result that nobody uses, a handle of a run, say, other programs do not have.
-    inside = {other for other in _around(node) if other.users or other is node}
+    # A result without users, such as the handle of a kernel's run, is not in the other programs.
+    inside = {other for other in _region_around(node) if other.users or other is node}
     graph = fx.Graph()
-    made: dict[fx.Node, Any] = {}
-    inputs: list[Any] = []
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[object] = []
 
-    def copied(other: fx.Node) -> Any:
-        if other not in made:
+    def copied(other: fx.Node) -> fx.node.Argument:
+        if other not in copies:
             value = value_of(other)
             if isinstance(value, torch.SymInt):  # sizes are those of this call
                 return int(_torch.hint(value))
-            made[other] = graph.placeholder(f"input_{len(inputs)}")
+            copies[other] = graph.placeholder(f"input_{len(inputs)}")
             inputs.append(value)
-        return made[other]
+        return copies[other]
 
     ordered = [other for other in graph_module.graph.nodes if other in inside]
     edges = {o for n in ordered for o in n.all_input_nodes if o not in inside}
@@ -96,58 +97,60 @@ def cut(graph_module: fx.GraphModule, node: fx.Node) -> Neighbourhood:
         if other in edges:
             copied(other)
     for other in ordered:
-        made[other] = graph.node_copy(other, copied)
+        copies[other] = graph.node_copy(other, copied)
     used = [n for n in ordered if any(user not in inside for user in n.users)]
     outputs = [n for n in used if isinstance(_value(n), Tensor)]
-    graph.output(tuple(made[n] for n in outputs))
-    return Neighbourhood(fx.GraphModule(graph_module, graph), inputs, made[node])
+    graph.output(tuple(copies[n] for n in outputs))
+    return Region(fx.GraphModule(graph_module, graph), inputs, copies[node])
 
 
-def _around(node: fx.Node) -> set[fx.Node]:
+def _region_around(node: fx.Node) -> set[fx.Node]:
     inside = {node}
-    inside.update(_pieces(node))
+    inside.update(_unpacking_nodes(node))
     edge: list[fx.Node] = [node]
-    for _ in range(_FURTHEST):  # towards the inputs
+    for _ in range(_MAX_DISTANCE):  # towards the inputs
         taken = _take([other for n in edge for other in n.all_input_nodes], inside)
         for other in taken:
-            inside.update(_pieces(other))
-        # A value that others need too is in memory anyway: what is behind it does not matter.
+            inside.update(_unpacking_nodes(other))
+        # A value that is needed elsewhere is in memory anyway: what is behind it does not matter.
         edge = [other for other in taken if set(other.users) <= inside]
-    edge = [node, *_pieces(node)]
-    for _ in range(_FURTHEST):  # towards the outputs
+    edge = [node, *_unpacking_nodes(node)]
+    for _ in range(_MAX_DISTANCE):  # towards the outputs
         edge = _take([user for n in edge for user in n.users], inside)
     return inside
 
 
 def _take(found: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
-    """Put into a neighbourhood what belongs there, while there is room; the nodes that were."""
+    """Add nodes that may be fused to a region while there is room, and return those added."""
     taken = []
     for other in dict.fromkeys(found):
-        if other not in inside and len(inside) < _MOST and _is_fused(other):
+        if other not in inside and len(inside) < _MAX_NODES and _may_be_fused(other):
             inside.add(other)
             taken.append(other)
     return taken
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: fx.Node) -> object:
     try:
-        return value_of(node)
+        value: object = value_of(node)
     except NoValue:
         return None
+    return value
 
 
-def _pieces(node: fx.Node) -> list[fx.Node]:
-    """The nodes that take the results of one with several apart."""
+def _unpacking_nodes(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that take the results of a node with several apart."""
     if isinstance(_value(node), Tensor):
         return []
     return [user for user in node.users if user.all_input_nodes == [node]]
 
 
-def _is_fused(node: fx.Node) -> bool:
+def _may_be_fused(node: fx.Node) -> bool:
+    """Whether a compiler may compute a node together with those around it."""
     value = _value(node)
     parts = value if isinstance(value, (tuple, list)) else [value]
     if not any(isinstance(part, Tensor) for part in parts):
-        return False  # a size, or what switches autocast on
+        return False  # a size, or a switch of autocast
     name = str(node.target)
     if node.op == "call_function":
         qualified = getattr(node.target, "_name", "")
@@ -158,4 +161,4 @@ def _is_fused(node: fx.Node) -> bool:
     elif node.op != "call_method":
         return False
     in_place = name.endswith("_") and not name.endswith("__")
-    return name not in _APART and not in_place and name not in _IN_PLACE
+    return name not in _NOT_FUSED and not in_place and name not in _IN_PLACE

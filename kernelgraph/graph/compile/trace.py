@@ -1,93 +1,96 @@
-"""What is known of one graph while Dynamo traces it."""
+"""The state of one graph while Dynamo traces it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph._torch import Frame
-from kernelgraph.graph.autotune import (
-    Choice,
-    OpCall,
-    Pending,
-)
-from kernelgraph.graph.calls import State
+from kernelgraph.graph.autotune import InferenceCall, UntunedCall, Winner
+from kernelgraph.graph.calls import Call, State
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.lowering import (
-    Choices,
+    GraphDecisions,
     Options,
     Site,
-    of_backend,
     op_for,
+    options_of_backend,
 )
 from kernelgraph.graph.ops import Lowered
 from kernelgraph.kernel import Kernel
 from kernelgraph.report import Decision, publish_graph
 from kernelgraph.selection import current_mapping
 
-# --- at trace time ---------------------------------------------------------------------------
+OpMaker = Callable[[Site, Kernel, Call, Sequence[object], Options], tuple[Lowered, Gradient | None]]
+"""Makes the op for a call, as `op_for` does."""
 
 
-class Begun(NamedTuple):
-    """A call that a kernel is used for."""
+class BegunCall(NamedTuple):
+    """A call that a kernel is used for, between its `begin` and its `finish`."""
 
     site: Site
     kernel: Kernel
     state: State
-    kind: str
-    """What `kernelgraph.graph.autotune.policy` chooses for; empty where the kernel is given."""
-    choice: Choice | None
-    """What it chose."""
+    key: str
+    """The tuning key; empty where nothing is to be tuned."""
+    winner: Winner | None
+    """The winner for the key, if one is known."""
 
 
 @dataclass
 class Trace:
-    """What is known of one graph while it is traced."""
+    """The state of one graph while it is traced."""
 
-    choices: Choices
-    ours: bool
-    """Whether the backend is hubkernels; another gets only what was kernelized for compiling."""
-    op_for: Callable[..., tuple[Lowered, Gradient | None]] = op_for
-    """Makes the ops, as that function does."""
-    pending: Begun | None = None
-    """The call between its `begin` and its `finish`."""
-    undecided: dict[str, Pending] = field(default_factory=dict)
-    """A call of each kind that nothing is chosen for."""
-    called: dict[str, OpCall] = field(default_factory=dict)
-    """A call of each op for inference."""
-    kinds: dict[int, str] = field(default_factory=dict)
-    """The kinds of such calls, by the places of their decisions."""
+    decisions: GraphDecisions
+    uses_mapping: bool
+    """Whether layers get the kernels of the mapping. That is so where the backend is hubkernels,
+    and in exports; under other backends only what was kernelized for compiling has a kernel."""
+    op_for: OpMaker = op_for
+    """Makes the ops."""
+    begun: BegunCall | None = None
+    """The call that was begun last."""
+    untuned: dict[str, UntunedCall] = field(default_factory=dict)
+    """A call for each tuning key that has no winner yet."""
+    keys: dict[int, str] = field(default_factory=dict)
+    """The tuning keys of all calls without a winner, by the numbers of their decisions."""
+    inference_calls: dict[str, InferenceCall] = field(default_factory=dict)
+    """A call of each op for inference, by the op's name."""
 
     @classmethod
     def of(cls, frame: Frame) -> Trace:
-        """The trace that ``frame`` belongs to."""
+        """Return the trace that ``frame`` belongs to."""
         if "trace" not in frame.notes and (exported := exporting.get()) is not None:
             frame.notes["trace"] = exported
         if "trace" not in frame.notes:
-            chosen = of_backend(*frame.backend)
-            choices = Choices(chosen or Options(), current_mapping())
-            frame.notes["trace"] = cls(choices, ours=chosen is not None)
-        return frame.notes["trace"]  # type: ignore[no-any-return]
+            options = options_of_backend(*frame.backend)
+            decisions = GraphDecisions(options or Options(), current_mapping())
+            frame.notes["trace"] = cls(decisions, uses_mapping=options is not None)
+        trace: Trace = frame.notes["trace"]
+        return trace
+
+    def record(self, decision: Decision) -> None:
+        """Record the decision for the call that is traced."""
+        self.decisions.decisions.append(decision)
 
     def keep_reference(self, frame: Frame, decision: Decision) -> None:
-        """Note why the call that ``frame`` traces keeps its reference."""
-        self.choices.decisions.append(decision)
-        if self.ours and frame.is_root and self is not exporting.get():
+        """Record why the call that ``frame`` traces keeps its reference."""
+        self.record(decision)
+        if self.uses_mapping and frame.is_root and self is not exporting.get():
             # Its reference breaks the graph, and Dynamo gives no backend a graph without nodes.
             publish_graph([decision], _torch.current_graph()[1])
 
-    def explain(self, chosen: Mapping[str, Choice]) -> None:
-        """Note why the calls for which nothing was chosen yet keep their ops."""
-        decisions = self.choices.decisions
-        for number, kind in self.kinds.items():
-            if kind in chosen:
-                decisions[number] = decisions[number]._replace(detail=chosen[kind].why)
-        for kind in chosen:
-            del self.undecided[kind]
+    def record_winners(self, winners: Mapping[str, Winner]) -> None:
+        """Record why the calls that had no winner keep their ops: each op is the winner."""
+        decisions = self.decisions.decisions
+        for number, key in self.keys.items():
+            if key in winners:
+                decisions[number] = decisions[number]._replace(detail=winners[key].why)
+        for key in winners:
+            del self.untuned[key]
 
 
 exporting: ContextVar[Trace | None] = ContextVar("exporting", default=None)
-"""What `kernelgraph.export` traces a model with, where it has Dynamo do it."""
+"""The trace that `kernelgraph.export` sets where it has Dynamo trace a model."""

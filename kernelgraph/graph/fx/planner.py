@@ -14,7 +14,7 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, UnsupportedValue, path_text, read
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import NoValue, make_fakes, plain, propagate, value_of
-from kernelgraph.graph.lowering import Choices, KeepReference, Site, op_for
+from kernelgraph.graph.lowering import GraphDecisions, KeepReference, Site, op_for
 from kernelgraph.graph.ops import Lowered
 from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.layers import extensible
@@ -43,7 +43,7 @@ class Plan:
 
 
 def plan(
-    graph_module: fx.GraphModule, choices: Choices, *, need_values: bool = False
+    graph_module: fx.GraphModule, choices: GraphDecisions, *, need_values: bool = False
 ) -> list[Plan]:
     """Decide for each call of an extensible layer, by the values that the nodes carry.
 
@@ -71,7 +71,7 @@ def plan(
 
 
 def plan_with(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], choices: Choices
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], choices: GraphDecisions
 ) -> list[Plan]:
     """As `plan`, by the values of a run on fakes, which the nodes then carry.
 
@@ -136,7 +136,7 @@ def _path_of_function(node: fx.Node) -> str:
 
 
 def _decide(
-    item: Plan, value_of: Callable[[fx.Node], Any], choices: Choices
+    item: Plan, value_of: Callable[[fx.Node], Any], choices: GraphDecisions
 ) -> Chosen | KeepReference:
     """What is to become of a call, given its inputs' values; its site is completed."""
 
@@ -155,7 +155,7 @@ def _decide(
     try:
         args, kwargs = plain(node.args, operand), plain(node.kwargs, operand)
         tensors = _torch.tensor_leaves((args, kwargs))
-        site, kernel, state = choices.settle(site, tensors)
+        site, kernel, state = choices.kernel_for(site, tensors)
         item.site = site
         for path in state.tensors:  # a get_attr node goes by names alone
             if not all(isinstance(step, str) for step in path):

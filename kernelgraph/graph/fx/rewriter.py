@@ -27,7 +27,7 @@ from kernelgraph.graph.fx.pickling import save_op
 from kernelgraph.graph.fx.planner import Chosen, Plan, plan, plan_with
 from kernelgraph.graph.gradients import handle
 from kernelgraph.graph.infer import VALUES, TensorSpec, make_fakes, plain
-from kernelgraph.graph.lowering import Choices, KeepReference, Options, Site, decision_of
+from kernelgraph.graph.lowering import GraphDecisions, KeepReference, Options, Site, decision_of
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.kernel import Gradients
 from kernelgraph.report import Reason, Report, publish
@@ -90,7 +90,7 @@ def rewrite(
     training = Mode.TRAINING in mode
     gradients = Gradients.parse(verify_gradients, wrong_gradient)
     options = Options(kernel_mode=mode, gradients=gradients)
-    choices = Choices(options, current_mapping(), training=training)
+    choices = GraphDecisions(options, current_mapping(), training=training)
     if example_inputs is None:
         plans = plan(graph_module, choices, need_values=True)
     else:
@@ -109,7 +109,7 @@ def _kind(value: Any) -> str:
 # --- the graph ----------------------------------------------------------------------------------
 
 
-def replace_layers(plans: Sequence[Plan], choices: Choices) -> list[tuple[Plan, fx.Node]]:
+def replace_layers(plans: Sequence[Plan], choices: GraphDecisions) -> list[tuple[Plan, fx.Node]]:
     """Put ops into the places of the nodes that were planned so, and note each decision.
 
     Returns:

@@ -1,10 +1,9 @@
-"""From a call that a kernel is chosen for to its op: the last questions that are asked of it."""
+"""From a call that a kernel is chosen for to its op: the kernel's checks, and its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call
@@ -21,19 +20,21 @@ def op_for(
     site: Site,
     kernel: Kernel,
     call: Call,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     options: Options,
     *,
     every: bool = False,
 ) -> tuple[Lowered, Gradient | None]:
-    """The op for a call, and where its gradient comes from if one can flow through it.
+    """Return the op for a call, and where its gradient comes from if one can flow through it.
+
+    The kernel is verified as the options say: its output, and its gradient where one can flow.
 
     Args:
-        site: Where the call is.
+        site: The call site.
         kernel: The kernel that is chosen for it.
-        call: Its form.
-        operands: Its operands; of tensors only the form counts.
-        options: The backend's.
+        call: The call's signature.
+        operands: The call's operands. The values of tensors do not matter: fakes will do.
+        options: The backend's options.
         every: Whether a gradient may be wanted of any operand, and not only of those that
             require one now.
 
@@ -42,7 +43,7 @@ def op_for(
         UnknownShape, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
     """
     own = site.module.__dict__.get("forward")
-    if isinstance(own, BoundForward):  # what kernelize was asked counts
+    if isinstance(own, BoundForward):  # the arguments of `kernelize` come before the options
         options = replace(options, gradients=own.gradients)
     if options.verify:
         error = output_error(site.layer, site.module, site.path, kernel, call, operands)
@@ -50,9 +51,8 @@ def op_for(
             raise KeepReference(site, Reason.WRONG, f"{kernel}: {error}")
     gradient = None
     if site.grad:
-        gradient = _gradient(
-            site, kernel, call, operands, options, wanted_of(operands, every=every)
-        )
+        wanted = wanted_of(operands, every=every)
+        gradient = _gradient(site, kernel, call, operands, options, wanted)
     place = (site.module, site.path)
     return lower(kernel, site.layer, call, operands, gradient=gradient, place=place), gradient
 
@@ -60,19 +60,24 @@ def op_for(
 def decision_of(
     site: Site, kernel: Kernel, lowered: Lowered, gradient: Gradient | None
 ) -> Decision:
-    """What the report says of an op."""
-    where = str(gradient) if gradient else ""
-    return site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname, where)
+    """Return the report's row for a call that becomes an op."""
+    source = str(gradient) if gradient else ""
+    return site.decision(Reason.KERNEL, str(kernel), "", lowered.qualname, source)
 
 
 def _gradient(
     site: Site,
     kernel: Kernel,
     call: Call,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     options: Options,
     wanted: tuple[bool, ...],
 ) -> Gradient:
+    """Return where the gradient of a call comes from; warn of a kernel that trains wrongly.
+
+    Raises:
+        KeepReference: If the layer is to run on its own forward instead.
+    """
     if not options.own_backward:
         return Gradient(wanted, None, "own_backward is False")
     with _torch.for_real():

@@ -1,54 +1,79 @@
-"""The options of ``torch.compile(..., backend="hubkernels", options={...})``."""
+"""The options of ``torch.compile(..., backend="hubkernels", options={...})``, checked."""
 
 from __future__ import annotations
 
+import enum
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import fx
+
 from kernelgraph.graph import _torch
 from kernelgraph.kernel import Gradients
 from kernelgraph.selection import Mode, tried
 
-POLICIES = ("fastest", "always", "never")
+Compiler = Callable[[fx.GraphModule, list[object]], Callable[..., Any]]
+"""Compiles a graph for example inputs, as the backends of ``torch.compile`` do."""
+
+InductorOptions = Mapping[str, Any]
+"""Options of Inductor, as ``torch.compile`` takes them."""
+
+
+class Policy(str, enum.Enum):
+    """The rule that says which of the kernels for a layer are used."""
+
+    FASTEST = "fastest"
+    """A kernel where it is measured to be faster than the layer."""
+    ALWAYS = "always"
+    """A kernel wherever there is one."""
+    NEVER = "never"
+    """No kernel."""
+
+
 MEASURE_SECONDS = 30.0
 INNER = ("inductor", "aot_eager", "eager")
 _FLAGS = {"verify": False, "own_backward": True}
+_OWN = (
+    "policy, measure_seconds, inner, kernel_mode, verify, verify_gradients, wrong_gradient "
+    "and own_backward"
+)
+"""The names of hubkernels' own options, for error messages."""
+_GRAPH_CUTS = "custom_should_partition_ops"
+"""Inductor's option for the ops that are not to be in a CUDA graph."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The backend's options, checked."""
+    """The backend's options, checked.
 
-    policy: str = "always"
-    """``fastest``: what is measured to be so where it stands; ``always``: a kernel where there is
-    one; ``never``: references alone."""
-    inner: str | Callable[..., Any] = "inductor"
-    """What compiles the graph once the kernels are in it."""
+    `kernelgraph.graph.compile.backend.hubkernels` documents each of them; the fields have the
+    options' names where nothing else is said. The defaults here are those of `rewrite`, of exports
+    and of other backends, where nothing is measured. `parse` has the defaults of the backend.
+    """
+
+    policy: Policy = Policy.ALWAYS
+    inner: str | Compiler = "inductor"
     kernel_mode: Mode | None = None
-    """The mode to choose kernels for; None: by whether a gradient can flow through the call."""
-    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor: InductorOptions = field(default_factory=dict)
     """Inductor's own options."""
     inductor_mode: str | None = None
     """``mode=`` of torch.compile, which is Inductor's."""
     verify: bool = False
-    """Whether each kernel is compared with its reference while compiling, at the call's shapes:
-    one that is not within `kernelgraph.graph.verify.tolerance.TOLERANCES` is not used."""
     gradients: Gradients = Gradients()  # noqa: RUF009 (a tuple)
-    """``verify_gradients``, whether a kernel has to show that its gradients are the layer's before
-    it trains anything, and ``wrong_gradient``, what is done about one whose gradients are not:
-    ``recompute``, its forward is used and the backward runs the layer's own again; ``reference``,
-    it is not used."""
+    """The options ``verify_gradients`` and ``wrong_gradient``."""
     own_backward: bool = True
-    """Whether backwards of kernels are used at all; False: each is the layer's, recomputed."""
     measure_seconds: float = MEASURE_SECONDS
-    """How long ``fastest`` may measure in all, for one call of ``torch.compile``."""
 
     @classmethod
-    def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+    def parse(cls, mode: str | None = None, options: Mapping[str, object] | None = None) -> Options:
         """Check what ``torch.compile`` was given.
+
+        Args:
+            mode: Its argument ``mode``.
+            options: Its argument ``options``, which is not changed.
 
         Raises:
             ValueError: If an option is unknown or has a value that it cannot have.
@@ -59,95 +84,129 @@ class Options:
             if not isinstance(name, str):
                 raise TypeError(f"the name of an option is a string, not {name!r}")
         policy = _policy(given)
-        seconds = given.pop("measure_seconds", MEASURE_SECONDS)
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-            raise TypeError(f"option measure_seconds is a number, not {seconds!r}")
-        if not 0 <= seconds < math.inf:
-            raise ValueError(f"option measure_seconds is a number from 0 on, not {seconds!r}")
-        inner = given.pop("inner", "inductor")
-        if not (callable(inner) or inner in INNER):
-            raise ValueError(
-                f"option inner is one of {', '.join(INNER)} or a callable that takes a graph "
-                f"module and example inputs, not {inner!r}"
-            )
-        kernel_mode = given.pop("kernel_mode", None)
-        if kernel_mode is not None:
-            try:
-                kernel_mode = Mode.parse(kernel_mode)
-            except TypeError:
-                what = f"option kernel_mode is a kernelgraph.Mode, not {kernel_mode!r}"
-                raise TypeError(what) from None
-            tried(kernel_mode)
-            kernel_mode |= Mode.TORCH_COMPILE
+        seconds = _measure_seconds(given)
+        inner = _inner(given)
+        kernel_mode = _kernel_mode(given)
         gradients = Gradients.parse(
             given.pop("verify_gradients", True), given.pop("wrong_gradient", "recompute")
         )
-        flags = {name: given.pop(name, default) for name, default in _FLAGS.items()}
-        for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"option {name} is a bool, not {value!r}")
-        _check_rest(given, mode, inner)
-        rest = {"gradients": gradients, "measure_seconds": float(seconds), **flags}
-        return cls(policy, inner, kernel_mode, given, mode, **rest)
+        flags = {name: _flag(given, name) for name in _FLAGS}
+        _check_inductor_options(given, mode, inner)
+        return cls(
+            policy,
+            inner,
+            kernel_mode,
+            given,
+            mode,
+            gradients=gradients,
+            measure_seconds=seconds,
+            **flags,
+        )
 
     @property
-    def graphs(self) -> bool:
+    def cuda_graphs(self) -> bool:
         """Whether Inductor makes CUDA graphs."""
         if "triton.cudagraphs" in self.inductor:
             return bool(self.inductor["triton.cudagraphs"])
         return self.inductor_mode in ("reduce-overhead", "max-autotune")
 
-    def cutting(self, ops: Sequence[str]) -> Options:
-        """The same, with CUDA graphs cut around some ops."""
+    def cutting_around(self, ops: Sequence[str]) -> Options:
+        """Return the same options, but with CUDA graphs cut around some ops."""
         if not ops:
             return self
-        name = "custom_should_partition_ops"
-        return replace(self, inductor={**self.inductor, name: [*self.inductor.get(name, ()), *ops]})
+        cuts = [*self.inductor.get(_GRAPH_CUTS, ()), *ops]
+        return replace(self, inductor={**self.inductor, _GRAPH_CUTS: cuts})
 
-    def without_graphs(self) -> Options:
-        """The same, but for CUDA graphs."""
-        mode = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
-        own = {k: v for k, v in self.inductor.items() if k != "triton.cudagraphs"}
-        inductor_mode = mode.get(self.inductor_mode or "", self.inductor_mode)
-        return replace(self, inductor=own, inductor_mode=inductor_mode)
+    def without_cuda_graphs(self) -> Options:
+        """Return the same options, but without CUDA graphs."""
+        without = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+        inductor = {k: v for k, v in self.inductor.items() if k != "triton.cudagraphs"}
+        mode = without.get(self.inductor_mode or "", self.inductor_mode)
+        return replace(self, inductor=inductor, inductor_mode=mode)
 
 
-def _policy(given: dict[str, Any]) -> str:
+def options_of_backend(backend: Callable[..., object], kwargs: Mapping[str, Any]) -> Options | None:
+    """Return the options that a graph is traced with; None if the backend is not hubkernels.
+
+    Args:
+        backend: The backend that will get the graph.
+        kwargs: The keyword arguments that ``torch.compile`` passes to it.
+    """
+    if getattr(backend, "is_hubkernels", False):
+        return Options.parse(kwargs.get("mode"), kwargs.get("options"))
+    return None
+
+
+# --- single options: each is taken out of what was given, and checked ---------------------------
+
+
+def _policy(given: dict[str, object]) -> Policy:
     if "policy" in given:
         where, policy = "option policy", given.pop("policy")
     else:
         where, policy = "KERNELGRAPH_POLICY", os.environ.get("KERNELGRAPH_POLICY") or "fastest"
-    if policy not in POLICIES:
-        raise ValueError(f"{where} is one of {', '.join(POLICIES)}, not {policy!r}")
-    return str(policy)
+    try:
+        return Policy(policy)
+    except ValueError:
+        raise ValueError(f"{where} is one of {', '.join(Policy)}, not {policy!r}") from None
 
 
-def _check_rest(
-    given: Mapping[str, Any], mode: str | None, inner: str | Callable[..., Any]
-) -> None:
-    ours = (
-        "policy, measure_seconds, inner, kernel_mode, verify, verify_gradients, wrong_gradient "
-        "and own_backward"
+def _measure_seconds(given: dict[str, object]) -> float:
+    seconds = given.pop("measure_seconds", MEASURE_SECONDS)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"option measure_seconds is a number, not {seconds!r}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"option measure_seconds is a number from 0 on, not {seconds!r}")
+    return float(seconds)
+
+
+def _inner(given: dict[str, object]) -> str | Compiler:
+    inner = given.pop("inner", "inductor")
+    if callable(inner):
+        return inner
+    if isinstance(inner, str) and inner in INNER:
+        return inner
+    raise ValueError(
+        f"option inner is one of {', '.join(INNER)} or a callable that takes a graph "
+        f"module and example inputs, not {inner!r}"
     )
+
+
+def _kernel_mode(given: dict[str, object]) -> Mode | None:
+    mode = given.pop("kernel_mode", None)
+    if mode is None:
+        return None
+    try:
+        parsed = Mode.parse(mode)
+    except TypeError:
+        raise TypeError(f"option kernel_mode is a kernelgraph.Mode, not {mode!r}") from None
+    tried(parsed)
+    return parsed | Mode.TORCH_COMPILE
+
+
+def _flag(given: dict[str, object], name: str) -> bool:
+    value = given.pop(name, _FLAGS[name])
+    if not isinstance(value, bool):
+        raise TypeError(f"option {name} is a bool, not {value!r}")
+    return value
+
+
+def _check_inductor_options(
+    given: Mapping[str, object], mode: str | None, inner: str | Compiler
+) -> None:
+    """Check the options that are left once hubkernels' own are taken out."""
     if inner != "inductor":
         # "default" is what torch.compile means by no mode.
         if given or mode not in (None, "default"):
             what = ", ".join([*sorted(given), *([f"mode={mode!r}"] if mode else [])])
             raise ValueError(
-                f"{what}: not an option of hubkernels ({ours}), and Inductor's do not go with "
+                f"{what}: not an option of hubkernels ({_OWN}), and Inductor's do not go with "
                 f"inner={inner!r}"
             )
         return
     known = _torch.inductor_options()
     if unknown := sorted(k for k in given if k.replace("-", "_") not in known):
         raise ValueError(
-            f"unknown option {', '.join(unknown)}: neither one of hubkernels ({ours}) nor one of "
+            f"unknown option {', '.join(unknown)}: neither one of hubkernels ({_OWN}) nor one of "
             "Inductor's (torch._inductor.list_options())"
         )
-
-
-def of_backend(backend: Callable[..., Any], kwargs: Mapping[str, Any]) -> Options | None:
-    """The options that a graph is traced with, or None if ``backend`` is not ours."""
-    if getattr(backend, "is_hubkernels", False):
-        return Options.parse(kwargs.get("mode"), kwargs.get("options"))
-    return None

@@ -1,42 +1,52 @@
-"""What Dynamo traces in the place of a layer's forward, once there is an op for the call."""
+"""The code that Dynamo traces in the place of a layer's forward, once the call has an op.
+
+It is written for each layer and call signature, without loops: Dynamo takes long over a loop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from torch import nn
 
 from kernelgraph.graph.calls import Path, Step, access, expression, literal, tuple_of, write
 from kernelgraph.graph.ops import Lowered, pack
 
+StateReader = Callable[[nn.Module], tuple[object, ...]]
+"""A function from a layer to the values of its state."""
 
-def reader(paths: Sequence[Path]) -> Callable[[Any], tuple[Any, ...]]:
-    """A function from a layer to its values at ``paths``."""
+OpCaller = Callable[..., object]
+"""A function ``(op, args, kwargs, state, constants)`` that makes a layer's call with its op."""
+
+_ARGUMENTS: dict[Step, str] = {(0,): "args", (1,): "kwargs"}
+"""The parameters of an `OpCaller` that the first step of an argument's path leads to."""
+
+
+def state_reader(paths: Sequence[Path]) -> StateReader:
+    """Write the function from a layer to its values at ``paths``."""
     values = tuple_of(access("module", path) for path in paths)
-    made: Callable[[Any], tuple[Any, ...]] = write(["module"], [f"return {values}"], {})
+    made: StateReader = write(["module"], [f"return {values}"], {})
     return made
 
 
-_ARGUMENTS: dict[Step, str] = {(0,): "args", (1,): "kwargs"}
-
-
-def op_call(
+def op_caller(
     lowered: Lowered, arguments: Sequence[Path | float], states: int, numbers: Sequence[int | float]
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function ``(op, args, kwargs, state, constants)`` that makes a layer's call with its op.
+) -> tuple[OpCaller, tuple[object, ...]]:
+    """Write the function that makes a layer's call with its op.
 
     Args:
         lowered: The op.
-        arguments: Where in ``(args, kwargs)`` its first operands are; a number for one that is to
-            be a constant.
-        states: How many values the state has, which are the next operands.
+        arguments: The paths in ``(args, kwargs)`` to the op's first operands; a float for an
+            operand that is to be a constant.
+        states: The number of tensors of the layer's state, which are the next operands.
         numbers: The last operands.
 
     Returns:
         The function, and the constants that it takes.
     """
-    constants: list[Any] = []
+    constants: list[object] = []
 
-    def constant(value: Any) -> str:
+    def constant(value: object) -> str:
         constants.append(value)
         return f"constants[{len(constants) - 1}]"
 
@@ -52,14 +62,14 @@ def op_call(
     given = pack(operands, lowered.packed)
     if lowered.packed:
         given[0] = f"[{', '.join(given[0])}]"
-    count = len(lowered.results)
-    one = lowered.returns == 1
-    results = ["results"] if one else [f"results[{i}]" for i in range(count)]
     lines = [f"results = op({', '.join(given)})"]
+    count = len(lowered.results)
     for number, i in enumerate(lowered.written, count):
         # No gradient goes from one call to the next through what a layer counts.
         value = f"results[{number}]" + (".detach()" if i >= first_state else "")
         lines.append(f"{operands[i]}.copy_({value})")
+    one = lowered.returns == 1
+    results = ["results"] if one else [f"results[{i}]" for i in range(count)]
     lines.append(f"return {expression(lowered.output, results, constant)}")
-    function = write(["op", "args", "kwargs", "state", "constants"], lines, {})
+    function: OpCaller = write(["op", "args", "kwargs", "state", "constants"], lines, {})
     return function, tuple(constants)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from kernelgraph.graph.autotune.benchmark import (
     MARGIN,
-    MOST_CALLS,
+    MAX_CALLS,
     ROUNDS,
     SAMPLE_SECONDS,
-    Measured,
+    Timing,
     fastest,
     measure,
     summary,
@@ -52,60 +52,60 @@ def test_unsteady_programs_take_more_rounds_and_not_for_ever():
 def test_samples_are_long_enough_for_a_clock():
     fast, slow, instant = Program(1e-6), Program(10 * SAMPLE_SECONDS), Program(0.0)
     measure([fast, slow, instant], NEVER)
-    assert fast.calls[1:] == [MOST_CALLS] * ROUNDS[0]
+    assert fast.calls[1:] == [MAX_CALLS] * ROUNDS[0]
     assert slow.calls[1:] == [1] * ROUNDS[0]
-    assert instant.calls[1:] == [MOST_CALLS] * ROUNDS[0]
+    assert instant.calls[1:] == [MAX_CALLS] * ROUNDS[0]
 
 
 def test_when_the_time_is_up_there_is_one_round_of_all():
     programs = [Program(1.0), Program(2.0)]
     measured = measure(programs, lambda: True)
     assert [len(p.calls) for p in programs] == [2, 2]
-    assert measured == [Measured(1.0, 1.0), Measured(2.0, 2.0)]  # nothing is known for sure
+    assert measured == [Timing(1.0, 1.0), Timing(2.0, 2.0)]  # nothing is known for sure
 
 
 def test_an_outlier_is_not_the_median():
     assert summary([1.0, 1.0, 1.0, 1.0, 50.0]).seconds == 1.0
 
 
-times = st.builds(Measured, st.floats(1e-6, 1.0), st.one_of(st.just(0.0), st.floats(1e-8, 1e-1)))
+times = st.builds(Timing, st.floats(1e-6, 1.0), st.one_of(st.just(0.0), st.floats(1e-8, 1e-1)))
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), times, min_size=1), st.booleans())
-@example({"a": Measured(2.0, 0.0), "b": Measured(1.0, 2.0), "c": Measured(1.0, 0.0)}, False)
+@example({"a": Timing(2.0, 0.0), "b": Timing(1.0, 2.0), "c": Timing(1.0, 0.0)}, False)
 def test_what_is_chosen_was_not_measured_to_be_slower(measured, with_reference):
     """The choice may be as fast as each of the others, by what is known of them; and it is the
     reference unless another is faster for sure, by the margin."""
     reference = "a" if with_reference else "reference"
     chosen = fastest(measured, reference)
     others = {name: m for name, m in measured.items() if name != reference}
-    floor = measured[reference].least * (1 - MARGIN) if reference in measured else float("inf")
+    floor = measured[reference].low * (1 - MARGIN) if reference in measured else float("inf")
     if chosen == reference:
-        assert all(m.most >= floor for m in others.values())
+        assert all(m.high >= floor for m in others.values())
     else:
-        assert measured[chosen].most < floor
-        assert all(measured[chosen].least <= m.most for m in others.values())
+        assert measured[chosen].high < floor
+        assert all(measured[chosen].low <= m.high for m in others.values())
 
 
 @pytest.mark.parametrize(
     ("kernel", "chosen"),
     [
-        (Measured(0.9, 0.0), "kernel"),
-        (Measured(0.99, 0.0), "reference"),  # within the margin
-        (Measured(0.9, 0.2), "reference"),  # it may be slower
-        (Measured(1.5, 0.0), "reference"),
+        (Timing(0.9, 0.0), "kernel"),
+        (Timing(0.99, 0.0), "reference"),  # within the margin
+        (Timing(0.9, 0.2), "reference"),  # it may be slower
+        (Timing(1.5, 0.0), "reference"),
     ],
 )
 def test_the_reference_has_the_benefit_of_the_doubt(kernel, chosen):
-    assert fastest({"reference": Measured(1.0, 0.0), "kernel": kernel}, "reference") == chosen
+    assert fastest({"reference": Timing(1.0, 0.0), "kernel": kernel}, "reference") == chosen
 
 
 def test_of_kernels_that_are_as_fast_the_first_is_chosen():
     measured = {
-        "slow": Measured(2.0, 0.01),
-        "first": Measured(1.01, 0.02),
-        "second": Measured(1.0, 0.02),
-        "reference": Measured(3.0, 0.0),
+        "slow": Timing(2.0, 0.01),
+        "first": Timing(1.01, 0.02),
+        "second": Timing(1.0, 0.02),
+        "reference": Timing(3.0, 0.0),
     }
     assert fastest(measured, "reference") == "first"
-    assert fastest({"reference": Measured(1.0, 0.0)}, "reference") == "reference"
+    assert fastest({"reference": Timing(1.0, 0.0)}, "reference") == "reference"

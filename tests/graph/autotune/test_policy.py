@@ -25,7 +25,7 @@ from kernelgraph import (
     use_kernel_mapping,
 )
 from kernelgraph import cache as disk
-from kernelgraph.graph.autotune import candidates, policy, records
+from kernelgraph.graph.autotune import candidates, contest, records, samplers, tuning_keys
 from kernelgraph.graph.autotune.benchmark import MARGIN
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.report import Reason
@@ -61,7 +61,7 @@ FASTEST = {"policy": "fastest", "inner": "eager"}
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(candidates, "clock", CLOCK)
+    monkeypatch.setattr(samplers, "clock", CLOCK)
     records.forget()
 
 
@@ -117,13 +117,13 @@ def reasons() -> list[Reason]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The layers that are measured from now on."""
     found: list[str] = []
-    own = policy.Contest.choice
+    own = contest.Contest.winner
 
-    def choice(self: Any) -> Any:
-        found.append(self._name)
+    def winner(self: Any) -> Any:
+        found.append(self.layer_name)
         return own(self)
 
-    monkeypatch.setattr(policy.Contest, "choice", choice)
+    monkeypatch.setattr(contest.Contest, "winner", winner)
     return found
 
 
@@ -251,9 +251,9 @@ class TestChoice:
         """As an op it costs more here, and so it is in the graph as what it does."""
         own = candidates.program
 
-        def program(around: Any, pending: Any, how: str, number: int) -> Any:
-            made = own(around, pending, how, number)
-            return Slowly(made) if how == candidates.OP else made
+        def program(region: Any, untuned: Any, candidate: Any) -> Any:
+            made = own(region, untuned, candidate)
+            return Slowly(made) if candidate.implementation is records.Implementation.OP else made
 
         class Slowly(nn.Module):
             def __init__(self, inner: nn.Module) -> None:
@@ -419,9 +419,9 @@ class TestTraining:
         repository = LocalLayerRepository(tmp_path / "kernels", layer_name="Traceable")
         own = candidates.program
 
-        def program(around: Any, pending: Any, how: str, number: int) -> Any:
-            made = own(around, pending, how, number)
-            if how == records.OP:  # which costs more here
+        def program(region: Any, untuned: Any, candidate: Any) -> Any:
+            made = own(region, untuned, candidate)
+            if candidate.implementation is records.Implementation.OP:  # which costs more here
                 node = next(n for n in made.graph.nodes if n.op == "output")
                 with made.graph.inserting_before(node):
                     first = made.graph.call_function(
@@ -636,7 +636,7 @@ class TestKept:
 
     def test_another_compiler_is_another_key(self):
         """Also Inductor with other settings, wherever they were made."""
-        text = records._compiler_text
+        text = tuning_keys.compiler_text
         kinds = {text(Options()), text(Options(inner="eager")), text(Options(inner=print))}
         kinds |= {text(Options.parse(mode)) for mode in (None, "max-autotune", "default")}
         kinds |= {text(Options(inductor={"max_autotune": True}))}
@@ -655,7 +655,7 @@ class TestKept:
             if of == "triton":
                 monkeypatch.setattr(keys, "_triton_version", lambda: "99")
             elif of == "driver":
-                monkeypatch.setattr(records, "driver_version", lambda: "99")
+                monkeypatch.setattr(tuning_keys, "driver_version", lambda: "99")
             else:
                 monkeypatch.setattr({"torch": torch, "kernelgraph": _version}[of],
                                     "__version__", "99.0")  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph import last_report, use_kernel_forward_from_hub, use_kernel_mapping
-from kernelgraph.graph.autotune import policy, records
+from kernelgraph.graph.autotune import contest, records
 from kernelgraph.report import Reason
 from kernelgraph.selection.devices import driver_version
 from tests.support.toy_models import Repository
@@ -151,7 +151,7 @@ def test_a_choice_is_kept_for_this_driver():
         compiled = torch.compile(model(Twice()), backend="hubkernels", options=options)
         compiled(torch.randn(64, 64, device="cuda"))
     assert re.fullmatch(r"\d+(\.\d+)+", driver_version())
-    assert [repr(driver_version()) in kind for kind in records._choices] == [True]
+    assert [repr(driver_version()) in key for key in records._winners] == [True]
 
 
 def test_the_memory_that_measuring_takes(monkeypatch):
@@ -174,16 +174,16 @@ def test_the_memory_that_measuring_takes(monkeypatch):
             return x * self.weight[0].sum()
 
     peaks: list[int] = []
-    own = policy.Contest.choice
+    own = contest.Contest.winner
 
-    def choice(self: Any) -> Any:
+    def winner(self: Any) -> Any:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         made = own(self)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         return made
 
-    monkeypatch.setattr(policy.Contest, "choice", choice)
+    monkeypatch.setattr(contest.Contest, "winner", winner)
     heavy = nn.Sequential(Heavy()).cuda().eval()
     x = torch.randn(1024, 1024, device="cuda")  # 4 MB
     kernels = {"Heavy": {"cuda": Repository(Kernel)}}

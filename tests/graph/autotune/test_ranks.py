@@ -20,7 +20,7 @@ PROGRAM = """
 import json, sys
 import torch
 from kernelgraph import use_kernel_mapping, last_report
-from kernelgraph.graph.autotune import candidates, policy
+from kernelgraph.graph.autotune import contest, samplers
 from tests.support.costs import CLOCK, Work, kernel
 from tests.support.toy_models import Repository
 
@@ -28,10 +28,10 @@ rank, path = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group(
     "gloo", init_method=f"file://{path}", rank=rank, world_size=2
 )
-candidates.clock = CLOCK
+samplers.clock = CLOCK
 measured = []
-own = policy.Contest.choice
-policy.Contest.choice = lambda self: measured.append(self._name) or own(self)
+own = contest.Contest.winner
+contest.Contest.winner = lambda self: measured.append(self.layer_name) or own(self)
 model = torch.nn.Sequential(Work(1.0))
 CLOCK.backwards = rank == 1  # it would choose the layer, and the other rank the kernel
 compiled = torch.compile(
@@ -83,13 +83,13 @@ def store(monkeypatch):
 
 
 def test_alone_everybody_decides():
-    assert not ranks.several()
+    assert not ranks.has_other_ranks()
     assert ranks.agree("a", lambda: 1, 0.0) == 1
     assert ranks.agree("a", lambda: 2, 0.0) == 2
 
 
 def test_the_first_to_ask_decides(store):
-    assert ranks.several()
+    assert ranks.has_other_ranks()
     assert ranks.agree("a", lambda: {"how": "op"}, 1.0) == {"how": "op"}
     assert ranks.agree("a", lambda: {"how": "reference"}, 1.0) == {"how": "op"}
     assert ranks.agree("b", lambda: 3, 1.0) == 3
@@ -119,12 +119,6 @@ def test_one_that_fails_or_goes_keeps_nobody_waiting(store, caplog):
     with pytest.raises(ValueError, match="no"):
         ranks.agree("a", lambda: (_ for _ in ()).throw(ValueError("no")), 1.0)
     assert ranks.agree("a", lambda: 1, 1.0) is None
-    store.add(_key("gone") + "/asked", 1)
+    store.add(ranks.store_key("gone") + "/asked", 1)
     assert ranks.agree("gone", lambda: 1, 0.01) is None
     assert "no rank has answered" in caplog.text
-
-
-def _key(about: str) -> str:
-    import hashlib
-
-    return f"kernelgraph/{hashlib.sha256(about.encode()).hexdigest()}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, fx
 
-from kernelgraph.graph.autotune.region import cut
+from kernelgraph.graph.autotune.region import cut_region
 from kernelgraph.graph.infer.node_values import NoValue
 
 X = torch.randn(4, 8)
@@ -49,7 +49,7 @@ def test_it_ends_at_what_is_computed_by_itself():
         return F.linear(y, w)
 
     graph_module = traced(function, X, W)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert functions(around.graph_module) == ["silu", "mul", "sin", "float", "add"]
     assert [tuple(v.shape) for v in around.inputs] == [(4, 8)]
 
@@ -60,7 +60,7 @@ def test_it_computes_what_the_graph_does():
         return torch.sin(a * b) + a
 
     graph_module = traced(function, X, W, W[0])
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     product = F.linear(X, W)
     given = [product if tuple(v.shape) == (4, 8) else W[0] for v in around.inputs]
     results = around.graph_module(*given)
@@ -77,7 +77,7 @@ def test_behind_a_value_that_others_need_nothing_more_is_taken():
         return y * 2
 
     graph_module = traced(function, X, W)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert functions(around.graph_module) == ["add", "sin"]
     assert len(around.inputs) == 2
 
@@ -89,7 +89,7 @@ def test_all_results_that_are_used_outside_are_results():
         return F.linear(z, w), F.linear(y, w)
 
     graph_module = traced(function, X, W)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     (output,) = (n for n in around.graph_module.graph.nodes if n.op == "output")
     assert sorted(n.target.__name__ for n in output.args[0]) == ["relu", "sin"]
 
@@ -100,7 +100,7 @@ def test_indices_come_with_what_chooses_them():
         return torch.sin(weights) + index
 
     graph_module = traced(function, X, W)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert "topk" in functions(around.graph_module)
     assert [v.dtype for v in around.inputs] == [torch.float32]
 
@@ -111,7 +111,7 @@ def test_sizes_that_vary_are_those_of_the_trace():
         return torch.sin(y.view(y.shape[0] // 2, 2, y.shape[1])) + 1
 
     graph_module = traced(function, X, W, dynamic=True)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert all(isinstance(v, Tensor) for v in around.inputs)
     (result,) = around.graph_module(torch.ones(4, 8))
     assert result.shape == (2, 2, 8)
@@ -127,7 +127,7 @@ def test_it_is_small_in_a_long_chain():
         return x
 
     graph_module = traced(function, X)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert functions(around.graph_module) == ["relu"] * 8 + ["sin"] + ["relu"] * 8
 
 
@@ -140,14 +140,14 @@ def test_writes_in_place_are_not_taken():
         return z
 
     graph_module = traced(function, X, W)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert functions(around.graph_module) == ["sin"]
 
 
 def test_the_graph_stays_as_it_is():
     graph_module = traced(lambda x: torch.sin(x + 1) * 2, X)
     before = str(graph_module.graph)
-    around = cut(graph_module, middle(graph_module))
+    around = cut_region(graph_module, middle(graph_module))
     assert str(graph_module.graph) == before
     assert around.node.graph is around.graph_module.graph
 
@@ -155,4 +155,4 @@ def test_the_graph_stays_as_it_is():
 def test_nodes_without_values():
     graph_module = fx.symbolic_trace(lambda x: torch.sin(x + 1))
     with pytest.raises(NoValue):
-        cut(graph_module, middle(graph_module))
+        cut_region(graph_module, middle(graph_module))

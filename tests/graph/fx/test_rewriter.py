@@ -18,7 +18,7 @@ from kernelgraph import Mode
 from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
-from kernelgraph.graph.lowering.sites import Choices
+from kernelgraph.graph.lowering.sites import GraphDecisions
 from kernelgraph.kernel import Gradients
 from kernelgraph.layers import CONDITION, FAKE, NAME
 from kernelgraph.report import Reason
@@ -109,12 +109,12 @@ def traced(model: nn.Module, *args: Tensor, key: str = "val") -> fx.GraphModule:
     return graph_module
 
 
-def choices(mapping: Any = None, **options: Any) -> Choices:
+def choices(mapping: Any = None, **options: Any) -> GraphDecisions:
     parsed = KernelMapping.parse(MAPPING if mapping is None else mapping)
-    return Choices(Options(gradients=Gradients(verify=False), **options), parsed)
+    return GraphDecisions(Options(gradients=Gradients(verify=False), **options), parsed)
 
 
-def replaced(graph_module: fx.GraphModule, chosen: Choices) -> int:
+def replaced(graph_module: fx.GraphModule, chosen: GraphDecisions) -> int:
     return len(replace_layers(plan(graph_module, chosen), chosen))
 
 
@@ -122,7 +122,7 @@ def ops_of(graph_module: fx.GraphModule) -> list[str]:
     return [n.target.name() for n in graph_module.graph.nodes if "hubkernels" in str(n.target)]
 
 
-def run(model: nn.Module, *args: Tensor, **options: Any) -> tuple[fx.GraphModule, Choices]:
+def run(model: nn.Module, *args: Tensor, **options: Any) -> tuple[fx.GraphModule, GraphDecisions]:
     graph_module, chosen = traced(model, *args), choices(**options)
     with torch.no_grad():
         replaced(graph_module, chosen)

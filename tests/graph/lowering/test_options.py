@@ -10,7 +10,7 @@ import pytest
 
 from kernelgraph import Mode
 from kernelgraph.graph.compile.backend import hubkernels
-from kernelgraph.graph.lowering.options import Options, of_backend
+from kernelgraph.graph.lowering.options import Options, options_of_backend
 
 TRAINING = Mode.TRAINING | Mode.TORCH_COMPILE
 INFERENCE = Mode.INFERENCE | Mode.TORCH_COMPILE
@@ -45,20 +45,20 @@ def test_the_policy_of_the_environment(monkeypatch):
 
 def test_cuda_graphs():
     """What is measured has none of its own, and is otherwise compiled in the same way."""
-    assert not Options.parse().graphs
+    assert not Options.parse().cuda_graphs
     for mode, options in (("reduce-overhead", {}), (None, {"triton.cudagraphs": True})):
         parsed = Options.parse(mode, {"max_autotune": True, **options})
-        assert parsed.graphs
-        assert not parsed.without_graphs().graphs
-        assert parsed.without_graphs().inductor == {"max_autotune": True}
-    assert Options.parse("max-autotune").without_graphs().inductor_mode == (
+        assert parsed.cuda_graphs
+        assert not parsed.without_cuda_graphs().cuda_graphs
+        assert parsed.without_cuda_graphs().inductor == {"max_autotune": True}
+    assert Options.parse("max-autotune").without_cuda_graphs().inductor_mode == (
         "max-autotune-no-cudagraphs"
     )
-    assert not Options.parse("reduce-overhead", {"triton.cudagraphs": False}).graphs
+    assert not Options.parse("reduce-overhead", {"triton.cudagraphs": False}).cuda_graphs
     given = {"custom_should_partition_ops": ["a::b"]}
-    cut = Options.parse("reduce-overhead", given).cutting(["hubkernels::c"])
+    cut = Options.parse("reduce-overhead", given).cutting_around(["hubkernels::c"])
     assert cut.inductor == {"custom_should_partition_ops": ["a::b", "hubkernels::c"]}
-    assert Options.parse().cutting([]) == Options.parse()
+    assert Options.parse().cutting_around([]) == Options.parse()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_default_mode_goes_with_any_inner():
 
 
 def test_the_options_of_a_backend():
-    assert of_backend(compiler, {"options": {"policy": "never"}}) is None
-    assert of_backend(hubkernels, {}) == Options()
+    assert options_of_backend(compiler, {"options": {"policy": "never"}}) is None
+    assert options_of_backend(hubkernels, {}) == Options()
     given = {"mode": "max-autotune", "options": {"policy": "never"}}
-    assert of_backend(hubkernels, given) == Options("never", inductor_mode="max-autotune")
-    assert of_backend(functools.partial(compiler), {}) is None
+    assert options_of_backend(hubkernels, given) == Options("never", inductor_mode="max-autotune")
+    assert options_of_backend(functools.partial(compiler), {}) is None

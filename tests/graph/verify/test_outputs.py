@@ -18,7 +18,7 @@ from kernelgraph.graph.calls.trees import flatten
 from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
-from kernelgraph.graph.lowering.sites import Choices
+from kernelgraph.graph.lowering.sites import GraphDecisions
 from kernelgraph.graph.verify.outputs import Output, difference, output_error
 from kernelgraph.graph.verify.tolerance import TOLERANCES
 from kernelgraph.layers import extensible
@@ -230,7 +230,7 @@ def test_fx_pass_compares():
         for node in graph.graph.nodes:
             node.meta["val"] = mode.from_tensor(torch.ones(6, 4))
         with use_kernel_mapping(on_cpu(Layer=hub_layer(kernel)), inherit_mapping=False):
-            choices = Choices(Options(verify=True), current_mapping())
+            choices = GraphDecisions(Options(verify=True), current_mapping())
             done = replace_layers(plan(graph, choices), choices)
         assert len(done) == (reason is Reason.KERNEL)
         (decision,) = choices.decisions
