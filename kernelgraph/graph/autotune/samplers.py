@@ -13,7 +13,7 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.autotune.benchmark import Sampler
 from kernelgraph.graph.autotune.cuda_graphs import synchronizes
 
-Program = Callable[..., Sequence[object]]
+CompiledRegion = Callable[..., Sequence[object]]
 """A compiled region: takes its inputs and returns its results."""
 
 GraphPool: TypeAlias = Any
@@ -24,7 +24,7 @@ clock = time.perf_counter
 
 
 def sampler_of(
-    run: Program,
+    run: CompiledRegion,
     inputs: Sequence[object],
     grad: bool,
     pool: GraphPool | None = None,
@@ -55,7 +55,7 @@ def sampler_of(
     return _on_cuda(call, device)
 
 
-def _with_backward(run: Program, inputs: Sequence[object]) -> Callable[[], object]:
+def _with_backward(run: CompiledRegion, inputs: Sequence[object]) -> Callable[[], object]:
     leaves = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
     grads: list[Tensor] = []
 
