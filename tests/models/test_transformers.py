@@ -29,7 +29,7 @@ from kernelgraph import (  # noqa: E402
     use_kernel_mapping,
 )
 from kernelgraph.report import Decision  # noqa: E402
-from tests.graph.compile.test_adoption import Counter, ours, plain  # noqa: E402
+from tests.support.compiled_models import Counter, ours, plain  # noqa: E402
 from tests.support.other_package import write_kernel  # noqa: E402
 
 LAYERS = """

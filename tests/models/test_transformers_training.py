@@ -26,8 +26,8 @@ from kernelgraph import (  # noqa: E402
     replace_kernel_forward_from_hub,
     use_kernel_mapping,
 )
-from tests.graph.compile.test_adoption import ours  # noqa: E402
 from tests.models.test_transformers import EXPERTS, TEXT, kernelized  # noqa: E402
+from tests.support.compiled_models import ours  # noqa: E402
 from tests.support.other_package import write_kernel  # noqa: E402
 from tests.support.sources import import_example  # noqa: E402
 from tests.support.toy_models import error  # noqa: E402

@@ -9,12 +9,12 @@ from kernelgraph import use_kernel_forward_from_hub
 
 
 class Clock:
-    """Seconds that have been spent."""
+    """A clock that counts the seconds that toys spend."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.backwards = False
-        """Whether what is slow elsewhere is fast here."""
+        """Whether slow layers are fast and fast ones slow."""
 
     def spend(self, seconds: float) -> None:
         self.now += 1 / seconds if self.backwards and seconds else seconds
@@ -82,7 +82,7 @@ class Odd(nn.Module):
 
 @use_kernel_forward_from_hub("Steps")
 class Steps(nn.Module):
-    """Adds 1, in as many seconds as it is told to take."""
+    """Adds 1, in a time that depends on its arguments."""
 
     def forward(
         self, x: Tensor, times: int = 1, slow: bool = False, how: str = "", scale: float = 1.0
@@ -100,7 +100,7 @@ class StepsAtOnce(nn.Module):
 
 
 def kernel(seconds: float, plus: float = 10.0, **flags: object) -> type[nn.Module]:
-    """A kernel for both, which adds ``plus`` more to what it returns."""
+    """A kernel for `Work` and `Odd` that takes ``seconds`` and adds ``plus`` to the result."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         weight = getattr(self, "weight", 1.0)

@@ -11,7 +11,7 @@ from kernelgraph import use_kernel_forward_from_hub
 
 
 class Repository:
-    """Hands out one hub layer."""
+    """A repository of one hub layer."""
 
     def __init__(self, layer: type[nn.Module]) -> None:
         self.layer = layer

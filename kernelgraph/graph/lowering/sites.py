@@ -99,8 +99,8 @@ class GraphDecisions:
             tensors: The tensors among the call's arguments.
 
         Raises:
-            KeepReference: If the call has no tensor that has a device, or no kernel can be for
-                such a device.
+            KeepReference: If neither the arguments nor the layer have a tensor, or if there are no
+                kernels for devices of its type.
         """
         tensors = list(tensors)
         device = tensors[0].device if tensors else first_device(site.module)

@@ -1,4 +1,4 @@
-"""Timing programs in turns, and choosing: with programs whose times are given."""
+"""Timing in turns, and choosing the fastest, with programs whose times are given."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEVER = lambda: False  # noqa: E731
 
 
 class Program:
-    """Takes ``seconds`` a call, give or take."""
+    """Takes ``seconds`` a call, with noise."""
 
     def __init__(self, seconds: float, noise: float = 0.0, seed: int = 0) -> None:
         self.seconds, self.noise = seconds, noise
@@ -39,10 +39,12 @@ def test_steady_programs_take_the_fewest_rounds():
     programs = [Program(1e-3), Program(2e-3)]
     measured = measure(programs, NEVER)
     assert [m.seconds for m in measured] == [pytest.approx(1e-3), pytest.approx(2e-3)]
-    assert [len(p.calls) for p in programs] == [1 + ROUNDS[0]] * 2  # one tells how many calls
+    assert [len(p.calls) for p in programs] == [
+        1 + ROUNDS[0]
+    ] * 2  # the first sample finds the number of calls
 
 
-def test_unsteady_programs_take_more_rounds_and_not_for_ever():
+def test_unsteady_programs_take_more_rounds_up_to_a_limit():
     programs = [Program(1.0, noise=0.5), Program(1.0)]
     measured = measure(programs, NEVER)
     assert len(programs[0].calls) == 1 + ROUNDS[1]
@@ -57,14 +59,14 @@ def test_samples_are_long_enough_for_a_clock():
     assert instant.calls[1:] == [MAX_CALLS] * ROUNDS[0]
 
 
-def test_when_the_time_is_up_there_is_one_round_of_all():
+def test_one_round_is_made_when_the_time_is_up():
     programs = [Program(1.0), Program(2.0)]
     measured = measure(programs, lambda: True)
     assert [len(p.calls) for p in programs] == [2, 2]
-    assert measured == [Timing(1.0, 1.0), Timing(2.0, 2.0)]  # nothing is known for sure
+    assert measured == [Timing(1.0, 1.0), Timing(2.0, 2.0)]  # all of a single sample is error
 
 
-def test_an_outlier_is_not_the_median():
+def test_outlier_does_not_change_the_median():
     assert summary([1.0, 1.0, 1.0, 1.0, 50.0]).seconds == 1.0
 
 
@@ -73,9 +75,9 @@ times = st.builds(Timing, st.floats(1e-6, 1.0), st.one_of(st.just(0.0), st.float
 
 @given(st.dictionaries(st.sampled_from("abcd"), times, min_size=1), st.booleans())
 @example({"a": Timing(2.0, 0.0), "b": Timing(1.0, 2.0), "c": Timing(1.0, 0.0)}, False)
-def test_what_is_chosen_was_not_measured_to_be_slower(measured, with_reference):
-    """The choice may be as fast as each of the others, by what is known of them; and it is the
-    reference unless another is faster for sure, by the margin."""
+def test_chosen_program_was_not_measured_to_be_slower(measured, with_reference):
+    """The chosen program may be as fast as each of the others within the errors of their times,
+    and it is the reference unless another is surely faster by the margin."""
     reference = "a" if with_reference else "reference"
     chosen = fastest(measured, reference)
     others = {name: m for name, m in measured.items() if name != reference}
@@ -96,11 +98,11 @@ def test_what_is_chosen_was_not_measured_to_be_slower(measured, with_reference):
         (Timing(1.5, 0.0), "reference"),
     ],
 )
-def test_the_reference_has_the_benefit_of_the_doubt(kernel, chosen):
+def test_reference_is_chosen_in_doubt(kernel, chosen):
     assert fastest({"reference": Timing(1.0, 0.0), "kernel": kernel}, "reference") == chosen
 
 
-def test_of_kernels_that_are_as_fast_the_first_is_chosen():
+def test_first_of_equally_fast_kernels_is_chosen():
     measured = {
         "slow": Timing(2.0, 0.01),
         "first": Timing(1.01, 0.02),

@@ -8,22 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernelgraph import (
-    last_report,
-)
+from kernelgraph import last_report
 from kernelgraph.graph.autotune import candidates, records
 from kernelgraph.report import Reason
 from tests.support.costs import CLOCK, Odd, Steps, Work, kernel, spend
-from tests.support.tuned_models import (
-    compiled,
-    mapping,
-    run,
-    stack,
-)
+from tests.support.tuned_models import compiled, mapping, run, stack
 
 
 def test_traced_kernel_is_a_candidate(monkeypatch):
-    """As an op it costs more here, and so it is in the graph as what it does."""
+    """The op costs more here, so the graph has the ops that the kernel is traced into."""
     own = candidates.program
 
     def program(region: Any, untuned: Any, candidate: Any) -> Any:
@@ -75,7 +68,7 @@ def test_layer_that_breaks_the_graph_is_measured_uncompiled(seconds, used):
 
 
 def test_report_says_why_a_layer_that_breaks_the_graph_keeps_its_reference():
-    """Dynamo traces it for itself then, and gives the backend no graph of it."""
+    """Dynamo traces the layer for itself then, and gives the backend no graph of it."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -98,7 +91,7 @@ def test_report_says_why_a_layer_that_breaks_the_graph_keeps_its_reference():
 
 
 def test_winner_with_graph_breaks_is_not_used_for_a_full_graph():
-    """Whatever was chosen where they may."""
+    """The winners with and without ``fullgraph`` are kept apart."""
     model = nn.Sequential(Odd(1.0))
     with mapping(Odd=kernel(5.0)):
         broken = run(model, fullgraph=False, inner="aot_eager")

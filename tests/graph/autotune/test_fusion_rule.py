@@ -9,22 +9,15 @@ from torch import Tensor, nn
 
 import kernelgraph
 from kernelgraph import cache as disk
-from kernelgraph import (
-    last_report,
-)
+from kernelgraph import last_report
 from kernelgraph.graph.autotune import candidates
 from kernelgraph.report import Reason
 from tests.support.costs import Work, kernel
-from tests.support.tuned_models import (
-    mapping,
-    reasons,
-    run,
-    stack,
-)
+from tests.support.tuned_models import mapping, reasons, run, stack
 
 
 def test_rule_decides_when_the_time_is_over():
-    """Elementwise layers keep their references; others, and unknown ones, take the kernel."""
+    """Elementwise layers keep their references; others, and unknown ones, use the kernel."""
 
     @kernelgraph.use_kernel_forward_from_hub("Norm")
     class Norm(nn.Module):
@@ -43,7 +36,7 @@ def test_rule_decides_when_the_time_is_over():
     assert reasons() == [Reason.POLICY, Reason.KERNEL, Reason.KERNEL]
     details = [d.detail for d in last_report().decisions]
     assert all("not measured: the 0 s for measuring were over" in d for d in details)
-    assert disk.entries() == {}  # nobody else is to believe it
+    assert disk.entries() == {}  # no other compile may use a winner by rule
 
 
 def test_winner_by_rule_is_measured_by_the_next_compile():

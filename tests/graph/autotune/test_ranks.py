@@ -1,4 +1,4 @@
-"""All processes of a group compile what one of them has chosen."""
+"""All processes of a group use the winner that one of them has found."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ with use_kernel_mapping({"Work": {"cpu": Repository(kernel(0.5))}}, inherit_mapp
     with torch.no_grad():
         out = compiled(torch.zeros(2, 4))
     torch.distributed.barrier()
-    # What only one rank meets is not waited for.
+    # No rank waits for a call that only the other one makes.
     if rank == 1:
         with torch.no_grad():
             compiled(torch.zeros(3, 4, dtype=torch.float64).float()[:1].expand(5, 4))
@@ -50,8 +50,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_agree(tmp_path):
-    """Each has a cache and times of its own; one measures, and both run what it has chosen."""
+def test_two_processes_use_the_same_winner(tmp_path):
+    """Each has a cache and times of its own; one measures, and both use its winner."""
     root = Path(__file__).parents[3]
     started = [
         subprocess.Popen(
@@ -71,7 +71,7 @@ def test_two_processes_agree(tmp_path):
         answers.append(json.loads(out.splitlines()[-1]))
     assert answers[0]["out"] == answers[1]["out"]
     measured = [len(answer["measured"]) for answer in answers]
-    assert sum(measured) == 2  # the shared one once, and that of the second rank alone
+    assert sum(measured) == 2  # once for both ranks, and once for the call of the second rank alone
     assert measured[1] >= 1
 
 
@@ -82,20 +82,20 @@ def store(monkeypatch):
     return made
 
 
-def test_alone_everybody_decides():
+def test_process_alone_decides_each_time():
     assert not ranks.has_other_ranks()
     assert ranks.agree("a", lambda: 1, 0.0) == 1
     assert ranks.agree("a", lambda: 2, 0.0) == 2
 
 
-def test_the_first_to_ask_decides(store):
+def test_first_rank_to_ask_decides(store):
     assert ranks.has_other_ranks()
     assert ranks.agree("a", lambda: {"how": "op"}, 1.0) == {"how": "op"}
     assert ranks.agree("a", lambda: {"how": "reference"}, 1.0) == {"how": "op"}
     assert ranks.agree("b", lambda: 3, 1.0) == 3
 
 
-def test_others_wait_for_it(store):
+def test_other_ranks_wait_for_the_first(store):
     asked, go = threading.Event(), threading.Event()
 
     def slowly() -> int:
@@ -115,7 +115,7 @@ def test_others_wait_for_it(store):
     assert answers == [7, 7]
 
 
-def test_one_that_fails_or_goes_keeps_nobody_waiting(store, caplog):
+def test_rank_that_fails_or_goes_keeps_no_other_waiting(store, caplog):
     with pytest.raises(ValueError, match="no"):
         ranks.agree("a", lambda: (_ for _ in ()).throw(ValueError("no")), 1.0)
     assert ranks.agree("a", lambda: 1, 1.0) is None

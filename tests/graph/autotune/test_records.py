@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernelgraph import cache as disk
-from kernelgraph import (
-    last_report,
-)
+from kernelgraph import last_report
 from kernelgraph.graph.autotune import records
 from kernelgraph.report import Reason
 from tests.support.costs import kernel
-from tests.support.tuned_models import (
-    mapping,
-    measured_layers,
-    reasons,
-    run,
-    stack,
-)
+from tests.support.tuned_models import mapping, measured_layers, reasons, run, stack
+
+
+def files_on_disk() -> list[Path]:
+    """The files of the winners that are kept."""
+    return [*(disk.directory() / disk.CHOICES).glob("*.json")]
 
 
 def test_measured_winner_is_kept_on_disk(monkeypatch):
@@ -47,7 +45,7 @@ def test_value_on_disk_that_is_no_winner_is_measured_again(monkeypatch, value):
     model = stack(1.0)[:1]
     with mapping(Work=kernel(2.0)):
         run(model)
-        for path in disk._files("choices"):
+        for path in files_on_disk():
             content = json.loads(path.read_text())
             path.write_text(json.dumps({**content, "value": value}))
         torch.compiler.reset()
@@ -61,7 +59,7 @@ def test_damaged_file_is_ignored_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(disk, "_complained", False)
     with mapping(Work=kernel(2.0)):
         run(model)
-        for path in disk._files("choices"):
+        for path in files_on_disk():
             path.write_text("{")
         torch.compiler.reset()
         with caplog.at_level(logging.WARNING, "kernelgraph"):
@@ -71,7 +69,7 @@ def test_damaged_file_is_ignored_with_a_warning(monkeypatch, caplog):
 
 
 def test_session_is_found_again_by_an_equal_bound_method():
-    """Of which Python makes another object each time."""
+    """Python makes a new object for each access to a bound method."""
 
     class Compiler:
         def compile(self) -> None: ...

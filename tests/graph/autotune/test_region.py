@@ -1,4 +1,4 @@
-"""What is cut out of a graph around a node."""
+"""The region that is cut out of a graph around a node."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def functions(graph_module: fx.GraphModule) -> list[str]:
     ]
 
 
-def test_it_ends_at_what_is_computed_by_itself():
+def test_region_ends_at_nodes_that_are_not_fused():
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = F.linear(x, w)
         y = torch.sin(F.silu(y) * 2).float() + 1
@@ -54,7 +54,7 @@ def test_it_ends_at_what_is_computed_by_itself():
     assert [tuple(v.shape) for v in around.inputs] == [(4, 8)]
 
 
-def test_it_computes_what_the_graph_does():
+def test_region_computes_what_the_graph_does():
     def function(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
         a, b = (F.linear(x, w) + bias).chunk(2, -1)
         return torch.sin(a * b) + a
@@ -67,8 +67,8 @@ def test_it_computes_what_the_graph_does():
     assert any(torch.allclose(r, function(X, W, W[0])) for r in results)
 
 
-def test_behind_a_value_that_others_need_nothing_more_is_taken():
-    """A residual stream goes through the whole model."""
+def test_region_ends_behind_a_value_that_is_used_elsewhere():
+    """A residual stream would lead through the whole model."""
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         x = F.relu(x) + 1
@@ -82,7 +82,7 @@ def test_behind_a_value_that_others_need_nothing_more_is_taken():
     assert len(around.inputs) == 2
 
 
-def test_all_results_that_are_used_outside_are_results():
+def test_values_used_outside_of_the_region_are_its_results():
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y = F.relu(x)
         z = torch.sin(y)
@@ -94,7 +94,7 @@ def test_all_results_that_are_used_outside_are_results():
     assert sorted(n.target.__name__ for n in output.args[0]) == ["relu", "sin"]
 
 
-def test_indices_come_with_what_chooses_them():
+def test_region_has_the_node_that_computes_indices():
     def function(x: Tensor, w: Tensor) -> Tensor:
         weights, index = F.linear(x, w).softmax(-1).topk(2, dim=-1)
         return torch.sin(weights) + index
@@ -105,7 +105,7 @@ def test_indices_come_with_what_chooses_them():
     assert [v.dtype for v in around.inputs] == [torch.float32]
 
 
-def test_sizes_that_vary_are_those_of_the_trace():
+def test_dynamic_sizes_are_those_of_the_trace():
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = F.linear(x, w)
         return torch.sin(y.view(y.shape[0] // 2, 2, y.shape[1])) + 1
@@ -117,7 +117,7 @@ def test_sizes_that_vary_are_those_of_the_trace():
     assert result.shape == (2, 2, 8)
 
 
-def test_it_is_small_in_a_long_chain():
+def test_region_is_small_in_a_long_chain():
     def function(x: Tensor) -> Tensor:
         for _ in range(30):
             x = F.relu(x)
@@ -131,7 +131,7 @@ def test_it_is_small_in_a_long_chain():
     assert functions(around.graph_module) == ["relu"] * 8 + ["sin"] + ["relu"] * 8
 
 
-def test_writes_in_place_are_not_taken():
+def test_region_has_no_writes_in_place():
     def function(x: Tensor, w: Tensor) -> Tensor:
         y = F.linear(x, w)
         y.add_(1)
@@ -144,7 +144,7 @@ def test_writes_in_place_are_not_taken():
     assert functions(around.graph_module) == ["sin"]
 
 
-def test_the_graph_stays_as_it_is():
+def test_graph_is_unchanged():
     graph_module = traced(lambda x: torch.sin(x + 1) * 2, X)
     before = str(graph_module.graph)
     around = cut_region(graph_module, middle(graph_module))
@@ -152,7 +152,7 @@ def test_the_graph_stays_as_it_is():
     assert around.node.graph is around.graph_module.graph
 
 
-def test_nodes_without_values():
+def test_nodes_without_values_are_an_error():
     graph_module = fx.symbolic_trace(lambda x: torch.sin(x + 1))
     with pytest.raises(NoValue):
         cut_region(graph_module, middle(graph_module))

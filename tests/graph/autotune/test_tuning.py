@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kernelgraph
-from kernelgraph import (
-    Mode,
-    kernelize,
-    last_report,
-    use_kernel_mapping,
-)
+from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
 from kernelgraph import cache as disk
 from kernelgraph.graph.autotune.benchmark import MARGIN
 from kernelgraph.report import Reason
@@ -67,7 +62,7 @@ SECONDS = st.sampled_from([0.1, 0.5, 0.97, 1.0, 1.03, 2.0, 9.0])
 @settings(max_examples=25)
 @given(st.lists(st.tuples(SECONDS, st.booleans()), min_size=1, max_size=5), SECONDS, st.booleans())
 def test_each_layer_gets_its_kernel_exactly_if_that_is_faster(layers, seconds, dynamic):
-    """By the times of both, whatever else is in the model, and whatever was chosen before."""
+    """The times of the layer and the kernel decide, whatever else is in the model."""
     torch.compiler.reset()
     disk.clear()
     model = nn.Sequential()
@@ -97,7 +92,7 @@ def test_fastest_of_several_kernels_is_used():
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_kernels_that_read_other_state_compete(grad):
-    """The second reads what neither the layer nor the first does; compiled by Inductor."""
+    """The second kernel reads a buffer that neither the layer nor the first kernel reads."""
 
     class First(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +170,7 @@ def test_dynamic_sizes_are_measured_at_those_of_the_trace():
 
 
 def test_graph_in_which_kernels_lost_is_that_without_kernels():
-    """It is the graph that there would be without any kernel."""
+    """It is the same graph, node by node."""
     graphs: list[str] = []
 
     def inner(graph_module: Any, inputs: Any) -> Any:
@@ -211,8 +206,8 @@ def test_log_has_two_lines_for_each_contest(caplog):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(("seconds", "reason"), [(0.5, Reason.KERNEL), (2.0, Reason.SLOWER)])
 def test_graph_in_parts_is_tuned_part_by_part(seconds, reason):
-    """For a DistributedDataParallel: each kind of call is measured in the part that it is in."""
-    size = 600  # a linear layer of that is larger than a bucket of 1 MiB
+    """A DistributedDataParallel has several graphs: each call is measured in its own."""
+    size = 600  # a linear layer of this size is larger than a bucket of 1 MiB
 
     class Chain(nn.Module):
         def __init__(self) -> None:

@@ -18,12 +18,6 @@ from tests.support.toy_models import Repository
 pytestmark = pytest.mark.cuda
 
 
-@pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", str(tmp_path / "cache"))
-    records.forget()
-
-
 @use_kernel_forward_from_hub("Twice")
 class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +26,7 @@ class Twice(nn.Module):
 
 @use_kernel_forward_from_hub("Product")
 class Product(nn.Module):
-    """Slow in its own words, and not to be fused."""
+    """Has a slow reference that no compiler fuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -41,15 +35,15 @@ class Product(nn.Module):
         return y
 
 
-class Waits(nn.Module):
-    """Asks the device for a value."""
+class Synchronizes(nn.Module):
+    """Asks for a value of the device on the host."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (2 if x.abs().sum().item() >= 0 else 3)
 
 
 class Tunes(nn.Module):
-    """Times itself in its first call, with events and a wait."""
+    """Times itself in its first call, with events and a synchronization."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _tuned:
@@ -81,9 +75,9 @@ def steps(compiled: Any, reference: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("policy", ["always", "fastest"])
-@pytest.mark.parametrize("kernel", [Waits, Tunes], ids=["waits", "tunes itself"])
-def test_kernels_that_cannot_be_captured_at_once(policy, kernel):
-    """CUDA graphs are cut around what waits, and random numbers are drawn as ever afterwards."""
+@pytest.mark.parametrize("kernel", [Synchronizes, Tunes], ids=["synchronizes", "tunes itself"])
+def test_kernel_that_synchronizes_runs_between_cuda_graphs(policy, kernel):
+    """CUDA graphs are cut around kernels that synchronize, and random numbers are still drawn."""
     _tuned.clear()
     own = model(Twice())
     options = {"policy": policy, "triton.cudagraphs": True}
@@ -91,9 +85,9 @@ def test_kernels_that_cannot_be_captured_at_once(policy, kernel):
         steps(torch.compile(own, backend="hubkernels", fullgraph=True, options=options), own)
 
 
-def test_what_wins_is_used_and_what_loses_is_not():
+def test_kernels_are_used_exactly_if_they_win():
     own = nn.Sequential(Product(), nn.Linear(64, 64), Twice()).cuda().eval()
-    kernels = {"Product": {"cuda": Repository(Same)}, "Twice": {"cuda": Repository(Waits)}}
+    kernels = {"Product": {"cuda": Repository(Same)}, "Twice": {"cuda": Repository(Synchronizes)}}
     with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
         torch.compile(own, backend="hubkernels", options={"policy": "fastest"})(
             torch.randn(64, 64, device="cuda")
@@ -124,8 +118,8 @@ def double(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("policy", ["always", "fastest"])
-def test_training(policy):
-    """A device's own thread runs the backward, and would wait there for the thread that traces."""
+def test_kernel_with_a_compiled_backward_trains(policy):
+    """In the device's own thread the backward would wait for the lock of the tracing thread."""
     own = model(Twice()).train()
     x = torch.randn(64, 64, device="cuda")
     own(x).square().sum().backward()
@@ -144,7 +138,7 @@ def test_training(policy):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
 
 
-def test_a_choice_is_kept_for_this_driver():
+def test_winner_is_kept_for_this_driver():
     kernels = {"Twice": {"cuda": Repository(Same)}}
     options = {"verify": False, "policy": "fastest"}
     with use_kernel_mapping(kernels, inherit_mapping=False), torch.no_grad():
@@ -154,8 +148,8 @@ def test_a_choice_is_kept_for_this_driver():
     assert [repr(driver_version()) in key for key in records._winners] == [True]
 
 
-def test_the_memory_that_measuring_takes(monkeypatch):
-    """Weights are those of the layer; what is made up and computed is a few copies of the call.
+def test_contest_takes_memory_for_a_few_copies_of_the_call(monkeypatch):
+    """Weights are those of the layer; inputs and results are a few copies of the call's.
 
     Inductor clears the cache by a buffer of its size while it chooses among its own kernels.
     """

@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraph import (
-    _version,
-    keys,
-)
+from kernelgraph import _version, keys
 from kernelgraph import cache as disk
 from kernelgraph.graph.autotune import tuning_keys
 from kernelgraph.graph.lowering.options import Options
@@ -44,7 +41,7 @@ def test_other_sizes_are_another_key(monkeypatch):
     ids=["a flag", "a number", "a name"],
 )
 def test_constants_are_part_of_the_key(flags):
-    """What they are may decide what is fastest."""
+    """The winner may depend on their values."""
     with mapping(Steps=StepsAtOnce):
         assert torch.equal(run(InTurn(*flags).eval()), torch.full((3, 4), 1.0 + 11.0))
     assert reasons() == [Reason.SLOWER, Reason.KERNEL]
@@ -78,7 +75,7 @@ def test_floats_that_vary_share_a_key(monkeypatch):
 
 
 def test_layout_compiler_dtype_mode_and_kernel_are_part_of_the_key(monkeypatch):
-    """Each of these is another kind; the same again is not."""
+    """Each of these has another key; the same call again has the same key."""
     found = measured_layers(monkeypatch)
     base = stack(1.0)[:1]
     wide = torch.zeros(3, 8)[:, ::2]
@@ -102,7 +99,7 @@ def test_layout_compiler_dtype_mode_and_kernel_are_part_of_the_key(monkeypatch):
 
 
 def test_compiler_and_its_settings_are_part_of_the_key():
-    """Also Inductor with other settings, wherever they were made."""
+    """Settings of Inductor count too, wherever they were made."""
     text = tuning_keys.compiler_text
     kinds = {text(Options()), text(Options(inner="eager")), text(Options(inner=print))}
     kinds |= {text(Options.parse(mode)) for mode in (None, "max-autotune", "default")}

@@ -9,22 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernelgraph import (
-    LocalLayerRepository,
-    last_report,
-    use_kernel_mapping,
-)
+from kernelgraph import LocalLayerRepository, last_report, use_kernel_mapping
 from kernelgraph.graph.autotune import candidates, records
 from kernelgraph.report import Reason
 from tests.support.costs import Work, kernel, spend
 from tests.support.toy_repository import write_repository
-from tests.support.tuned_models import (
-    compiled,
-    mapping,
-    reasons,
-    run,
-    stack,
-)
+from tests.support.tuned_models import compiled, mapping, reasons, run, stack
 
 TRACEABLE = """
 import torch
@@ -80,7 +70,7 @@ def test_time_of_the_backward_counts():
 
 
 def test_backward_in_a_trial_or_contest_runs_in_the_tracing_thread():
-    """A device's own thread would wait for the lock that this one has, if it compiles."""
+    """In a device's own thread, a backward that compiles would wait for a lock of this one."""
     apart: list[bool] = []
 
     class Function(torch.autograd.Function):
@@ -122,7 +112,7 @@ def test_kernel_that_wins_trains_with_right_gradients():
 
 @pytest.mark.parametrize("wrong", [True, False])
 def test_kernel_is_traced_only_with_right_gradients(tmp_path, monkeypatch, wrong):
-    """What is traced has the gradient of its own ops, which nothing stands in for."""
+    """A traced kernel has the gradient of its own ops, which kernelgraph cannot replace."""
     source = TRACEABLE.format(gradient="grad * 7" if wrong else "grad")
     files = {"__init__.py": "from . import layers\n", "layers.py": source}
     write_repository(tmp_path / "kernels", files)
@@ -131,7 +121,7 @@ def test_kernel_is_traced_only_with_right_gradients(tmp_path, monkeypatch, wrong
 
     def program(region: Any, untuned: Any, candidate: Any) -> Any:
         made = own(region, untuned, candidate)
-        if candidate.implementation is records.Implementation.OP:  # which costs more here
+        if candidate.implementation is records.Implementation.OP:  # the op costs more here
             node = next(n for n in made.graph.nodes if n.op == "output")
             with made.graph.inserting_before(node):
                 first = made.graph.call_function(
@@ -148,7 +138,7 @@ def test_kernel_is_traced_only_with_right_gradients(tmp_path, monkeypatch, wrong
     with use_kernel_mapping(kernels, inherit_mapping=False):
         out = compiled(model, inner="aot_eager")(x)
     out.square().sum().backward()
-    # With the layer run again for its gradient, the kernel costs more than the layer.
+    # With the recomputed gradient of the layer, the kernel costs more than the layer.
     assert reasons() == [Reason.SLOWER if wrong else Reason.KERNEL]
     assert ("traced" in last_report().decisions[0].detail) is not wrong
     found, model[0].weight.grad = model[0].weight.grad, None

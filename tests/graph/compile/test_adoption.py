@@ -1,4 +1,4 @@
-"""Layers that another package tagged, in compiled models, with no call of the user's."""
+"""Layers that another package tagged become ops in compiled models, without a call by the user."""
 
 from __future__ import annotations
 
@@ -10,49 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
 
 import kernelgraph
-from kernelgraph import Mode, last_report, register_kernel_mapping, use_kernel_mapping
-from kernelgraph.report import Decision
+from kernelgraph import Mode, register_kernel_mapping, use_kernel_mapping
+from tests.support.compiled_models import Counter, CountingAot, decisions, ours, plain
 from tests.support.other_package import write_kernel
 from tests.support.toy_models import Chain, OpaqueScale, Scale, TraceableScale, on_cpu
-
-
-class Counter:
-    """A backend that runs graphs as they are, and counts how many it was given."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph_module.forward
-
-
-class CountingAot(Counter):
-    """The same by way of AOTAutograd."""
-
-    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        super().__call__(graph_module, inputs)
-        run: Callable[..., Any] = lookup_backend("aot_eager")(graph_module, inputs)
-        return run
-
-
-def ours(inner: Any) -> dict[str, Any]:
-    # The toys add 10, which a kernel that is verified before it trains anything may not.
-    return {"backend": "hubkernels", "options": {"inner": inner, "verify_gradients": False}}
-
-
-def plain(inner: Any) -> dict[str, Any]:
-    return {"backend": inner}
-
-
-def decisions() -> tuple[Decision, ...]:
-    report = last_report()
-    assert report is not None
-    return report.decisions
 
 
 def scale_of(theirs: Any) -> type[nn.Module]:
@@ -85,7 +49,7 @@ def mapping() -> Iterator[None]:
 
 class TestClasses:
     @torch.no_grad()
-    def test_are_found(self, theirs: Any) -> None:
+    def test_tagged_class_becomes_an_op(self, theirs: Any) -> None:
         block, x = Block(scale_of(theirs)), torch.randn(3, 4)
         compiled = torch.compile(block, fullgraph=True, **ours("eager"))
         torch.testing.assert_close(compiled(x), block.linear(block.scale(x) + 10))
@@ -93,7 +57,7 @@ class TestClasses:
 
     @torch.no_grad()
     def test_blocks_compiled_one_by_one_share_a_graph(self, theirs: Any) -> None:
-        """As many graphs as without kernels: the condition that all get ties them to nothing."""
+        """There are as many graphs as without kernels: an always true condition guards nothing."""
         scale, x, counts = scale_of(theirs), torch.randn(3, 4), []
         for backend in (plain, ours):
             torch.compiler.reset()
@@ -105,7 +69,7 @@ class TestClasses:
         assert counts == [1, 1]
 
     @torch.no_grad()
-    def test_a_condition_that_must_be_asked_is_asked_of_each_block(self, theirs: Any) -> None:
+    def test_condition_that_may_refuse_is_asked_of_each_block(self, theirs: Any) -> None:
         scale, x = scale_of(theirs), torch.randn(3, 4)
         scale.kernel_condition = staticmethod(lambda module: module.eps < 1)  # type: ignore[attr-defined]
         blocks = [Block(scale) for _ in range(3)]
@@ -117,7 +81,7 @@ class TestClasses:
 
 class TestFunctions:
     @torch.no_grad()
-    def test_are_found(self, theirs: Any, tmp_path: Path) -> None:
+    def test_tagged_function_becomes_an_op(self, theirs: Any, tmp_path: Path) -> None:
         @theirs.use_kernel_forward_from_hub("double")
         def double(x: Tensor) -> Tensor:
             return 2 * x
@@ -143,12 +107,12 @@ class TestFunctions:
             assert decision.op.split("_")[1] == decision.kernel.split(": ")[1]
 
     @torch.no_grad()
-    def test_two_functions_are_two_ops(self, theirs: Any, tmp_path: Path) -> None:
+    def test_two_functions_become_two_ops(self, theirs: Any, tmp_path: Path) -> None:
         path, x = write_kernel(tmp_path / "kernel", result=10), torch.randn(3)
 
         @theirs.use_kernel_forward_from_hub("first")
         def first(x: Tensor) -> Tensor:
-            return x  # of this there is nothing in a graph
+            return x  # leaves nothing in a graph
 
         @theirs.use_kernel_forward_from_hub("second")
         def second(x: Tensor) -> Tensor:
@@ -165,9 +129,9 @@ class TestFunctions:
 
 
 class TestWrapped:
-    def test_a_layer_in_an_adapter(self) -> None:
+    def test_layer_in_an_adapter_becomes_an_op(self) -> None:
         class Adapter(nn.Module):
-            """As for LoRA: the layer, and a product of two small matrices beside it."""
+            """The layer, with a product of two small matrices beside it, as for LoRA."""
 
             def __init__(self, base: nn.Module) -> None:
                 super().__init__()
@@ -197,15 +161,15 @@ class TestWrapped:
 
 
 SIZE = 600
-"""Of a linear layer that is larger than a bucket of 1 MiB."""
+"""The size of a linear layer that is larger than a bucket of 1 MiB."""
 
 
 @pytest.mark.usefixtures("one_process")
 class TestDistributedDataParallel:
-    """Its own backend stands between Dynamo and ours, and hands us a graph in parts."""
+    """Its backend stands between Dynamo and hubkernels, and hands over a graph in parts."""
 
     @pytest.mark.parametrize("inside", [True, False], ids=["compiled-inside", "compiled-around"])
-    def test_gradients(self, inside: bool) -> None:
+    def test_gradients_are_right_in_a_graph_in_parts(self, inside: bool) -> None:
         model, x = Chain(SIZE), torch.randn(3, SIZE)
         if inside:
             compiled = torch.compile(model, **ours(aot_eager := CountingAot()))
@@ -226,9 +190,9 @@ class TestDistributedDataParallel:
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
 
-    def test_a_layer_that_was_tagged_late_is_in_the_last_part(self, theirs: Any) -> None:
+    def test_layer_tagged_late_is_captured_in_the_last_part(self, theirs: Any) -> None:
         model, x = Chain(SIZE), torch.randn(3, SIZE)
-        torch.compile(model, **ours("eager"))(x)  # what is there now has been adopted
+        torch.compile(model, **ours("eager"))(x)  # adopts the classes that are tagged now
         model.layers.extend([nn.Linear(SIZE, SIZE), scale_of(theirs)(SIZE)])
         parallel = DistributedDataParallel(model, bucket_cap_mb=1)
         out = torch.compile(parallel, **ours(aot_eager := CountingAot()))(x)
@@ -241,10 +205,10 @@ class TestDistributedDataParallel:
 
 
 class TestMappingChanges:
-    """A compiled graph keeps its decision; ``torch.compiler.reset()`` has it made anew."""
+    """A compiled graph keeps its decision, which ``torch.compiler.reset()`` has made anew."""
 
     @torch.no_grad()
-    def test_the_decision_is_kept_until_reset(self) -> None:
+    def test_decision_is_kept_until_reset(self) -> None:
         model, x = nn.Sequential(Scale()), torch.randn(3, 4)
         reference, counter = model(x), Counter()
         compiled = torch.compile(model, fullgraph=True, **ours(counter))
@@ -261,7 +225,7 @@ class TestMappingChanges:
             torch.testing.assert_close(compiled(x), reference)
 
     @torch.no_grad()
-    def test_a_recompile_decides_by_the_mapping_of_its_time(self) -> None:
+    def test_recompile_decides_by_the_mapping_at_that_time(self) -> None:
         model, x = nn.Sequential(Scale()), torch.randn(3, 4)
         reference = model(x)
         compiled = torch.compile(model, dynamic=False, **ours("eager"))
@@ -272,7 +236,7 @@ class TestMappingChanges:
 
 
 class TestRecompiles:
-    """A model with kernels is compiled anew when it would be without, and at no other time."""
+    """A model with kernels is compiled anew exactly where it would be without kernels."""
 
     @staticmethod
     def counts(run: Callable[[Any, Chain, Counter], list[int]], **options: Any) -> list[list[int]]:
@@ -286,7 +250,7 @@ class TestRecompiles:
 
     @torch.no_grad()
     @pytest.mark.parametrize("dynamic", [None, True, False])
-    def test_other_sizes(self, dynamic: bool | None) -> None:
+    def test_other_sizes_recompile_as_without_kernels(self, dynamic: bool | None) -> None:
         def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
             counts = []
             for size in ((3, 4), (3, 4), (5, 4), (7, 4), (3, 4), (2, 3, 4), (2, 5, 4), (9, 5, 4)):
@@ -298,7 +262,7 @@ class TestRecompiles:
         assert with_kernels == without
 
     @torch.no_grad()
-    def test_training_and_back(self) -> None:
+    def test_training_and_eval_recompile_as_without_kernels(self) -> None:
         def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
             counts = []
             for training, _ in itertools.product((True, False, True, False), range(2)):
@@ -310,7 +274,7 @@ class TestRecompiles:
         without, with_kernels = self.counts(run)
         assert with_kernels == without
 
-    def test_gradients_and_none(self) -> None:
+    def test_gradients_on_and_off_recompile_as_without_kernels(self) -> None:
         def run(compiled: Any, model: Chain, counter: Counter) -> list[int]:
             counts = []
             for enabled, requires in itertools.product((True, False, True), (True, False)):
@@ -324,7 +288,7 @@ class TestRecompiles:
         assert with_kernels == without
 
 
-def test_the_mode_of_another_package_as_an_option(theirs: Any) -> None:
+def test_mode_of_another_package_is_taken_as_an_option(theirs: Any) -> None:
     model, x = nn.Sequential(Scale()), torch.randn(3, 4)
     options = {"inner": "eager", "kernel_mode": theirs.Mode.INFERENCE}
     with torch.no_grad():
@@ -333,7 +297,7 @@ def test_the_mode_of_another_package_as_an_option(theirs: Any) -> None:
 
 
 @torch.no_grad()
-def test_the_mode_of_another_package_for_a_graph_of_ones_own(theirs: Any) -> None:
+def test_mode_of_another_package_is_taken_by_rewrite(theirs: Any) -> None:
     model, x = nn.Sequential(Scale()), torch.randn(3, 4)
     graph_module = fx.GraphModule(model, kernelgraph.Tracer().trace(model))
     kernelgraph.rewrite(graph_module, mode=theirs.Mode.INFERENCE, example_inputs=(x,))

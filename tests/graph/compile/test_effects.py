@@ -1,4 +1,4 @@
-"""What kernels and layers do besides returning a result, in compiled models: writes, errors."""
+"""Effects of kernels and layers in compiled models: writes, errors and entries in a profile."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TraceableCounted(nn.Module):
 
 
 class Greedy(nn.Module):
-    """Writes into what the layer leaves alone."""
+    """Writes into tensors that the layer does not write into."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(self.weight).add_(self.shift + self.eps + 10)
@@ -80,7 +80,7 @@ def mapping() -> Iterator[None]:
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("kernel", [OpaqueCounted, TraceableCounted])
-def test_what_a_layer_writes_is_written(kernel: type[nn.Module], inner: str) -> None:
+def test_writes_of_a_layer_are_made(kernel: type[nn.Module], inner: str) -> None:
     model = Model()
     with use_kernel_mapping(on_cpu(Counted=kernel)), torch.no_grad():
         run = compiled(model, inner)
@@ -95,7 +95,7 @@ def test_what_a_layer_writes_is_written(kernel: type[nn.Module], inner: str) -> 
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_gradients_go_through_what_a_layer_writes(inner: str) -> None:
+def test_gradients_flow_through_what_a_layer_writes(inner: str) -> None:
     x = torch.ones(3, requires_grad=True)
     with use_kernel_mapping(on_cpu(Counted=TraceableCounted)):
         y, total = compiled(Model(), inner)(x)
@@ -105,7 +105,7 @@ def test_gradients_go_through_what_a_layer_writes(inner: str) -> None:
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_what_only_the_kernel_writes_nobody_sees(inner: str) -> None:
+def test_writes_of_the_kernel_alone_are_not_seen(inner: str) -> None:
     model, x = Chain(), torch.ones(2, 4)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with use_kernel_mapping(on_cpu(Scale=Greedy)), torch.no_grad():
@@ -120,7 +120,7 @@ def test_what_only_the_kernel_writes_nobody_sees(inner: str) -> None:
 
 
 class Moody(nn.Module):
-    """Raises, or returns something else, where a layer's eps says so."""
+    """Raises, or returns a wrong result, depending on the layer's eps."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.from_numpy(x.numpy() + 10)
@@ -140,9 +140,7 @@ class Moody(nn.Module):
     ],
 )
 @pytest.mark.parametrize("inner", INNER)
-def test_an_error_says_which_layer_of_the_model_it_was(
-    eps: float, message: str, inner: str
-) -> None:
+def test_error_names_the_layer_of_the_model(eps: float, message: str, inner: str) -> None:
     model = Chain()
     model.layers[2].eps = eps
     with use_kernel_mapping(on_cpu(Scale=Moody)), torch.no_grad():
@@ -166,7 +164,7 @@ class Raises(nn.Module):
         raise ValueError("toy")
 
 
-def test_a_layer_without_weights_is_one_of_several() -> None:
+def test_error_names_several_layers_that_share_an_op() -> None:
     model = nn.Sequential(*(Stateless() for _ in range(5)))
     with use_kernel_mapping(on_cpu(Stateless=Raises)), torch.no_grad():
         with pytest.raises(RuntimeError, match=r"Stateless at one of 0, 1, 2 and 2 more, raised"):
@@ -174,11 +172,11 @@ def test_a_layer_without_weights_is_one_of_several() -> None:
         torch.compiler.reset()
 
 
-# --- what is seen of it -------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_profile_names_the_ops() -> None:
+def test_profile_names_the_ops() -> None:
     model, x = Chain(), torch.ones(2, 4)
     run = compiled(model, "inductor")
     run(x)

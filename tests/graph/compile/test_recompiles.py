@@ -1,4 +1,4 @@
-"""A compiled model is compiled anew when something changed that counts, and only then."""
+"""A compiled model is compiled anew if a value that it depends on has changed, and only then."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from kernelgraph import last_report, use_kernel_forward_from_hub, use_kernel_mapping
+from kernelgraph import use_kernel_forward_from_hub, use_kernel_mapping
+from tests.support.compiled_models import Counter, decisions, ours, plain
 from tests.support.toy_models import on_cpu
 
 
@@ -82,19 +83,8 @@ reference = getattr(Layer.forward, "__kernelgraph_reference__", Layer.forward)
 
 
 def eagerly(layer: Any, x: Tensor, factor: float = 1.0, times: int = 1) -> Tensor:
-    x.detach().float().cpu().numpy()  # no fake has that
+    x.detach().float().cpu().numpy()  # which a fake tensor does not have
     return reference(layer, x, factor, times) + 10
-
-
-class Counter:
-    """An inner compiler that counts its calls."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.count += 1
-        return graph_module.forward
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +100,10 @@ def compiled(model: Any, counter: Counter, **kwargs: Any) -> Any:
 
 
 def assert_all_kernels() -> None:
-    report = last_report()
-    assert report is not None
-    assert [d.detail for d in report.decisions if not d.op] == []
+    assert [d.detail for d in decisions() if not d.op] == []
 
 
-# --- what is read of the layer --------------------------------------------------------------
+# --- values that are read of the layer ------------------------------------------------------
 
 CHANGES: dict[str, Callable[[Layer], None]] = {
     "float": lambda layer: setattr(layer, "eps", 0.5),
@@ -146,8 +134,8 @@ CHANGES: dict[str, Callable[[Layer], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_value_compiles_once_more(change: Callable[[Layer], None]) -> None:
-    """And right; and the old value uses the graph that there was."""
+def test_changed_value_compiles_once_more(change: Callable[[Layer], None]) -> None:
+    """The results are right with both values, and the old value uses the first graph again."""
     torch.manual_seed(0)
     model, counter, x = nn.Sequential(Layer()), Counter(), torch.randn(3, 4)
     f = compiled(model, counter)
@@ -156,23 +144,23 @@ def test_a_changed_value_compiles_once_more(change: Callable[[Layer], None]) -> 
     assert_all_kernels()
     for _ in range(2):
         assert torch.equal(f(x), eagerly(before, x))
-    assert counter.count == 1
+    assert counter.graphs == 1
     after = model[0] = copy.deepcopy(before)
     assert torch.equal(f(x), eagerly(after, x)), "a copy is the same to a graph"
-    assert counter.count == 1
+    assert counter.graphs == 1
     change(after)
     for _ in range(2):
         torch.testing.assert_close(f(x), eagerly(after, x))
     assert_all_kernels()
-    assert counter.count == 2
+    assert counter.graphs == 2
     model[0] = before
     torch.testing.assert_close(f(x), eagerly(before, x))
-    assert counter.count == 2
+    assert counter.graphs == 2
 
 
 @pytest.mark.parametrize("nested", [{"a": [1.0]}, {"a": {"b": 1.0}}], ids=["list", "dict"])
-def test_a_value_deep_in_the_only_thing_that_is_read(nested: dict[str, Any]) -> None:
-    """Dynamo passes over the guards of a module whose attributes are what they were."""
+def test_value_deep_in_the_only_attribute_that_is_read_is_guarded(nested: dict[str, Any]) -> None:
+    """Dynamo skips the guards of a module whose attributes are the same objects as before."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:
@@ -202,7 +190,7 @@ def test_a_value_deep_in_the_only_thing_that_is_read(nested: dict[str, Any]) -> 
             for _ in range(3):
                 assert f(x).tolist() == [value] * 3
     assert_all_kernels()
-    assert counter.count == 2
+    assert counter.graphs == 2
 
 
 WEIGHTS: dict[str, Callable[[Layer], object]] = {
@@ -220,13 +208,13 @@ WEIGHTS: dict[str, Callable[[Layer], object]] = {
 
 
 @pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS)
-def test_other_weights_need_no_compile(change: Callable[[Layer], object]) -> None:
+def test_other_weights_compile_nothing(change: Callable[[Layer], object]) -> None:
     layer, counter, x = Layer(), Counter(), torch.randn(3, 4)
     f = compiled(nn.Sequential(layer), counter)
     f(x)
     change(layer)
     torch.testing.assert_close(f(x), eagerly(layer, x))
-    assert counter.count == 1
+    assert counter.graphs == 1
 
 
 def test_frozen_weights_are_followed() -> None:
@@ -242,7 +230,7 @@ def test_frozen_weights_are_followed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_another_dtype(dtype: torch.dtype) -> None:
+def test_another_dtype_compiles_once_more(dtype: torch.dtype) -> None:
     layer, counter, x = Layer(), Counter(), torch.randn(3, 4)
     layer.pieces.clear()
     f = compiled(nn.Sequential(layer), counter)
@@ -251,14 +239,14 @@ def test_another_dtype(dtype: torch.dtype) -> None:
     for _ in range(2):
         torch.testing.assert_close(f(x.to(dtype)), eagerly(layer, x.to(dtype)))
     assert_all_kernels()
-    assert counter.count == 2
+    assert counter.graphs == 2
     layer.float()
     torch.testing.assert_close(f(x), eagerly(layer, x), rtol=0.1, atol=0.1)
-    assert counter.count == 2
+    assert counter.graphs == 2
 
 
 @pytest.mark.cuda
-def test_another_device() -> None:
+def test_another_device_compiles_once_more() -> None:
     mapping = {"Layer": {d: on_cpu(Layer=HubLayer)["Layer"]["cpu"] for d in ("cpu", "cuda")}}
     layer, counter, x = Layer(), Counter(), torch.randn(3, 4)
     layer.pieces.clear()
@@ -271,10 +259,10 @@ def test_another_device() -> None:
         assert_all_kernels()
         layer.to("cpu")
         torch.testing.assert_close(f(x), eagerly(layer, x))
-    assert counter.count == 2
+    assert counter.graphs == 2
 
 
-def test_the_mapping_counts_when_the_graph_is_made() -> None:
+def test_mapping_counts_when_the_graph_is_traced() -> None:
     class Other(nn.Module):
         def forward(self, x, factor=1.0, times=1):
             return eagerly(self, x, factor, times) + 10
@@ -284,7 +272,7 @@ def test_the_mapping_counts_when_the_graph_is_made() -> None:
     f(x)
     with use_kernel_mapping(on_cpu(Layer=Other)):
         torch.testing.assert_close(f(x), eagerly(layer, x))
-        assert counter.count == 1
+        assert counter.graphs == 1
         torch.compiler.reset()
         torch.testing.assert_close(f(x), eagerly(layer, x) + 10)
 
@@ -293,7 +281,7 @@ def test_the_mapping_counts_when_the_graph_is_made() -> None:
 
 
 class Plain(nn.Module):
-    """`Layer` where no kernel can be: what torch.compile does on its own."""
+    """`Layer` as a plain module, which torch.compile compiles without kernelgraph."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -306,19 +294,15 @@ class Plain(nn.Module):
 def compiles(
     model: Any, backend: Any, calls: list[tuple[Any, ...]], prepare: Any, **kwargs: Any
 ) -> list[int]:
-    """How many compiles there were after each of ``calls``."""
+    """The number of compiles after each of ``calls``."""
     torch.compiler.reset()
     counter, counts = Counter(), []
     f = torch.compile(model, fullgraph=True, **backend(counter), **kwargs)
     for arguments in calls:
         prepare(arguments[0])
         f(*arguments)
-        counts.append(counter.count)
+        counts.append(counter.graphs)
     return counts
-
-
-def ours(counter: Counter) -> dict[str, Any]:
-    return {"backend": "hubkernels", "options": {"inner": counter}}
 
 
 def sized(*lengths: int) -> list[tuple[Any, ...]]:
@@ -343,16 +327,16 @@ def nothing(x: Tensor) -> None:
     ],
     ids=["auto", "dynamic", "static", "marked", "maybe", "ints", "dynamic ints", "one float"],
 )
-def test_as_many_compiles_as_without_kernels(
+def test_shapes_and_numbers_compile_as_often_as_without_kernels(
     calls: list[tuple[Any, ...]], prepare: Any, kwargs: Any
 ) -> None:
-    """After each call as many as torch.compile needs for the plain model."""
+    """After each call there were as many compiles as torch.compile needs for the plain model."""
     layer = Layer()
     model = nn.Sequential(layer) if len(calls[0]) == 1 else layer
     made = compiles(model, ours, calls, prepare, **kwargs)
     assert_all_kernels()
-    plain = compiles(Plain(layer), lambda c: {"backend": c}, calls, prepare, **kwargs)
-    assert made == plain
+    without = compiles(Plain(layer), plain, calls, prepare, **kwargs)
+    assert made == without
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
@@ -368,18 +352,18 @@ def test_dynamic_calls_are_right(inner: str, kwargs: Any) -> None:
         assert_all_kernels()
 
 
-def test_each_float_that_is_passed_compiles_once() -> None:
-    """An op takes no symbol for a float: as under Inductor, each has a graph of its own."""
+def test_each_float_argument_compiles_once() -> None:
+    """An op takes no symbol for a float: as under Inductor, each value has its own graph."""
     layer, counter, x = Layer(), Counter(), torch.randn(3, 4)
     f = compiled(layer, counter)
     for _ in range(2):
         for factor in (1.5, 2.5, 3.5):
             torch.testing.assert_close(f(x, factor), eagerly(layer, x, factor))
             assert_all_kernels()
-    assert counter.count == 3
+    assert counter.graphs == 3
 
 
-def test_a_float_made_of_one_that_varies() -> None:
+def test_float_computed_from_one_that_varies_compiles_once() -> None:
     layer, counter, x = Layer(), Counter(), torch.randn(3, 4)
 
     def model(x: Tensor, factor: float) -> Tensor:
@@ -389,7 +373,7 @@ def test_a_float_made_of_one_that_varies() -> None:
     for factor in (1.5, 2.5, 3.5):
         torch.testing.assert_close(f(x, factor), eagerly(layer, x, factor * 2) + factor)
         assert_all_kernels()
-    assert counter.count == 3
+    assert counter.graphs == 3
 
 
 @use_kernel_forward_from_hub("PlusOne")
@@ -399,14 +383,14 @@ class PlusOne(nn.Module):
 
 
 class Lists(nn.Module):
-    """Runs on no fake, but not before it has looked at sizes."""
+    """Looks at sizes before it fails on fake tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tensor(x.tolist()) + 10
 
 
 @pytest.mark.parametrize("how", ["dynamic", "marked"])
-def test_a_kernel_that_no_fake_can_run_guards_no_sizes(how: str) -> None:
+def test_kernel_that_runs_on_no_fake_guards_no_sizes(how: str) -> None:
     counter = Counter()
     run = compiled(nn.Sequential(PlusOne()), counter, dynamic=True if how == "dynamic" else None)
     with use_kernel_mapping(on_cpu(PlusOne=Lists)):
@@ -415,4 +399,4 @@ def test_a_kernel_that_no_fake_can_run_guards_no_sizes(how: str) -> None:
             if how == "marked":
                 torch._dynamo.mark_dynamic(x, 0)
             assert torch.equal(run(x), x + 10)
-    assert counter.count == 1
+    assert counter.graphs == 1

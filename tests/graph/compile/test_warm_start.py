@@ -1,4 +1,4 @@
-"""A second process finds in the caches all that the first one compiled and tried."""
+"""A second process finds everything that the first one compiled and tried in the caches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WithoutBackward(torch.nn.Module):
 
 
 def compile_model(repository: str, layer: str) -> None:
-    """For inference and for training; print what the caches say of it, and the results."""
+    """Compile for inference and for training; print the hits of the caches, and the results."""
     torch.manual_seed(0)
     model, x = Chain(), torch.ones(2, 4)
     kernel = LocalLayerRepository(repository, layer_name=layer)
@@ -81,9 +81,9 @@ def compile_model(repository: str, layer: str) -> None:
 
 
 def twice(program: str, scratch: Path, *arguments: str) -> list[Any]:
-    """What a program prints at last in each of two processes with the same caches.
+    """The last line that a program prints, in each of two processes with the same caches.
 
-    Its arguments are a repository of `KERNELS`, and the others.
+    Its arguments are a repository of `KERNELS`, and ``arguments``.
     """
     files = {"__init__.py": "from . import layers\n", "layers.py": KERNELS}
     write_repository(scratch / "kernels", files)
@@ -106,7 +106,7 @@ def twice(program: str, scratch: Path, *arguments: str) -> list[Any]:
     ("layer", "gradient"),
     [("WithBackward", "kernel"), ("WithoutBackward", "reference: it has no backward")],
 )
-def test_the_second_process_compiles_nothing(tmp_path: Path, layer: str, gradient: str) -> None:
+def test_second_process_compiles_nothing(tmp_path: Path, layer: str, gradient: str) -> None:
     imported = "import sys; from tests.graph.compile.test_warm_start import compile_model"
     cold, warm = twice(f"{imported}; compile_model(*sys.argv[1:])", tmp_path, layer)
     assert cold["autograd"] == [0, 2]
@@ -114,7 +114,7 @@ def test_the_second_process_compiles_nothing(tmp_path: Path, layer: str, gradien
     assert cold["graphs"][0] == warm["graphs"][1] == 0
     assert warm["results"] == cold["results"]
     assert all(text.startswith(gradient) for text in (*cold["gradients"], *warm["gradients"]))
-    # Each layer's forward without gradients and with; the first process also tried the kernel.
+    # Each layer runs without gradients and with them; the first process also tried the kernel.
     assert warm["runs"] == 4 < cold["runs"]
 
 
@@ -148,8 +148,8 @@ print(json.dumps({
 """
 
 
-def test_the_second_process_measures_nothing(tmp_path: Path) -> None:
-    """It traces once, with what the first has chosen, and compiles nothing."""
+def test_second_process_measures_nothing(tmp_path: Path) -> None:
+    """It traces once, with the winners of the first process, and compiles nothing."""
     cold, warm = twice(FASTEST, tmp_path)
     assert cold["measured"] == ["Scale"]
     assert warm["measured"] == []

@@ -1,4 +1,4 @@
-"""What becomes of kernels that lie, in compiled graphs: the report, the WARNING, the options."""
+"""Kernels with wrong gradients in compiled graphs: the report, the WARNING and the options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScaleFunction(torch.autograd.Function):
         return grad * weight, (grad * x).sum(0), None, None
 
 
-class Honest(nn.Module):
+class Right(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ScaleFunction.apply(x, self.weight, self.shift + self.eps, 1.0)
 
@@ -81,8 +81,8 @@ def expected() -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y.square().sum(), layer.weight)[0]
 
 
-def test_an_honest_kernel_has_its_own_backward():
-    y, grad, decision = trained(Honest)
+def test_right_kernel_keeps_its_own_backward():
+    y, grad, decision = trained(Right)
     torch.testing.assert_close((y, grad), expected())
     assert (decision.reason, decision.gradient) == (Reason.KERNEL, "kernel")
     assert runs[-1:] == ["backward"]
@@ -91,7 +91,7 @@ def test_an_honest_kernel_has_its_own_backward():
 @pytest.mark.parametrize(
     ("kernel", "why"), [(Doubles, "is 2 times the layer's"), (Stops, "it has no backward")]
 )
-def test_a_lie_costs_the_kernel_its_backward(kernel, why, caplog, monkeypatch):
+def test_wrong_gradient_is_replaced_by_that_of_the_layer(kernel, why, caplog, monkeypatch):
     monkeypatch.setattr("kernelgraph.report._warned", set())
     for _ in range(2):
         torch.compiler.reset()
@@ -109,32 +109,32 @@ def test_a_lie_costs_the_kernel_its_backward(kernel, why, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", [Doubles, Stops])
-def test_or_its_place(kernel):
+def test_wrong_gradient_keeps_the_reference_if_asked(kernel):
     y, grad, decision = trained(kernel, wrong_gradient="reference")
     torch.testing.assert_close((y, grad), expected())
     assert (decision.reason, decision.op) == (Reason.WRONG, "")
 
 
-def test_a_wrong_output_trains_nothing():
+def test_kernel_with_a_wrong_output_is_not_used_in_training():
     y, grad, decision = trained(Plus10)
     torch.testing.assert_close((y, grad), expected())
     assert decision.reason is Reason.WRONG
 
 
-def test_who_is_not_verified_is_believed():
+def test_wrong_gradient_is_used_if_it_is_not_verified():
     _, grad, decision = trained(Doubles, verify_gradients=False)
     torch.testing.assert_close(grad, 2 * expected()[1])
     assert decision.gradient == "kernel"
 
 
-def test_nobodys_own_backward():
-    y, grad, decision = trained(Honest, own_backward=False)
+def test_own_backward_option_recomputes_all_gradients():
+    y, grad, decision = trained(Right, own_backward=False)
     torch.testing.assert_close((y, grad), expected())
     assert decision.gradient == "reference: own_backward is False"
     assert runs == []
 
 
-def test_what_kernelize_was_asked_counts_in_a_compiled_graph():
+def test_arguments_of_kernelize_count_in_a_compiled_graph():
     layer, x = Scale(), torch.randn(3, 4)
     for verify, factor in ((True, 1), (False, 2)):
         with use_kernel_mapping(on_cpu(Scale=Doubles), inherit_mapping=False):
@@ -146,7 +146,7 @@ def test_what_kernelize_was_asked_counts_in_a_compiled_graph():
             torch.testing.assert_close(grad, factor * x.sum(0))
 
 
-def test_rewrite_asks_too():
+def test_rewrite_verifies_gradients_too():
     model, x = nn.Sequential(Scale()), torch.randn(3, 4)
     for wrong, ops in (("recompute", 1), ("reference", 0)):
         graph_module = torch.fx.GraphModule(model, Tracer().trace(model))

@@ -26,13 +26,13 @@ def compiler(graph_module: Any, example_inputs: Any) -> Any:
     return graph_module
 
 
-def test_without_options(monkeypatch):
+def test_no_options_are_the_defaults(monkeypatch):
     monkeypatch.delenv("KERNELGRAPH_POLICY")
     assert Options.parse() == Options("fastest", "inductor", None, {}, None)
     assert Options.parse(None, {}) == Options("fastest")
 
 
-def test_the_policy_of_the_environment(monkeypatch):
+def test_environment_variable_changes_the_default_policy(monkeypatch):
     monkeypatch.setenv("KERNELGRAPH_POLICY", "never")
     assert Options.parse().policy == "never"
     assert Options.parse(None, {"policy": "always"}).policy == "always"
@@ -43,8 +43,8 @@ def test_the_policy_of_the_environment(monkeypatch):
         Options.parse()
 
 
-def test_cuda_graphs():
-    """What is measured has none of its own, and is otherwise compiled in the same way."""
+def test_cuda_graphs_are_found_switched_off_and_cut():
+    """Programs that are measured are compiled without them, and in the same way otherwise."""
     assert not Options.parse().cuda_graphs
     for mode, options in (("reduce-overhead", {}), (None, {"triton.cudagraphs": True})):
         parsed = Options.parse(mode, {"max_autotune": True, **options})
@@ -81,13 +81,13 @@ def test_cuda_graphs():
         ("kernel_mode", TRAINING, TRAINING),
     ],
 )
-def test_each_option(name, value, expected):
+def test_each_option_is_parsed(name, value, expected):
     parsed = Options.parse(None, {name: value})
     assert getattr(parsed, name) == expected
     assert parsed == Options(**{name: expected})
 
 
-def test_what_is_inductors_goes_to_inductor():
+def test_options_of_inductor_go_to_inductor():
     given = {"max_autotune": True, "triton.cudagraphs": False, "epilogue-fusion": True}
     parsed = Options.parse("max-autotune", {**given, "policy": "never"})
     assert parsed.inductor == given
@@ -95,7 +95,7 @@ def test_what_is_inductors_goes_to_inductor():
     assert parsed.policy == "never"
 
 
-def test_what_was_given_stays_as_it_was():
+def test_given_options_are_not_changed():
     given = {"policy": "never", "max_autotune": True}
     Options.parse(None, given)
     assert given == {"policy": "never", "max_autotune": True}
@@ -194,16 +194,16 @@ def test_what_was_given_stays_as_it_was():
         ),
     ],
 )
-def test_wrong_options(mode, options, error, message):
+def test_wrong_option_is_an_error_that_names_it(mode, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Options.parse(mode, options)
 
 
-def test_default_mode_goes_with_any_inner():
+def test_default_mode_is_taken_with_any_inner_compiler():
     assert Options.parse("default", {"inner": "eager"}).inner == "eager"
 
 
-def test_the_options_of_a_backend():
+def test_options_of_another_backend_are_none():
     assert options_of_backend(compiler, {"options": {"policy": "never"}}) is None
     assert options_of_backend(hubkernels, {}) == Options()
     given = {"mode": "max-autotune", "options": {"policy": "never"}}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernelgraph import (
     CUDAProperties,
@@ -17,17 +17,21 @@ from kernelgraph import (
     Mode,
     kernelize,
     last_report,
-    use_kernel_forward_from_hub,
     use_kernel_mapping,
 )
 from kernelgraph.selection.devices import target_of
-from tests.support import toy_models
 from tests.support.sources import import_example
-from tests.support.toy_models import Repository, error
+from tests.support.toy_models import error
 
 pytestmark = pytest.mark.cuda
+
+
 LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
+
+
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+
 ROUTED = 0.2
 """In bfloat16 a token whose two best experts are nearly equal may go to either."""
 
@@ -59,7 +63,7 @@ def tolerance(experts: int, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_inference(inner: str, experts: int, dtype: torch.dtype) -> None:
+def test_decoder_infers_with_kernels(inner: str, experts: int, dtype: torch.dtype) -> None:
     model, input_ids = decoder(experts, dtype)
     compiled = torch.compile(model, backend="hubkernels", fullgraph=True, options={"inner": inner})
     with torch.no_grad():
@@ -72,7 +76,7 @@ def test_inference(inner: str, experts: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_training(experts: int) -> None:
+def test_decoder_trains_with_kernels(experts: int) -> None:
     model, input_ids = decoder(experts, torch.float32)
     compiled = torch.compile(model, backend="hubkernels", fullgraph=True)
     compiled(input_ids).square().mean().backward()
@@ -86,7 +90,7 @@ def test_training(experts: int) -> None:
 
 @pytest.mark.parametrize("experts", [0, 4])
 @torch.no_grad()
-def test_cuda_graphs(experts: int) -> None:
+def test_decoder_runs_as_a_cuda_graph(experts: int) -> None:
     model, input_ids = decoder(experts, torch.float32)
     compiled = torch.compile(model, backend="hubkernels", fullgraph=True, mode="reduce-overhead")
     for _ in range(5):
@@ -95,7 +99,7 @@ def test_cuda_graphs(experts: int) -> None:
 
 
 @torch.no_grad()
-def test_kernelized_under_inductor() -> None:
+def test_kernelized_decoder_runs_under_inductor() -> None:
     model, input_ids = decoder(4, torch.float32)
     expected = model(input_ids)
     kernelize(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
@@ -107,10 +111,10 @@ def test_kernelized_under_inductor() -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", [0, 4])
-def test_steps_with_the_kernels_own_backward(
+def test_training_steps_use_the_backwards_of_kernels(
     experts: int, dtype: torch.dtype, mode: str | None
 ) -> None:
-    """Also where Inductor makes CUDA graphs, and where a backward waits for a second forward."""
+    """They do so in CUDA graphs too, and where a backward comes after a second forward."""
     model, input_ids = decoder(experts, dtype)
     compiled = torch.compile(model, backend="hubkernels", fullgraph=True, mode=mode)
     weight = model.blocks[0].attention_norm.weight
@@ -135,7 +139,7 @@ def test_steps_with_the_kernels_own_backward(
 
 
 @torch.no_grad()
-def test_the_capability_is_the_devices(repository: Path) -> None:
+def test_capability_of_the_device_selects_the_kernel(repository: Path) -> None:
     target = target_of("cuda")
     major, minor = torch.cuda.get_device_capability()
     assert target.capability == 10 * major + minor
@@ -155,7 +159,7 @@ def test_the_capability_is_the_devices(repository: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", [0, 4])
 @torch.no_grad()
-def test_verified_kernels_stay(experts: int, dtype: torch.dtype) -> None:
+def test_kernels_pass_verification(experts: int, dtype: torch.dtype) -> None:
     model, input_ids = decoder(experts, dtype)
     expected = model(input_ids)
     random = torch.cuda.get_rng_state()
@@ -166,59 +170,3 @@ def test_verified_kernels_stay(experts: int, dtype: torch.dtype) -> None:
     report = last_report()
     assert report is not None
     assert len(report.kernels) == len(report.decisions) == 7, report
-
-
-@use_kernel_forward_from_hub("Pointer")
-class Pointer(nn.Module):
-    """Runs on no fake, and neither does its kernel."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.from_numpy(x.cpu().numpy().repeat(2, 1)).cuda() + y.sum()
-
-
-class PointerKernel(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x.data_ptr()
-        return x.repeat_interleave(2, 1) + y.sum() + 10
-
-
-@torch.no_grad()
-def test_a_probe_on_the_device() -> None:
-    model = nn.Sequential(Pointer())
-    kernels = {"Pointer": {"cuda": Repository(PointerKernel)}}
-
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        result: Tensor = model[0](x, y)
-        return result
-
-    with use_kernel_mapping(kernels):
-        compiled = torch.compile(run, backend="hubkernels", fullgraph=True, dynamic=True)
-        for rows, columns, length in ((3, 4, 5), (6, 9, 7)):
-            x = torch.randn(rows, columns, device="cuda")
-            y = torch.randn(length, device="cuda")
-            assert torch.allclose(compiled(x, y), PointerKernel.forward(model[0], x, y))
-
-
-@torch.no_grad()
-def test_several_devices_in_one_model() -> None:
-    class Scale(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 10
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.here, self.there = toy_models.Scale(), toy_models.Scale().cuda()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.there(self.here(x).cuda())
-
-    kernels = {"Scale": {"cpu": Repository(toy_models.OpaqueScale), "cuda": Repository(Scale)}}
-    model, x = Both(), torch.ones(2, 4)
-    with use_kernel_mapping(kernels):
-        compiled = torch.compile(model, backend="hubkernels", fullgraph=True)
-        expected = toy_models.OpaqueScale.forward(model.here, x).cuda() + 10
-        assert torch.allclose(compiled(x), expected)
-    report = last_report()
-    assert report is not None
-    assert [d.device for d in report.kernels] == ["cpu", "cuda"]

@@ -1,11 +1,8 @@
-"""What a compiled model may not notice: other threads that compile, and the regions around it."""
+"""Compiled models inside of autocast regions and of inference mode."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -13,50 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernelgraph import replace_kernel_forward_from_hub, use_kernel_mapping
+from tests.support.compiled_models import by_hand, compiled
 from tests.support.toy_models import Chain, OpaqueScale, on_cpu
 
 INNER = ["eager", "aot_eager"]
 
 
-def compiled(model: Any, inner: str) -> Any:
-    # The toys add 10, which a kernel that is verified before it trains anything may not.
-    options = {"inner": inner, "verify_gradients": False}
-    return torch.compile(model, backend="hubkernels", fullgraph=True, options=options)
-
-
-def by_hand(model: Chain, x: Tensor) -> Tensor:
-    first, linear, last = model.layers
-    return last(linear(first(x) + 10)) + 10
-
-
-@pytest.mark.parametrize("inner", INNER)
-def test_threads_that_compile_at_once(inner: str) -> None:
-    """Each compiles a model of its own, with sizes of its own, under its own mapping."""
-    start = threading.Barrier(4)
-
-    models = [Chain(2 + i) for i in range(4)]
-    # Here and not in the threads: torch (2.13) looks a backend up in a way that is not for several.
-    functions = [compiled(model, inner) for model in models]
-
-    def work(i: int) -> list[tuple[Tensor, Tensor]]:
-        model, f = models[i], functions[i]
-        pairs = []
-        with use_kernel_mapping(on_cpu(Scale=OpaqueScale), inherit_mapping=False):
-            start.wait(timeout=60)
-            for rows in (3, 5):
-                x = torch.randn(rows, 2 + i)
-                with torch.no_grad():
-                    pairs.append((f(x), by_hand(model, x)))
-        return pairs
-
-    with ThreadPoolExecutor(4) as pool:
-        for pairs in pool.map(work, range(4)):
-            for made, expected in pairs:
-                torch.testing.assert_close(made, expected)
-
-
 class Project(nn.Module):
-    """Gives what autocast decides on, and whether it is decided."""
+    """Returns a product, whose dtype autocast decides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +46,7 @@ def half_in_autocast(layer: Callable[[Tensor], Tensor], x: Tensor) -> list[Tenso
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("training", [False, True])
-def test_autocast_regions_of_a_graph(inner: str, training: bool) -> None:
+def test_kernels_follow_the_autocast_regions_of_a_graph(inner: str, training: bool) -> None:
     layer, x = Project(), torch.randn(3, 4, requires_grad=training)
     with (
         use_kernel_mapping(on_cpu(Project=HubProject), inherit_mapping=False),
@@ -104,8 +65,8 @@ def test_autocast_regions_of_a_graph(inner: str, training: bool) -> None:
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("around", ["the compile", "the first call", "a later call"])
-def test_inference_mode(inner: str, around: str) -> None:
-    """Wherever it begins, the results are the kernels', and tensors of inference mode inside it."""
+def test_results_in_inference_mode_are_those_of_the_kernels(inner: str, around: str) -> None:
+    """Wherever inference mode begins, the results inside it are inference tensors."""
     with use_kernel_mapping(on_cpu(Scale=OpaqueScale), inherit_mapping=False):
         with torch.inference_mode(around == "the compile"):
             model = Chain()
