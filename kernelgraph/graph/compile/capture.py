@@ -253,8 +253,10 @@ def _record(
     lowered: Lowered,
     gradient: Gradient | None,
 ) -> None:
-    """Record the decision for a call that becomes an op, and the call itself where it is needed:
-    where it is untuned, or its op is for inference and may be in a CUDA graph."""
+    """Record the decision for a call that becomes an op, and what the backend needs of the call.
+
+    The backend tunes calls without a winner, and runs ops for inference before CUDA graphs.
+    """
     site, kernel, _, key, winner = begun
     decision = decision_of(site, kernel, lowered, gradient)
     if winner is not None:
@@ -304,8 +306,7 @@ def _path(module: nn.Module, frame: Frame) -> str:
 
 
 def module_path(stack: Mapping[str, tuple[str, type]]) -> str:
-    """Return the path of the innermost module in an ``nn_module_stack``, as ``named_modules()``
-    has it."""
+    """Return the path, as in ``named_modules()``, of the innermost module in an FX module stack."""
     if not stack:
         return ""
     # With a __getattr__ of the module's own, Dynamo traces the access to its submodules.

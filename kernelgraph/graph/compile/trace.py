@@ -29,7 +29,7 @@ OpMaker = Callable[[Site, Kernel, Call, Sequence[object], Options], tuple[Lowere
 
 
 class BegunCall(NamedTuple):
-    """A call that a kernel is used for, between its `begin` and its `finish`."""
+    """A call that a kernel is used for, from `kernelgraph_begin` to `kernelgraph_finish`."""
 
     site: Site
     kernel: Kernel
