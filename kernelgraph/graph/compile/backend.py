@@ -96,7 +96,8 @@ def hubkernels(
     publish_graph(decisions.decisions, compile_call)
     if parsed.cuda_graphs and trace is not None:
         parsed = parsed.cutting_around(ops_that_synchronize(trace.inference_calls))
-    return _inner_compiler(parsed)(graph_module, example_inputs)
+    compiled: Callable[..., object] = _inner_compiler(parsed)(graph_module, example_inputs)
+    return compiled
 
 
 def _tune(

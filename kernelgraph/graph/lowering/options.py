@@ -15,8 +15,8 @@ from kernelgraph.graph import _torch
 from kernelgraph.kernel import Gradients
 from kernelgraph.selection import Mode, tried
 
-Compiler = Callable[[fx.GraphModule, list[object]], Callable[..., Any]]
-"""Compiles a graph for example inputs, as the backends of ``torch.compile`` do."""
+Compiler = Callable[[fx.GraphModule, list[object]], Any]
+"""Compiles a graph for example inputs into a function, as backends of ``torch.compile`` do."""
 
 InductorOptions = Mapping[str, Any]
 """Options of Inductor, as ``torch.compile`` takes them."""
