@@ -5,13 +5,12 @@ key, in the process or on disk (`records`). A call without a winner becomes an o
 `UntunedCall`. The backend has `tune` (`tuning`) find the winners for these in the finished graph:
 one rank of a process group decides for all (`ranks`), by a `contest`. That cuts the `region` of the
 call out of the graph, makes a program for each of the `candidates`, compiles them, and times them
-in turns (`samplers`, `benchmark`). Where nothing can be measured the `fusion_rule` decides.
-`cuda_graphs` finds the ops that no CUDA graph can hold.
+in turns (`kernelgraph.graph.timing`). Where nothing can be measured the `fusion_rule` decides.
 
 Invariants:
     - Only measured winners are kept on disk and used by later compiles; the others are in the
       session of one ``torch.compile``.
-    - The reference wins unless a candidate is faster by more than `benchmark.MARGIN` and the errors
+    - The reference wins unless a candidate is faster by more than `timing.MARGIN` and the errors
       of both times, or the reference cannot be traced.
     - A contest changes neither the graph nor the program's random numbers nor the gradients of the
       layer's weights, and makes no copy of weights.
@@ -20,7 +19,6 @@ Invariants:
 """
 
 from kernelgraph.graph.autotune.candidates import UntunedCall
-from kernelgraph.graph.autotune.cuda_graphs import InferenceCall, ops_that_synchronize
 from kernelgraph.graph.autotune.records import (
     Implementation,
     Winner,
@@ -33,12 +31,10 @@ from kernelgraph.graph.autotune.tuning_keys import tuning_key
 
 __all__ = [
     "Implementation",
-    "InferenceCall",
     "UntunedCall",
     "Winner",
     "forget",
     "known_winner",
-    "ops_that_synchronize",
     "session_of",
     "tune",
     "tuning_key",

@@ -10,14 +10,13 @@ from torch import fx
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.autotune import candidates
-from kernelgraph.graph.autotune.benchmark import Sampler, Timing, fastest, measure
 from kernelgraph.graph.autotune.candidates import Unmeasurable, UntunedCall
 from kernelgraph.graph.autotune.fusion_rule import winner_by_rule
 from kernelgraph.graph.autotune.records import Candidate, Implementation, Session, Winner
 from kernelgraph.graph.autotune.region import Region, cut_region
-from kernelgraph.graph.autotune.samplers import GraphPool, sampler_of
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.lowering import Compiler
+from kernelgraph.graph.timing import GraphPool, Sampler, Timing, fastest, measure, sampler_of
 from kernelgraph.keys import source_of
 from kernelgraph.report import error_text
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from torch import fx
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.autotune import forget, ops_that_synchronize, session_of, tune
+from kernelgraph.graph.autotune import forget, session_of, tune
 from kernelgraph.graph.compile.capture import adopt
 from kernelgraph.graph.compile.trace import Trace
 from kernelgraph.graph.fx import plan, replace_layers
 from kernelgraph.graph.lowering import Compiler, GraphDecisions, Options
+from kernelgraph.graph.timing import ops_that_synchronize
 from kernelgraph.layers import on_extensible, tagged_subclasses
 from kernelgraph.report import publish_graph
 from kernelgraph.selection import current_mapping

@@ -31,7 +31,6 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.autotune import (
     Implementation,
-    InferenceCall,
     UntunedCall,
     Winner,
     known_winner,
@@ -52,6 +51,7 @@ from kernelgraph.graph.lowering import (
     state_reader,
 )
 from kernelgraph.graph.ops import Lowered, overload
+from kernelgraph.graph.timing import InferenceCall
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
 from kernelgraph.report import Reason

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph._torch import Frame
-from kernelgraph.graph.autotune import InferenceCall, UntunedCall, Winner
+from kernelgraph.graph.autotune import UntunedCall, Winner
 from kernelgraph.graph.calls import Call, State
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.lowering import (
@@ -20,6 +20,7 @@ from kernelgraph.graph.lowering import (
     options_of_backend,
 )
 from kernelgraph.graph.ops import Lowered
+from kernelgraph.graph.timing import InferenceCall
 from kernelgraph.kernel import Kernel
 from kernelgraph.report import Decision, publish_graph
 from kernelgraph.selection import current_mapping

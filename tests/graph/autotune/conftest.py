@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kernelgraph.graph.autotune import records, samplers
+from kernelgraph.graph.autotune import records
+from kernelgraph.graph.timing import samplers
 from tests.support.costs import CLOCK
 
 

@@ -20,7 +20,8 @@ PROGRAM = """
 import json, sys
 import torch
 from kernelgraph import use_kernel_mapping, last_report
-from kernelgraph.graph.autotune import contest, samplers
+from kernelgraph.graph.autotune import contest
+from kernelgraph.graph.timing import samplers
 from tests.support.costs import CLOCK, Work, kernel
 from tests.support.toy_models import Repository
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kernelgraph
 from kernelgraph import Mode, kernelize, last_report, use_kernel_mapping
 from kernelgraph import cache as disk
-from kernelgraph.graph.autotune.benchmark import MARGIN
+from kernelgraph.graph.timing.benchmark import MARGIN
 from kernelgraph.report import Reason
 from tests.support.costs import Work, kernel, spend
 from tests.support.tuned_models import (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.autotune.benchmark import Sampler
-from kernelgraph.graph.autotune.cuda_graphs import synchronizes
+from kernelgraph.graph.timing.benchmark import Sampler
+from kernelgraph.graph.timing.cuda_graphs import synchronizes
 
 CompiledRegion = Callable[..., Sequence[object]]
 """A compiled region: takes its inputs and returns its results."""

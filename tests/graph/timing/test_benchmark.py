@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kernelgraph.graph.autotune.benchmark import (
+from kernelgraph.graph.timing.benchmark import (
     MARGIN,
     MAX_CALLS,
     ROUNDS,
