@@ -1,4 +1,4 @@
-"""Which torch can load a program that another torch has made."""
+"""Checks whether this version of torch can load a program that another version made."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from kernelgraph.builds import Release
 
 
 def release_of(version: str) -> Release:
-    """The release of a torch version.
+    """Return the release that a version of torch belongs to: 2.13 for ``2.13.0+cpu``.
 
     Raises:
-        ValueError: It is no version of torch's.
+        ValueError: If it is no version of torch.
     """
     try:
         major, minor = map(int, version.split(".")[:2])
@@ -20,33 +20,38 @@ def release_of(version: str) -> Release:
     return major, minor
 
 
-def release_problem(kind: str, made_with: str) -> str:
-    """Why this torch cannot load a program, by its version; empty where it can.
+def release_problem(made_with: str, *, compiled: bool) -> str:
+    """Return why this torch cannot load a program of another version; empty if it can.
 
-    torch loads what an older one has exported. Compiled code holds to what the torch that compiled
-    it has in its libraries.
+    torch loads what an older version has exported. Compiled code needs the libraries of the release
+    that compiled it.
 
     Args:
-        kind: ``program``, or ``aot`` where it is compiled.
-        made_with: The version of torch that it was made with.
+        made_with: The version of torch that made the program.
+        compiled: Whether the program is compiled ahead of time.
     """
     import torch
 
     here, made = release_of(torch.__version__), release_of(made_with)
-    said = f"it was made with torch {made_with}, and this is torch {torch.__version__}"
-    if kind == "aot" and here != made:
-        return f"{said}: compiled code runs with the same release alone; compile the program here"
+    versions = f"it was made with torch {made_with}, and this is torch {torch.__version__}"
+    if compiled and here != made:
+        return (
+            f"{versions}: compiled code runs with the same release alone; compile the program here"
+        )
     if here < made:
         needed = f"{made[0]}.{made[1]}"
-        return f"{said}: load it with torch {needed} or newer, or export the model with this one"
+        return (
+            f"{versions}: load it with torch {needed} or newer, or export the model with this one"
+        )
     return ""
 
 
 def release_risk(devices: Collection[str]) -> str:
-    """What to know before compiled code with ops for such devices is loaded; empty if nothing.
+    """Return a warning about loading compiled code with ops for ``devices``; empty if there is
+    no risk.
 
-    torch 2.11 for CUDA was seen to die of a segmentation fault in it, of a plain package with an
-    op written in Python as much as of ours: no error can be raised then.
+    torch 2.11 for CUDA ended in a segmentation fault there, for any package that calls an op
+    written in Python, with or without a kernel of ours. No error can be raised at that point.
     """
     import torch
 

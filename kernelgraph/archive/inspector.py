@@ -1,4 +1,4 @@
-"""Looking at a saved program without loading it: what is baked in, and would it run here."""
+"""Looks at a saved program without loading it: its kernels, its ops, and whether it would load."""
 
 from __future__ import annotations
 
@@ -7,40 +7,48 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kernelgraph.archive.manifest import Archive, Manifest, Op
+from kernelgraph.archive.compatibility import release_problem
+from kernelgraph.archive.container import Archive
+from kernelgraph.archive.manifest import KernelOnDevice, Manifest, Op, ProgramKind
 from kernelgraph.archive.supply import Supply
 from kernelgraph.builds import System
 from kernelgraph.hub import Hub
 from kernelgraph.programs import Baked
-from kernelgraph.selection import Target, target_of
+from kernelgraph.selection import target_of
+
+Row = dict[str, Any]
+"""JSON by titles for people. The command prints it as a row of a table."""
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """What there is to say of a saved program."""
+    """A description of a saved program."""
 
-    about: dict[str, Any]
+    about: Row
     """The program as a whole."""
-    kernels: list[dict[str, Any]]
-    ops: list[dict[str, Any]]
+    kernels: list[Row]
+    ops: list[Row]
     problems: list[str]
-    """Why it would not load here; empty where it would, as far as can be told without the Hub."""
+    """The reasons why it would not load here; empty if it would, as far as can be said without the
+    Hub."""
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspected:
-    """Look at what `kernelgraph.save` or `kernelgraph.aot_compile` wrote; nothing of it is run,
-    and nothing is asked of the Hub.
+    """Describe a file that `kernelgraph.save` or `kernelgraph.aot_compile` wrote.
+
+    Nothing of the file is run, and the Hub is not asked.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such file, or not as it was written.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it was not written by these functions, or was changed since.
     """
     with Archive(path) as archive:
         manifest = archive.manifest
         supply = Supply(manifest.kernels, archive.blobs, True, archive.source)
+        exported = manifest.kind is ProgramKind.EXPORTED
         about = {
             "file": archive.source,
-            "kind": "exported program" if manifest.kind == "program" else "AOTInductor package",
+            "kind": "exported program" if exported else "AOTInductor package",
             "torch": manifest.torch,
             "kernelgraph": manifest.kernelgraph,
             "bytes": archive.path.stat().st_size,
@@ -48,62 +56,53 @@ def inspect(path: str | os.PathLike[str]) -> Inspected:
             "bytes of kernels": archive.size("extra/kernelgraph/files/"),
             "bytes of references": archive.size("extra/kernelgraph/references/"),
         }
-        kernels = [_kernel(baked, supply) for baked in manifest.kernels.values()]
-        for kernel in kernels:
-            traced = [name for name, (key, _) in manifest.traced.items() if key == kernel["key"]]
-            kernel["its own ops"] = [f"{name}::*" for name in traced]
+        kernels = [_kernel(baked, manifest, supply) for baked in manifest.kernels.values()]
         ops = [_op(op, manifest) for op in manifest.ops.values()]
         return Inspected(about, kernels, ops, list(_problems(manifest, supply)))
 
 
-def _kernel(baked: Baked, supply: Supply) -> dict[str, Any]:
+def _kernel(baked: Baked, manifest: Manifest, supply: Supply) -> Row:
+    traced = [name for name, kernel in manifest.traced.items() if kernel.key == baked.key]
     return {
         "key": baked.key,
         "kernel": baked.repository,
         "commit" if baked.commit else "content": baked.revision,
         "in the file": sorted(supply.bundled(baked)),
         "uses": [key for _, key in baked.uses],
+        "its own ops": [f"{namespace}::*" for namespace in traced],
     }
 
 
-def _op(op: Op, manifest: Manifest) -> dict[str, Any]:
+def _op(op: Op, manifest: Manifest) -> Row:
     return {
         "op": op.name,
-        "layer": op.form["layer"],
+        "layer": op.layer,
         "kernel": str(manifest.kernels[op.kernel]),
         "device": op.device,
         "schema": op.schema,
-        "reference": not op.untraced and bool(op.references),
+        "reference": op.replaceable,
         "calls": [{"path": path, "operands": list(operands)} for path, operands in op.calls],
     }
 
 
 def _problems(manifest: Manifest, supply: Supply) -> Iterator[str]:
-    from kernelgraph.archive.compatibility import release_problem
-
-    if why := release_problem(manifest.kind, manifest.torch):
-        yield why
-    for key, device in manifest.traced.values():
-        if why := _kernel_problem(manifest.kernels[key], target_of(device), supply):
-            yield why
-    seen = set()
-    for op in manifest.ops.values():
-        if (op.kernel, op.device) not in seen:
-            seen.add((op.kernel, op.device))
-            baked, target = manifest.kernels[op.kernel], target_of(op.device)
-            if why := _kernel_problem(baked, target, supply):
-                traced = all(
-                    other.references and not other.untraced
-                    for other in manifest.ops.values()
-                    if other.kernel == op.kernel
-                )
-                can = traced and manifest.kind == "program"
-                yield why + (': load it with fallback="reference"' if can else "")
+    compiled = manifest.kind is ProgramKind.COMPILED
+    if problem := release_problem(manifest.torch, compiled=compiled):
+        yield problem
+    for kernel in manifest.traced.values():
+        if problem := _kernel_problem(kernel, manifest, supply):
+            yield problem
+    ops = list(manifest.ops.values())
+    for kernel in dict.fromkeys(op.kernel_on_device for op in ops):
+        if problem := _kernel_problem(kernel, manifest, supply):
+            replaceable = all(op.replaceable for op in ops if op.kernel == kernel.key)
+            advice = ': load it with fallback="reference"' if replaceable and not compiled else ""
+            yield problem + advice
 
 
-def _kernel_problem(baked: Baked, target: Target, supply: Supply) -> str:
-    """Why a kernel is not to be had, by the names of its builds; empty where it may be."""
-    system = System.detect(target.type)
+def _kernel_problem(kernel: KernelOnDevice, manifest: Manifest, supply: Supply) -> str:
+    """Return why a kernel is not available, by the names of its builds; empty if it may be."""
+    baked, system = manifest.kernels[kernel.key], System.detect(target_of(kernel.device).type)
     if supply.fits(baked, system):
         return ""
     if baked.commit is None:

@@ -1,22 +1,30 @@
-"""Loading a program: its file, its kernels, and then its ops, in this order."""
+"""Loads a saved program.
+
+`load` and `aot_load` run the same steps, which are methods of `Loading`:
+
+1. Read the archive, and check each part of it against the manifest (`Archive`).
+2. Check that the ops' names follow from their signatures, and decode their references.
+3. Obtain the kernels, and check all of their files (`Supply`). Nothing of them is imported.
+4. Import the kernels.
+5. Register the ops. Those without a kernel are noted, for references to replace.
+6. Let torch load the program, and publish a report.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.export import ExportedProgram
 
 from kernelgraph.archive.compatibility import release_problem, release_risk
-from kernelgraph.archive.manifest import (
-    Archive,
-    Op,
-    reference_file,
-)
+from kernelgraph.archive.container import Archive, reference_file
+from kernelgraph.archive.manifest import KernelOnDevice, Op, ProgramKind
 from kernelgraph.archive.supply import Supply
 from kernelgraph.builds import (
     Checked,
@@ -28,7 +36,7 @@ from kernelgraph.builds import (
 )
 from kernelgraph.graph import _torch
 from kernelgraph.graph.ops import NAMESPACE
-from kernelgraph.hub import Trust, cache_only, parse_trust
+from kernelgraph.hub import Trust, parse_trust, cache_only
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import check_hub_layer
 from kernelgraph.programs import (
@@ -44,7 +52,11 @@ from kernelgraph.programs import (
     without_ops,
 )
 from kernelgraph.report import Decision, Reason, Report, publish
-from kernelgraph.selection import Device, Mode, Selection, target_of
+from kernelgraph.selection import Device, Selection, target_of
+
+T = TypeVar("T")
+
+FALLBACKS = ("error", "reference")
 
 
 def load(
@@ -54,38 +66,39 @@ def load(
     local_files_only: bool = False,
     fallback: str = "error",
 ) -> ExportedProgram:
-    """Load what `kernelgraph.save` wrote, and the kernels that are baked into it.
+    """Load a program that `kernelgraph.save` wrote, and the kernels that it calls.
 
-    The whole file is checked, then each kernel is had (from the file itself, or from the Hub at the
-    commit that the program was exported with) and checked, and only then is any of them imported.
-    `kernelgraph.last_report` says which kernel runs where.
+    First the whole file is checked. Then each kernel is obtained, from the file itself or from the
+    Hub at the commit that the program was exported with, and checked. Only then is any of them
+    imported. `kernelgraph.last_report` tells which kernel runs where.
 
     Args:
         path: The file.
-        trust_remote_code: Whether the kernels' code may be run where the Hub does not call their
-            owners trusted publishers: True, or a list of the repository ids that are trusted.
-            Kernels that did not come from the Hub need True.
-        local_files_only: Whether nothing may be asked of the Hub.
-        fallback: What becomes of a kernel that is not to be had here, for want of a build that
-            fits, say: ``error``; or ``reference``, to run what the layers do themselves. Not of
-            one that is refused.
+        trust_remote_code: Whether to run the code of kernels whose owners the Hub does not call
+            trusted publishers: True, or a list of the repository ids that you trust. Kernels that
+            did not come from the Hub need True.
+        local_files_only: Whether to send no request to the Hub.
+        fallback: What to do about a kernel that is not available here, for example because no build
+            fits: ``error``, raise an error; ``reference``, run the layer's own computation. A
+            kernel that is refused is always an error.
+
+    Returns:
+        The program, as ``torch.export.load`` returns it.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        FileNotFoundError: There is no such file, or a kernel has no build that fits.
-        ValueError: There is no such ``fallback``; the file is not one of `kernelgraph.save`'s, or
-            not as that wrote it; nobody vouches for a kernel, or it is not what the program says;
-            a layer that has to be run itself could not be traced.
-        OSError: The Hub could not be asked.
-        ImportError: A kernel's own code failed, or a package that it needs is missing.
-        RuntimeError: This torch cannot load the program.
+        TypeError: If an argument is of the wrong type.
+        FileNotFoundError: If there is no such file, or a kernel has no build that fits.
+        ValueError: If there is no such ``fallback``; the file was not written by
+            `kernelgraph.save`, or was changed since; nobody vouches for a kernel, or it differs
+            from what the program says; or the layer of a missing kernel could not be traced.
+        OSError: If the Hub could not be asked.
+        ImportError: If a kernel's own code failed, or a package that it needs is missing.
+        RuntimeError: If this torch cannot load the program.
     """
-    with Loading(path, "program", trust_remote_code, local_files_only, fallback) as loading:
+    kind = ProgramKind.EXPORTED
+    with Loading(path, kind, trust_remote_code, local_files_only, fallback) as loading:
         missing = loading.install()
-        try:
-            program = torch.export.load(loading.archive.path)
-        except Exception as error:
-            raise loading.failed(error) from error
+        program = loading.load_with(torch.export.load)
         if missing:
             program = without_ops(program, [(op, op.references) for op in missing])
         loading.report()
@@ -98,38 +111,69 @@ def aot_load(
     trust_remote_code: Trust = False,
     local_files_only: bool = False,
 ) -> Callable[..., Any]:
-    """Load what `aot_compile` wrote: a callable with the arguments of the model.
+    """Load a package that `kernelgraph.aot_compile` wrote, and the kernels that it calls.
 
-    The file holds compiled code of its own, which is run whatever its kernels are.
+    The package holds compiled code of its own. That runs whether or not its kernels are trusted.
 
     Args:
-        path, trust_remote_code, local_files_only: As for `load`.
+        path: The package.
+        trust_remote_code: As for `kernelgraph.load`.
+        local_files_only: As for `kernelgraph.load`.
+
+    Returns:
+        A callable with the arguments of the model.
 
     Raises:
-        TypeError, FileNotFoundError, ValueError, OSError, ImportError, RuntimeError: As for `load`.
+        TypeError, FileNotFoundError, ValueError, OSError, ImportError, RuntimeError: As for
+            `kernelgraph.load`.
     """
-    with Loading(path, "aot", trust_remote_code, local_files_only, "error") as loading:
+    kind = ProgramKind.COMPILED
+    with Loading(path, kind, trust_remote_code, local_files_only, "error") as loading:
         loading.install()
         if risk := release_risk({op.device for op in loading.manifest.ops.values()}):
             warnings.warn(risk, RuntimeWarning, stacklevel=2)
-        try:
-            model = _torch.aot_load(loading.archive.path)
-        except Exception as error:
-            raise loading.failed(error) from error
+        model = loading.load_with(_torch.aot_load)
         loading.report()
     return model
 
 
-FALLBACKS = ("error", "reference")
+# --- the steps ----------------------------------------------------------------------------------
+
+
+class _Signature(NamedTuple):
+    """The parts of an op that are in the file: all but its kernel."""
+
+    entry: Entry
+    references: list[Reference]
+
+
+class _Found(NamedTuple):
+    """The program's kernels on this machine, checked."""
+
+    of_ops: Mapping[KernelOnDevice, Checked | None]
+    """The kernels that ops call; None where references are to replace the ops."""
+    traced: Mapping[str, Checked]
+    """The kernels whose own ops are in the program, by the namespace of these ops."""
 
 
 class Loading:
-    """One load: the file, and its kernels."""
+    """One load of a saved program: its file, its kernels and its ops.
+
+    Args:
+        path: The file.
+        kind: The kind of program that is expected.
+        trust_remote_code: See `load`.
+        local_files_only: See `load`.
+        fallback: See `load`.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError, RuntimeError: As for `load`.
+    """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        kind: str,
+        kind: ProgramKind,
         trust_remote_code: Trust,
         local_files_only: bool,
         fallback: str,
@@ -137,62 +181,72 @@ class Loading:
         if fallback not in FALLBACKS:
             raise ValueError(f"fallback is one of {', '.join(FALLBACKS)}, not {fallback!r}")
         trust = parse_trust(trust_remote_code)
-        self.archive = Archive(path)
-        self.manifest, self._source = self.archive.manifest, self.archive.source
-        self._kernels, self._traced = self.manifest.kernels, self.manifest.traced
-        self._supply = Supply(self._kernels, self.archive.blobs, trust, self._source)
-        self._cache_alone = bool(local_files_only)
-        self._fallback = fallback
+        self._archive = Archive(path)
+        self.manifest, self._source = self._archive.manifest, self._archive.source
+        self._kernels = self.manifest.kernels
+        self._supply = Supply(self._kernels, self._archive.blobs, trust, self._source)
+        self._local_files_only = bool(local_files_only)
+        self._references_allowed = fallback == "reference"
         self._missing: dict[str, Exception] = {}
-        """Why there is no kernel for an op."""
-        if self.manifest.kind != kind:
-            other = "aot_load" if kind == "program" else "load"
+        """The error for each op without a kernel, by the op's name."""
+        if self.manifest.kind is not kind:
+            other = "aot_load" if kind is ProgramKind.EXPORTED else "load"
             raise ValueError(f"{self._source}: it is a file for kernelgraph.{other}")
-        if why := release_problem(self.manifest.kind, self.manifest.torch):
-            raise RuntimeError(f"{self._source}: {why}")
+        compiled = kind is ProgramKind.COMPILED
+        if problem := release_problem(self.manifest.torch, compiled=compiled):
+            raise RuntimeError(f"{self._source}: {problem}")
 
     def __enter__(self) -> Loading:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.archive.__exit__(*exc)
+        self._archive.__exit__(*exc)
 
     def install(self) -> list[Installed]:
-        """Have the program's ops registered, with their kernels.
+        """Register the program's ops with their kernels.
 
         Returns:
-            The ops whose kernels are not to be had, and that their references are to replace.
+            The ops whose kernels are not available here, for references to replace.
         """
-        ops = self.manifest.ops
-        entries = {name: self._entry(op) for name, op in ops.items()}
-        references = {name: self._references(op) for name, op in ops.items()}
-        checked: dict[tuple[str, str], Checked | None] = {}
-        with cache_only(self._cache_alone):
-            for op in ops.values():
-                if (op.kernel, op.device) not in checked:
-                    checked[op.kernel, op.device] = self._check(op)
-            own = {n: self._supply.check(k, target_of(d)) for n, (k, d) in self._traced.items()}
-        # Nothing was imported yet, and now all that will be may be.
-        for namespace, (key, device) in self._traced.items():
-            import_checked(own[namespace])
-            note_traced((key, *noted_again(self._kernels, key, own[namespace])), device)
-        kernels = {n: self._import(op, checked[op.kernel, op.device]) for n, op in ops.items()}
-        missing = []
-        for name, op in ops.items():
-            there = install(entries[name], kernels[name])
-            more = [r for r in references[name] if r not in there.references]
-            there.references, there.untraced = [*there.references, *more], op.untraced
-            know_references(there)
-            kernel = checked[op.kernel, op.device]
-            if kernels[name] is None:
-                missing.append(replace(there, references=references[name]))
-            elif there.kernels is None and kernel is not None:
-                found, here = noted_again(self._kernels, op.kernel, kernel)
-                there.kernels = op.kernel, found, here
-        return missing
+        signatures = {name: self._check_op(op) for name, op in self.manifest.ops.items()}
+        found = self._obtain()
+        # All files are checked now, and nothing of them was imported yet.
+        kernels = self._import(found)
+        return self._register(signatures, found, kernels)
+
+    def load_with(self, torch_load: Callable[[Path], T]) -> T:
+        """Return what ``torch_load`` makes of the file.
+
+        Raises:
+            RuntimeError: If it raises an error.
+        """
+        try:
+            return torch_load(self._archive.path)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self._source}: torch {torch.__version__} cannot load this program of torch "
+                f"{self.manifest.torch}: {type(error).__name__}: {error}"
+            ) from error
+
+    def report(self) -> None:
+        """Publish which kernel runs where."""
+        decisions = []
+        for name, op in self.manifest.ops.items():
+            error = self._missing.get(name)
+            reason = Reason.CANNOT_LOAD if error else Reason.KERNEL
+            kernel = "" if error else f"{self._kernels[op.kernel]}: {op.member[1]}"
+            qualname = "" if error else f"{NAMESPACE}::{name}"
+            rest = (op.layer, op.device, str(op.mode), reason, kernel, str(error or ""), qualname)
+            decisions += [Decision(call.path, *rest) for call in op.calls]
+        publish(Report("load", tuple(decisions)))
+
+    # --- checking the ops -----------------------------------------------------------------------
+
+    def _check_op(self, op: Op) -> _Signature:
+        """Return what an op is made from, if its name says the same."""
+        return _Signature(self._entry(op), self._references(op))
 
     def _entry(self, op: Op) -> Entry:
-        """What the op is made from, if that is what its name says."""
         baked = self._kernels[op.kernel]
         try:
             entry = Entry.of(op.form, Origin(baked.repository, baked.name, baked.revision, ""))
@@ -206,64 +260,92 @@ class Loading:
     def _references(self, op: Op) -> list[Reference]:
         try:
             return [
-                Reference.from_json(noted, self.archive.extra(reference_file(op.name, number)))
+                Reference.from_json(noted, self._archive.extra(reference_file(op.name, number)))
                 for number, noted in enumerate(op.references)
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self._source}: a reference of op {op.name}: {error}") from error
 
-    def _check(self, op: Op) -> Checked | None:
+    # --- obtaining the kernels ------------------------------------------------------------------
+
+    def _obtain(self) -> _Found:
+        of_ops: dict[KernelOnDevice, Checked | None] = {}
+        with cache_only(self._local_files_only):
+            for op in self.manifest.ops.values():
+                if op.kernel_on_device not in of_ops:
+                    of_ops[op.kernel_on_device] = self._obtain_for(op)
+            traced = {
+                namespace: self._supply.obtain(kernel.key, target_of(kernel.device))
+                for namespace, kernel in self.manifest.traced.items()
+            }
+        return _Found(of_ops, traced)
+
+    def _obtain_for(self, op: Op) -> Checked | None:
         try:
-            return self._supply.check(op.kernel, target_of(op.device))
+            return self._supply.obtain(op.kernel, target_of(op.device))
         except (OSError, ImportError, OtherDevice) as error:
             self._note_missing(op.kernel, error)
             return None
 
-    def _import(self, op: Op, kernel: Checked | None) -> Kernel | None:
-        if kernel is None:
-            return None
-        kind, name = op.form["take"]
-        take = take_layer if kind == "layer_name" else take_function
-        try:
-            layer = take(import_checked(kernel), name, kernel.origin.repository)
-        except ImportError as error:
-            self._note_missing(op.kernel, error)
-            return None
-        check_hub_layer(layer, layer.forward, kernel.origin.repository)
-        mode = Mode.TRAINING if op.form["training"] else Mode.INFERENCE
-        return Kernel(layer, kernel.origin, Selection(Nowhere(layer), mode, Device(op.device)))
-
     def _note_missing(self, key: str, error: Exception) -> None:
-        """Raise, unless references may take the places of a kernel's ops."""
-        if self._fallback == "error":
+        """Raise an error, unless references may replace all ops of a kernel."""
+        if not self._references_allowed:
             raise error
         for op in self.manifest.ops.values():
             if op.kernel != key:
                 continue
-            if op.untraced or not op.references:
+            if not op.replaceable:
                 raise ValueError(
-                    f"{self._source}: kernel {self._kernels[key]} is not to be had here, and layer "
-                    f"{op.form['layer']} could not be traced to take its place "
-                    f"({op.untraced}): {error}"
+                    f"{self._source}: kernel {self._kernels[key]} is not available here, and layer "
+                    f"{op.layer} could not be traced to take its place ({op.untraced}): {error}"
                 ) from error
             self._missing[op.name] = error
 
-    def failed(self, error: Exception) -> RuntimeError:
-        """The error for a program that torch does not load."""
-        return RuntimeError(
-            f"{self._source}: torch {torch.__version__} cannot load this program of torch "
-            f"{self.manifest.torch}: {type(error).__name__}: {error}"
-        )
+    # --- importing them -------------------------------------------------------------------------
 
-    def report(self) -> None:
-        """Publish which kernel runs where."""
-        decisions = []
+    def _import(self, found: _Found) -> dict[str, Kernel | None]:
+        """Import the kernels, and return the one of each op."""
+        for namespace, (key, device) in self.manifest.traced.items():
+            checked = found.traced[namespace]
+            import_checked(checked)
+            note_traced((key, *noted_again(self._kernels, key, checked)), device)
+        ops = self.manifest.ops.items()
+        return {name: self._import_for(op, found.of_ops[op.kernel_on_device]) for name, op in ops}
+
+    def _import_for(self, op: Op, checked: Checked | None) -> Kernel | None:
+        if checked is None:
+            return None
+        kind, name = op.member
+        take = take_layer if kind == "layer_name" else take_function
+        repository = checked.origin.repository
+        try:
+            layer = take(import_checked(checked), name, repository)
+        except ImportError as error:
+            self._note_missing(op.kernel, error)
+            return None
+        check_hub_layer(layer, layer.forward, repository)
+        return Kernel(layer, checked.origin, Selection(Nowhere(layer), op.mode, Device(op.device)))
+
+    # --- registering the ops --------------------------------------------------------------------
+
+    def _register(
+        self,
+        signatures: Mapping[str, _Signature],
+        found: _Found,
+        kernels: Mapping[str, Kernel | None],
+    ) -> list[Installed]:
+        """Register the ops, and return those without a kernel."""
+        missing = []
         for name, op in self.manifest.ops.items():
-            error = self._missing.get(name)
-            reason = Reason.CANNOT_LOAD if error else Reason.KERNEL
-            kernel = "" if error else f"{self._kernels[op.kernel]}: {op.form['take'][1]}"
-            mode = str(Mode.TRAINING if op.form["training"] else Mode.INFERENCE)
-            rest = (op.form["layer"], op.device, mode, reason, kernel, str(error or ""))
-            qualname = "" if error else f"{NAMESPACE}::{name}"
-            decisions += [Decision(path, *rest, qualname) for path, _ in op.calls]
-        publish(Report("load", tuple(decisions)))
+            entry, references = signatures[name]
+            installed = install(entry, kernels[name])
+            more = [r for r in references if r not in installed.references]
+            installed.references, installed.untraced = [*installed.references, *more], op.untraced
+            know_references(installed)
+            checked = found.of_ops[op.kernel_on_device]
+            if kernels[name] is None:
+                missing.append(replace(installed, references=references))
+            elif installed.kernels is None and checked is not None:
+                noted = noted_again(self._kernels, op.kernel, checked)
+                installed.kernels = (op.kernel, *noted)
+        return missing

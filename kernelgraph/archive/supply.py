@@ -1,15 +1,16 @@
-"""Having the kernels of a saved program again, where it is loaded.
+"""Obtains the kernels of a saved program where the program is loaded.
 
-Each is had
+A kernel comes from the first of these places that has it:
 
-1. from the program's own file, if it was put into it: the files are unpacked to a place in the
-   cache that is named by their content, and used from there as a local repository is; also by
-   other programs that have noted the same content;
-2. from the Hub or its cache, at the commit that it was exported with;
-3. if it came from a disk, from where it was, if that is still there.
+1. the program's own file, if it was saved with the kernel in it. The files are unpacked to a place
+   in the cache that is named by their content, and used from there like a local repository, also by
+   other programs whose manifests have the same content;
+2. the Hub or its cache, at the commit that the program was exported with;
+3. for a kernel that was loaded from a disk, the directory that it was in.
 
-Whichever it is, every file has to be what was noted when the program was saved, or of a build that
-was not at hand then, what the Hub lists for that commit as it did then. Nothing is imported here.
+In each case every file has to be the one whose digest is in the manifest. For a build that was not
+on the machine that saved the program, the Hub has to list the same files for the commit as it did
+then. Nothing is imported here.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ from kernelgraph.selection import Target
 
 @dataclass(frozen=True)
 class Supply:
-    """Where the kernels of one program are had from.
+    """The source of one program's kernels.
 
     Args:
         kernels: The program's kernels, by key.
-        blobs: The content of files in the program's own file, by its hex sha256.
-        trust_remote_code: What the user vouches for.
-        source: What errors call the program.
+        blobs: The kernels' files in the program's own file, by hex sha256.
+        trust_remote_code: See `kernelgraph.load`.
+        source: The program's name in errors.
         hub: The Hub, and the cache.
     """
 
@@ -69,61 +70,71 @@ class Supply:
     source: str
     hub: Hub = field(default_factory=Hub)
 
+    # --- questions, which need neither the Hub nor a write ---------------------------------------
+
     def bundled(self, baked: Baked) -> dict[str, Build]:
-        """The variants that are in the program's file."""
+        """Return the variants of a kernel that are in the program's file."""
         return {
             variant: build
             for variant, build in baked.builds.items()
             if all(hex_of(digest) in self.blobs for digest in build.sha256.values())
         }
 
-    def _at_hand(self, baked: Baked) -> dict[str, Build]:
-        """Those, and the ones that were unpacked from any program's file before."""
-        unpacked = {
-            variant: build
-            for variant, build in baked.builds.items()
-            if _is_whole(self._place(variant, build), build)
-        }
-        return unpacked | self.bundled(baked)
-
     def fits(self, baked: Baked, system: System, *, listed: bool = False) -> bool:
-        """Whether a build that is at hand fits, by its name; or of those that the Hub lists."""
+        """Return whether a build that is here fits ``system`` by its name; with ``listed``, one of
+        those that the Hub listed."""
         if listed:
             return choose(baked.digests, system).best is not None
-        return _best(self._at_hand(baked), system) is not None
+        return _best(self._local(baked), system) is not None
 
     def on_disk(self, baked: Baked, system: System) -> bool:
-        """Whether a build that fits is where the kernel was loaded from, by its name."""
+        """Return whether the directory that a kernel was loaded from has a build that fits by its
+        name."""
         path = Path(baked.repository)
         there = {v: b for v, b in baked.builds.items() if (path / "build" / v).is_dir()}
         if path.is_dir() and path.name in baked.builds:
             there[path.name] = baked.builds[path.name]
         return _best(there, system) is not None
 
-    def check(self, key: str, target: Target) -> Checked:
-        """Have a kernel and those that it uses on the disk, checked, and nothing of them run.
+    def _local(self, baked: Baked) -> dict[str, Build]:
+        """Return the variants in the program's file, and those unpacked from any file before."""
+        unpacked = {
+            variant: build
+            for variant, build in baked.builds.items()
+            if _is_whole(self._unpacked(variant, build), build)
+        }
+        return unpacked | self.bundled(baked)
+
+    # --- a kernel, checked ----------------------------------------------------------------------
+
+    def obtain(self, key: str, target: Target) -> Checked:
+        """Put a kernel and those that it uses on the disk and check them; import none of them.
+
+        Args:
+            key: The kernel's key.
+            target: The device that it is to run on.
 
         Raises:
-            FileNotFoundError: There is no build of it that fits, or it is nowhere to be had.
-            ValueError: Nobody vouches for it, it is for other devices, or it is not what the
-                program says.
-            ImportError: A Python package that it needs is not installed.
-            OSError: The Hub could not be asked.
+            FileNotFoundError: If no build of it fits, or it is nowhere.
+            ValueError: If nobody vouches for it, it is for other devices, or it differs from what
+                the manifest says.
+            ImportError: If a Python package that it needs is not installed.
+            OSError: If the Hub could not be asked.
         """
         baked = self.kernels[key]
-        bundled = self._at_hand(baked)
-        best = _best(bundled, System.detect(target.type))
+        local = self._local(baked)
+        best = _best(local, System.detect(target.type))
         if best is not None:
-            checked = self._unbundled(baked, best, bundled[best], target)
+            checked = self._from_file(baked, best, local[best], target)
         elif baked.commit is not None:
             finder = Finder(self.hub, self.trust_remote_code, self._locks())
             checked = check_kernel(Wanted(baked.repository, baked.commit), target, finder)
         else:
-            checked = self._from_disk(baked, bundled, target)
+            checked = self._from_disk(baked, local, target)
         self._compare(baked, checked)
         return checked
 
-    def _unbundled(self, baked: Baked, variant: str, build: Build, target: Target) -> Checked:
+    def _from_file(self, baked: Baked, variant: str, build: Build, target: Target) -> Checked:
         directory = self.unpack(variant, build)
         self._check_trust(baked, directory, build)
         used = dict(baked.uses)
@@ -133,7 +144,7 @@ class Supply:
                 raise ValueError(
                     f"{self.source}: kernel {baked} wants {wanted}, which is not in it"
                 )
-            return self.check(used[wanted], target)
+            return self.obtain(used[wanted], target)
 
         return check_variant(
             directory,
@@ -146,9 +157,10 @@ class Supply:
         )
 
     def _check_trust(self, baked: Baked, directory: Path, build: Build) -> None:
-        """The Hub vouches for what it lists; for anything else in a file, only the user does.
+        """Refuse files that neither the user nor the Hub vouches for.
 
-        That a content is what the Hub lists for a commit is kept, as its word for the owner is.
+        The Hub vouches for what it lists for a commit of a trusted publisher. The cache notes that
+        a content is what the Hub lists for a commit, so that the Hub is asked once.
         """
         trust = self.trust_remote_code
         if trust is True or (not isinstance(trust, bool) and baked.repository in trust):
@@ -179,10 +191,10 @@ class Supply:
             )
         notes[kernel.repo_type].write(directory.name)
 
-    def _from_disk(self, baked: Baked, bundled: Mapping[str, Build], target: Target) -> Checked:
-        if bundled:
+    def _from_disk(self, baked: Baked, local: Mapping[str, Build], target: Target) -> Checked:
+        if local:
             system = System.detect(target.type)
-            raise no_variant(f"{baked} in {self.source}", choose(bundled, system), system)
+            raise no_variant(f"{baked} in {self.source}", choose(local, system), system)
         if self.trust_remote_code is not True:
             raise ValueError(
                 f"{self.source}: loading it runs the code of kernel {baked} on this machine's "
@@ -198,6 +210,7 @@ class Supply:
         return check_local_kernel(path.absolute(), target, finder, baked.repository)
 
     def _locks(self) -> Locks:
+        """Return locks that pin the program's kernels to their commits."""
         commits = {key: b.commit for key, b in self.kernels.items() if b.commit is not None}
         wanted = {Wanted(self.kernels[key].repository, c): c for key, c in commits.items()}
         for baked in self.kernels.values():
@@ -205,7 +218,7 @@ class Supply:
         return Locks(tuple(Lock(w, commit) for w, commit in wanted.items()), self.source)
 
     def _compare(self, baked: Baked, checked: Checked) -> None:
-        """Refuse a kernel that is not what was noted when the program was saved."""
+        """Refuse a kernel that differs from what the manifest says."""
         variant = checked.origin.variant
         if (build := baked.builds.get(variant)) is not None:
             same = build.content == checked.content
@@ -224,17 +237,18 @@ class Supply:
     # --- unpacking ------------------------------------------------------------------------------
 
     def unpack(self, variant: str, build: Build) -> Path:
-        """Have a variant that is in the program's file in the cache, by its content.
+        """Write a variant in the program's file to the cache, and return its directory there.
+
+        A copy that is already there is kept if it is whole, and replaced if it is not.
 
         Raises:
-            ValueError: A file is not what the program says.
+            ValueError: If a file is not what the manifest says.
         """
-        directory = self._place(variant, build)
-        place = directory.parent
+        directory = self._unpacked(variant, build)
         if _is_whole(directory, build):
             return directory
-        place.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=place, prefix="."))
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=directory.parent, prefix="."))
         try:
             for name, digest in build.sha256.items():
                 content = self.blobs[hex_of(digest)]
@@ -255,12 +269,14 @@ class Supply:
             shutil.rmtree(made, ignore_errors=True)
         return directory
 
-    def _place(self, variant: str, build: Build) -> Path:
+    def _unpacked(self, variant: str, build: Build) -> Path:
+        """Return the directory in the cache for a variant; it may not exist."""
         cache = self.hub.directory / "kernelgraph" / "unpacked"
         return cache / build.content / "build" / variant
 
 
 def _is_whole(directory: Path, build: Build) -> bool:
+    """Return whether a directory has exactly the files of a build."""
     try:
         return directory.is_dir() and hash_files(directory) == dict(build.sha256)
     except (OSError, ValueError):
@@ -268,6 +284,8 @@ def _is_whole(directory: Path, build: Build) -> bool:
 
 
 def _best(builds: Mapping[str, Build], system: System) -> str | None:
+    """Return the variant that fits best by its name; one that is alone and whose name says nothing
+    of systems always fits."""
     if len(builds) == 1 and parse(name := next(iter(builds))) is None:
-        return name  # whatever it is called, nothing else can be meant
+        return name
     return choose(builds, system).best

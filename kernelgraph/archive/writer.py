@@ -1,25 +1,19 @@
-"""Programs with kernels in them, as files: written, and loaded where nothing else of them is."""
+"""Saves a program with a description of its kernels, and with the kernels' files if asked to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from kernelgraph._version import __version__
-from kernelgraph.archive.manifest import (
-    Manifest,
-    Op,
-    add_manifest,
-    blob_file,
-    reference_file,
-    writing,
-)
+from kernelgraph.archive.container import add_manifest, blob_file, reference_file, replacing
+from kernelgraph.archive.manifest import KernelOnDevice, Manifest, Op, ProgramKind, RecordedCall
 from kernelgraph.builds import Checked
 from kernelgraph.graph import _torch
 from kernelgraph.graph.ops import NAMESPACE, overload
@@ -45,35 +39,33 @@ BUNDLES = (False, True, "all")
 def save(
     program: ExportedProgram, path: str | os.PathLike[str], *, bundle: bool | str = False
 ) -> None:
-    """``torch.export.save``, with what it takes to load the program where its kernels are not.
+    """Save a program so that `kernelgraph.load` can load it without the model's code.
 
-    The file is torch's own archive. Among its extra files is a manifest: for each op the kernel's
-    repository, commit, layer and digests, and the op's schema, torch version and device; and the
-    layers' own forwards, where they can be traced. `kernelgraph.load` loads it.
+    The file is what ``torch.export.save`` writes, with more extra files. One is a manifest, which
+    has for each op the kernel's repository, commit, layer and digests, and the op's schema, torch
+    version and device. Others are the layers' own forwards, where they can be traced.
 
     Args:
-        program: What `kernelgraph.export` or `kernelgraph.load` returned.
-        path: The file to write, ``*.pt2``; it is replaced once the new one is whole.
-        bundle: Whether the kernels' files are put into it, so that nothing needs to be fetched:
-            True for the builds that are in use here, ``"all"`` for all that there are, which are
-            downloaded.
+        program: A program that `kernelgraph.export` or `kernelgraph.load` returned.
+        path: The file to write, ``*.pt2``. An old file is replaced once the new one is whole.
+        bundle: Whether to put the kernels' files into it, so that nothing has to be downloaded:
+            True for the builds that are in use here; ``"all"`` for all builds, which are
+            downloaded now.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: There is no such ``bundle``; an op is not one of `kernelgraph.export`'s; its
-            kernel comes from no repository; or a kernel's files have changed since it was loaded.
-        OSError: The file could not be written, or a build could not be had from the Hub.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If there is no such ``bundle``; ``path`` is no ``*.pt2``; an op was not made by
+            `kernelgraph.export`; its kernel comes from no repository; or a kernel's files have
+            changed since it was loaded.
+        OSError: If the file could not be written, or a build not be downloaded.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"save takes an ExportedProgram, not {type(program).__qualname__}")
-    manifest, extra = _describe(program, "program", bundle)
-    advise(program)  # who traced it anew, or changed it, may have lost this
-    with writing(_checked_path(path)) as made:
+    manifest, extra = _describe(program, ProgramKind.EXPORTED, bundle)
+    advise(program)  # the program may have been traced again, or changed, and lost this
+    with replacing(_checked_path(path)) as made:
         torch.export.save(program, made)
         add_manifest(made, manifest, extra)
-
-
-# --- compiled ahead of time ---------------------------------------------------------------------
 
 
 def aot_compile(
@@ -81,32 +73,28 @@ def aot_compile(
     path: str | os.PathLike[str],
     *,
     bundle: bool | str = False,
-    inductor_configs: Mapping[str, Any] | None = None,
+    inductor_configs: Mapping[str, object] | None = None,
 ) -> None:
-    """Compile a program with AOTInductor, with what it takes to load it elsewhere.
+    """Compile a program with AOTInductor so that `kernelgraph.aot_load` can load it.
 
-    The kernels' ops are called by the compiled code, in a Python process: `kernelgraph.aot_load`
-    loads it there.
+    The compiled code calls the kernels as ops, and so needs a Python process.
 
     Args:
-        program: What `kernelgraph.export` or `kernelgraph.load` returned.
-        path: The package to write, ``*.pt2``.
-        bundle: As for `save`.
+        program: A program that `kernelgraph.export` or `kernelgraph.load` returned.
+        path: The package to write, ``*.pt2``. An old one is replaced once the new one is whole.
+        bundle: As for `kernelgraph.save`.
         inductor_configs: As for ``torch._inductor.aoti_compile_and_package``.
 
     Raises:
-        TypeError, ValueError, OSError: As for `save`.
+        TypeError, ValueError, OSError: As for `kernelgraph.save`.
         Exception: What Inductor raises.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"aot_compile takes an ExportedProgram, not {type(program).__qualname__}")
-    manifest, extra = _describe(program, "aot", bundle)
-    with writing(_checked_path(path)) as made:
+    manifest, extra = _describe(program, ProgramKind.COMPILED, bundle)
+    with replacing(_checked_path(path)) as made:
         _torch.aot_compile(program, made, dict(inductor_configs or {}))
         add_manifest(made, manifest, extra)
-
-
-# --- writing ------------------------------------------------------------------------------------
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -116,86 +104,106 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     return checked.absolute()
 
 
+# --- the manifest -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Kernels:
+    """The kernels of a program, by key, as they are collected from its ops."""
+
+    baked: dict[str, Baked] = field(default_factory=dict)
+    """For the manifest."""
+    checked: dict[str, Checked] = field(default_factory=dict)
+    """On this machine."""
+
+    def add(self, baked: Mapping[str, Baked], checked: Mapping[str, Checked]) -> None:
+        """Add a kernel and those that it uses."""
+        self.baked.update(baked)
+        self.checked.update(checked)
+
+
 def _describe(
-    program: ExportedProgram, kind: str, bundle: bool | str
+    program: ExportedProgram, kind: ProgramKind, bundle: bool | str
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of a program, and the extra files that it speaks of."""
-    if not any(bundle is known or bundle == known for known in BUNDLES):
+    """Return the manifest of a program, and the extra files that it refers to."""
+    if bundle not in BUNDLES:
         raise ValueError(f'bundle is False, True or "all", not {bundle!r}')
-    calls: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    kernels = _Kernels()
+    extra: dict[str, bytes] = {}
+    # The ops of this package, with their kernels and references.
+    calls: dict[str, list[RecordedCall]] = {}
     for name, node in ops_in(program):
-        calls.setdefault(name, []).append(_call(node))
-    ops, extra = {}, {}
-    kernels: dict[str, Baked] = {}
-    checked: dict[str, Checked] = {}
-    for name, where in calls.items():
-        there = installed().get(name)
-        if there is None:
-            raise ValueError(
-                f"the program calls op {NAMESPACE}::{name}, which was not made by "
-                "kernelgraph.export: export the model with that, and not with torch.export alone"
-            )
-        key = _kernels_of(there, kernels, checked)
-        for number, reference in enumerate(there.references):
-            extra[reference_file(name, number)] = reference.data
-        noted = tuple(reference.to_json() for reference in there.references)
-        schema = _torch.schema_text(overload(name))
-        ops[name] = Op(
-            name,
-            key,
-            there.entry.name,
-            there.entry.form,
-            noted,
-            there.untraced,
-            there.form.device,
-            schema,
-            tuple(where),
-        )
+        calls.setdefault(name, []).append(_recorded(node))
+    ops = {name: _op(name, where, kernels, extra) for name, where in calls.items()}
+    # The kernels that were traced, so that their own ops are in the program.
     own = {}
     for namespace in sorted(namespaces_in(program) & traced().keys()):
-        noted, device = traced()[namespace]
-        own[namespace] = noted[0], device
-        kernels.update(noted[1])
-        checked.update(noted[2])
+        (key, baked, checked), device = traced()[namespace]
+        own[namespace] = KernelOnDevice(key, device)
+        kernels.add(baked, checked)
+    # What the Hub lists for each kernel; and its files, if they are to be in the program's file.
     hub = Hub()
-    for key in kernels:
-        kernels[key] = listed(kernels[key], hub)
+    for key in kernels.baked:
+        kernels.baked[key] = listed(kernels.baked[key], hub)
         if bundle:
-            kernels[key] = _bundle(kernels[key], checked[key], hub, extra, bundle == "all")
-    return Manifest(kind, torch.__version__, __version__, ops, kernels, own), extra
+            kernels.baked[key] = _bundle(key, kernels, hub, extra, every=bundle == "all")
+    return Manifest(kind, torch.__version__, __version__, ops, kernels.baked, own), extra
 
 
-def _call(node: torch.fx.Node) -> tuple[str, tuple[str, ...]]:
+def _op(name: str, calls: Sequence[RecordedCall], kernels: _Kernels, extra: dict[str, bytes]) -> Op:
+    """Describe an op; add its kernel to ``kernels`` and its references to ``extra``."""
+    op = installed().get(name)
+    if op is None:
+        raise ValueError(
+            f"the program calls op {NAMESPACE}::{name}, which was not made by "
+            "kernelgraph.export: export the model with that, and not with torch.export alone"
+        )
+    key, baked, checked = op.kernels or _kernels_of(op)
+    kernels.add(baked, checked)
+    for number, reference in enumerate(op.references):
+        extra[reference_file(name, number)] = reference.data
+    return Op(
+        name,
+        key,
+        op.entry.name,
+        op.entry.form,
+        tuple(reference.to_json() for reference in op.references),
+        op.untraced,
+        op.form.device,
+        _torch.schema_text(overload(name)),
+        tuple(calls),
+    )
+
+
+def _kernels_of(op: Installed) -> tuple[str, Mapping[str, Baked], Mapping[str, Checked]]:
+    """Describe the kernel of an op that was exported in this process."""
+    kernel = op.kernel
+    assert kernel is not None
+    return kernels_of(kernel.origin, kernel.layer.__module__, target_of(op.form.device))
+
+
+def _recorded(node: fx.Node) -> RecordedCall:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].removeprefix("L['self'].") if stack else ""
     operands = []
     for argument in _torch.tree_leaves(node.args):
-        value = argument.meta.get("val") if isinstance(argument, torch.fx.Node) else argument
+        value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
         if isinstance(value, Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
             operands.append(f"{dtype}[{', '.join(map(str, value.shape))}]")
         else:
             operands.append(str(value))
-    return path, tuple(operands)
+    return RecordedCall(path, tuple(operands))
 
 
-def _kernels_of(there: Installed, kernels: dict[str, Baked], checked: dict[str, Checked]) -> str:
-    """Add the kernel of an op, and those that it uses; its key."""
-    noted = there.kernels
-    if noted is None:
-        assert there.kernel is not None
-        kernel = there.kernel
-        target = target_of(there.form.device)
-        noted = kernels_of(kernel.origin, kernel.layer.__module__, target)
-    kernels.update(noted[1])
-    checked.update(noted[2])
-    return noted[0]
-
-
-def _bundle(baked: Baked, kernel: Checked, hub: Hub, extra: dict[str, bytes], every: bool) -> Baked:
-    directories = {kernel.origin.variant: kernel.directory}
+def _bundle(
+    key: str, kernels: _Kernels, hub: Hub, extra: dict[str, bytes], *, every: bool
+) -> Baked:
+    """Add the files of a kernel to ``extra``; return the kernel with the builds that these are."""
+    baked, checked = kernels.baked[key], kernels.checked[key]
+    directories = {checked.origin.variant: checked.directory}
     if every:
-        baked, directories = every_build(baked, kernel, hub)
+        baked, directories = every_build(baked, checked, hub)
     for variant, directory in directories.items():
         for sha256, content in blobs_of(baked.builds[variant], directory):
             extra[blob_file(sha256)] = content

@@ -31,7 +31,7 @@ from kernelgraph import (
     use_kernel_forward_from_hub,
     use_kernel_mapping,
 )
-from kernelgraph.archive.manifest import Archive
+from kernelgraph.archive.container import Archive
 from kernelgraph.selection.devices import Target
 from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales, write_scale
 from tests.support.other_package import write_kernel

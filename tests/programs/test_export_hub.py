@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim
 
 from kernelgraph import LayerRepository, Mode, export, load, save
-from kernelgraph.archive.manifest import Archive
+from kernelgraph.archive.container import Archive
 from kernelgraph.programs.program_ops import installed
 from tests.archive.test_archive import expected, with_manifest
 from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales
