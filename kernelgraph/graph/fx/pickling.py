@@ -1,16 +1,16 @@
-"""Ops that a pickled graph calls, made again in the process that loads it.
+"""Makes the ops of a pickled graph again in the process that loads it.
 
-A graph module pickles as its code, in which an op is a name. So that the name means something in
-another process, the graph module carries, in its ``meta``, what each of its ops was made from;
-torch unpickles that before it runs the code. Names hold the kernel's commit and the code of the
-layer: an op that comes out under another name is another op, and an error.
+A graph module pickles as its code, in which an op is only a name. To give the name a meaning in
+another process, the graph module has in its ``meta`` what each of its ops was made from. torch
+unpickles that before it runs the code. An op's name contains the kernel's commit and the code of
+the layer, so if the op that is made again has another name, it is another op: that is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,29 +25,39 @@ from kernelgraph.report import because
 from kernelgraph.selection import Mode, Rejection, Selection, Target
 
 _OPS = "kernelgraph_ops"
-"""In the ``meta`` of a graph module: its `SavedOp`, by name."""
+"""The key in the ``meta`` of a graph module for its `SavedOp` objects, by name."""
+
+
+class TensorLayout(NamedTuple):
+    """The arguments of ``torch.empty_strided`` for a tensor like an operand."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class SavedOp:
-    """What an op was made from."""
+    """The parts that an op was made from."""
 
     name: str
     kernel: str
-    """For people."""
+    """The kernel, for error messages."""
     cls: type[nn.Module]
+    """The class of the layer."""
     selection: Selection
     target: Target
     mode: Mode
     call: Call
-    forms: tuple[Any, ...]
-    """Of the operands it was made for: a number, or the arguments of ``torch.empty_strided``."""
+    operands: tuple[TensorLayout | float, ...]
+    """The operands that it was made for: layouts of tensors, and numbers."""
     gradient: Gradient | None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedOp:
+    def __deepcopy__(self, memo: dict[int, object]) -> SavedOp:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[..., SavedOp], tuple[object, ...]]:
         return _load, tuple(getattr(self, field.name) for field in fields(self))
 
 
@@ -59,26 +69,37 @@ def save_op(
     target: Target,
     mode: Mode,
     call: Call,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     *,
     gradient: Gradient | None,
 ) -> None:
-    """Have ``graph_module`` carry what one of its ops was made from."""
+    """Store in ``graph_module`` what one of its ops was made from."""
     ops = graph_module.meta.setdefault(_OPS, {})
     if name not in ops:
-        forms = tuple(map(_form, operands))
-        selection = kernel.selection
-        ops[name] = SavedOp(name, str(kernel), cls, selection, target, mode, call, forms, gradient)
+        ops[name] = SavedOp(
+            name,
+            str(kernel),
+            cls,
+            kernel.selection,
+            target,
+            mode,
+            call,
+            tuple(map(_described, operands)),
+            gradient,
+        )
 
 
-def _form(operand: Any) -> Any:
+def _described(operand: object) -> TensorLayout | float:
+    """Return the layout of a tensor, or the value of a number."""
     if isinstance(operand, Tensor):
         size, stride = map(_torch.hint, operand.shape), map(_torch.hint, operand.stride())
-        return tuple(size), tuple(stride), operand.dtype, operand.device
-    return _torch.hint(operand)
+        return TensorLayout(tuple(size), tuple(stride), operand.dtype, operand.device)
+    number: float = _torch.hint(operand)
+    return number
 
 
 def _load(*values: Any) -> SavedOp:
+    """Return a `SavedOp`, and register its op if this process does not have it."""
     saved = SavedOp(*values)
     if not hasattr(getattr(torch.ops, NAMESPACE), saved.name):
         head = f"the graph calls op {NAMESPACE}::{saved.name} of kernel {saved.kernel}"
@@ -97,16 +118,17 @@ def _load(*values: Any) -> SavedOp:
 
 
 def _make(saved: SavedOp) -> str:
+    """Register the op that its parts make in this process, and return its name."""
     if (layer := extensible(saved.cls)) is None:
         raise TypeError(f"class {saved.cls.__qualname__} is not extensible in this process")
-    outcome = decide_again(layer, saved.selection, saved.target, saved.mode)
-    if isinstance(outcome, Rejection):
-        raise ValueError(because(outcome.reason, outcome.detail))
+    kernel = decide_again(layer, saved.selection, saved.target, saved.mode)
+    if isinstance(kernel, Rejection):
+        raise ValueError(because(kernel.reason, kernel.detail))
     with _torch.running_on(_torch.fake_mode_for(())):
         operands = [
-            torch.empty_strided(form[0], form[1], dtype=form[2], device=form[3])
-            if isinstance(form, tuple)
-            else form
-            for form in saved.forms
+            torch.empty_strided(o.size, o.stride, dtype=o.dtype, device=o.device)
+            if isinstance(o, TensorLayout)
+            else o
+            for o in saved.operands
         ]
-    return lower(outcome, layer, saved.call, operands, gradient=saved.gradient).name
+    return lower(kernel, layer, saved.call, operands, gradient=saved.gradient).name

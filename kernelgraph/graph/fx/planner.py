@@ -1,17 +1,17 @@
-"""What is to become of each call of an extensible layer in a graph; nothing is changed yet."""
+"""Decides what replaces each call of an extensible layer in a graph, before anything is changed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call, UnsupportedValue, path_text, read
+from kernelgraph.graph.calls import Call, State, UnsupportedValue, path_text, read
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import NoValue, make_fakes, plain, propagate, value_of
 from kernelgraph.graph.lowering import GraphDecisions, KeepReference, Site, op_for
@@ -20,89 +20,99 @@ from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.layers import extensible
 from kernelgraph.report import Reason
 
+ValueOf = Callable[[fx.Node], object]
+"""Returns the fake value of a node, or raises an error if there is none."""
 
-class Chosen(NamedTuple):
-    """The op for a call."""
+
+class Replacement(NamedTuple):
+    """The op for a call of a layer."""
 
     kernel: Kernel
     call: Call
-    operands: list[Any]
+    operands: list[object]
     lowered: Lowered
     gradient: Gradient | None
 
 
 @dataclass
-class Plan:
-    """A node that calls an extensible layer, and what is to become of it."""
+class PlannedCall:
+    """A node that calls an extensible layer, and the decision about it."""
 
     graph_module: fx.GraphModule
     node: fx.Node
     site: Site
-    outcome: Chosen | KeepReference | None = None
-    """The op that takes its place, or why there is none; None: not decided."""
+    outcome: Replacement | KeepReference | None = None
+    """The op that takes the node's place, or why none does; None before the decision."""
 
 
 def plan(
     graph_module: fx.GraphModule, choices: GraphDecisions, *, need_values: bool = False
-) -> list[Plan]:
-    """Decide for each call of an extensible layer, by the values that the nodes carry.
+) -> list[PlannedCall]:
+    """Decide about each call of an extensible layer, by the values in the nodes' metadata.
 
     Args:
-        graph_module: The graph.
-        choices: Decides.
-        need_values: Whether it is an error that a node carries none.
+        graph_module: The graph. The graph modules that it calls are included.
+        choices: Chooses the kernels.
+        need_values: Whether to raise an error if a node that a layer takes carries no value;
+            otherwise the layer keeps its reference.
 
     Raises:
-        ValueError: For want of a value.
-        Exception: What `kernelgraph.kernel.decide` and `kernelgraph.graph.ops.registry.lower` raise.
+        ValueError: If a value is missing.
+        Exception: What `GraphDecisions.settle` and `op_for` raise.
     """
-    plans = list(_layer_calls(graph_module, "", set()))
-    for item in plans:
+    calls = list(_layer_calls(graph_module, "", set()))
+    for planned in calls:
         try:
-            item.outcome = _decide(item, value_of, choices)
+            planned.outcome = _decide(planned, value_of, choices)
         except NoValue as error:
-            layer, path = item.site.layer.layer_name, item.site.path
+            layer, path = planned.site.layer.layer_name, planned.site.path
             if need_values:
                 raise ValueError(
                     f"{error}, and layer {layer} at {path} takes it: pass example_inputs"
                 ) from None
-            item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, str(error))
-    return plans
+            planned.outcome = KeepReference(planned.site, Reason.NOT_AN_OP, str(error))
+    return calls
 
 
-def plan_with(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], choices: GraphDecisions
-) -> list[Plan]:
-    """As `plan`, by the values of a run on fakes, which the nodes then carry.
+def plan_from_inputs(
+    graph_module: fx.GraphModule, example_inputs: Sequence[object], choices: GraphDecisions
+) -> list[PlannedCall]:
+    """Decide as `plan` does, by the values of a run on fakes, and store these in the metadata.
 
-    A call that becomes an op has the value that the op tells, so that no reference needs to run.
+    In this run a call that becomes an op returns the results that are inferred for the op, so that
+    its reference does not have to run.
     """
-    plans = list(_layer_calls(graph_module, "", set()))
-    by_node = {item.node: item for item in plans}
-    values: dict[fx.Node, Any] = {}
+    calls = list(_layer_calls(graph_module, "", set()))
+    by_node = {planned.node: planned for planned in calls}
+    values: dict[fx.Node, object] = {}
 
-    def forward_of(node: fx.Node, module: nn.Module) -> Callable[..., Any]:
-        if (item := by_node.get(node)) is None:
+    def forward_of(node: fx.Node, module: nn.Module) -> Callable[..., object]:
+        if (planned := by_node.get(node)) is None:
             return module
-        before, item.outcome = item.outcome, _decide(item, values.__getitem__, choices)
-        if isinstance(item.outcome, KeepReference):
-            return _reference(item.site, module)
-        lowered = item.outcome.lowered
-        alike = isinstance(before, Chosen) and before.lowered.name == lowered.name
-        if before is not None and not alike:
+        earlier, outcome = planned.outcome, _decide(planned, values.__getitem__, choices)
+        planned.outcome = outcome
+        if isinstance(outcome, KeepReference):
+            return _reference(planned.site, module)
+        lowered = outcome.lowered
+        if earlier is not None and not _is_op(earlier, lowered):
+            # A graph module that is called twice has one node for both calls.
             detail = "the graph module around it is called with tensors of several kinds"
-            item.outcome = KeepReference(item.site, Reason.NOT_AN_OP, detail)
+            planned.outcome = KeepReference(planned.site, Reason.NOT_AN_OP, detail)
         return lambda *args, **kwargs: lowered.output.unflatten(make_fakes(lowered.results))
 
     propagate(graph_module, example_inputs, values, forward_of)
     for node, value in values.items():
         node.meta.pop("example_value", None)
         node.meta["val"] = value
-    return plans
+    return calls
 
 
-def _reference(site: Site, module: nn.Module) -> Callable[..., Any]:
-    """What tells the shape of a call that stays."""
+def _is_op(outcome: Replacement | KeepReference, lowered: Lowered) -> bool:
+    return isinstance(outcome, Replacement) and outcome.lowered.name == lowered.name
+
+
+def _reference(site: Site, module: nn.Module) -> Callable[..., object]:
+    """Return the function that computes the value of a call that keeps its reference."""
     if site.layer.fake is not None:
         return functools.partial(site.layer.fake, module)
     if isinstance(vars(module).get("forward"), BoundForward):  # a kernel, which may need memory
@@ -110,72 +120,107 @@ def _reference(site: Site, module: nn.Module) -> Callable[..., Any]:
     return module
 
 
-def _layer_calls(graph_module: fx.GraphModule, within: str, seen: set[nn.Module]) -> Iterator[Plan]:
-    """The calls of extensible layers in a graph module, and in those that it calls."""
+# --- the calls of layers ------------------------------------------------------------------------
+
+
+def _layer_calls(
+    graph_module: fx.GraphModule, prefix: str, seen: set[nn.Module]
+) -> Iterator[PlannedCall]:
+    """Yield the calls of extensible layers in a graph module, and in those that it calls."""
     seen.add(graph_module)
     for node in graph_module.graph.nodes:
         target = node.target
         if node.op == "call_module":
-            module, path = graph_module.get_submodule(target), f"{within}{target}"
+            module, path = graph_module.get_submodule(target), f"{prefix}{target}"
         elif node.op == "call_function" and isinstance(target, nn.Module):
             module, path = target, _path_of_function(node)
         else:
             continue
         if (layer := extensible(type(module))) is not None:
-            yield Plan(graph_module, node, Site(module, layer, path))
+            yield PlannedCall(graph_module, node, Site(module, layer, path))
         elif isinstance(module, fx.GraphModule) and module not in seen:
             yield from _layer_calls(module, f"{path}.", seen)
 
 
 def _path_of_function(node: fx.Node) -> str:
-    """As `kernelgraph.kernelize` has it: a member of the module that calls the function."""
+    """Return the path that `kernelgraph.kernelize` gives to a function: that of a member of the
+    module that calls it."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     path = list(stack.values())[-1][0]
     name = getattr(node.target, "__name__", node.name)
     return f"{path}.{name}" if path else name
 
 
+# --- one decision -------------------------------------------------------------------------------
+
+
 def _decide(
-    item: Plan, value_of: Callable[[fx.Node], Any], choices: GraphDecisions
-) -> Chosen | KeepReference:
-    """What is to become of a call, given its inputs' values; its site is completed."""
+    planned: PlannedCall, value_of: ValueOf, choices: GraphDecisions
+) -> Replacement | KeepReference:
+    """Decide about a call by the values of its inputs, and complete its site.
 
-    def operand(node: fx.Node) -> Any:
-        value = value_of(node)
-        for leaf in (value,) if isinstance(value, Tensor) else _torch.tree_leaves(value):
-            if not (isinstance(leaf, (Tensor, torch.SymInt)) or type(leaf) in (int, float)):
-                # As a constant of the op it would stay what it is now.
-                raise UnsupportedValue(
-                    f"{node} is {leaf!r} where the graph was looked at, and may be another value "
-                    "when it runs"
-                )
-        return value
-
-    site, node = item.site, item.node
+    Raises:
+        NoValue: If a value is missing.
+    """
     try:
-        args, kwargs = plain(node.args, operand), plain(node.kwargs, operand)
-        tensors = _torch.tensor_leaves((args, kwargs))
-        site, kernel, state = choices.kernel_for(site, tensors)
-        item.site = site
-        for path in state.tensors:  # a get_attr node goes by names alone
-            if not all(isinstance(step, str) for step in path):
-                text = path_text(path)
-                raise UnsupportedValue(f"a tensor that it reads is in a container, self.{text}")
-        if state.tensors and node.op == "call_function":
-            raise UnsupportedValue("it is called as a function, and the graph has not its state")
-        # The state as it is: making fakes of it would take most of the pass's time.
-        values = [read(site.module, path) for path in state.tensors]
-        call, operands = Call.of(state, values, site.layer, args, kwargs)
-        # The graph may be run with tensors that require gradients where those of now do not.
-        every = choices.training is not None
-        lowered, gradient = op_for(site, kernel, call, operands, choices.options, every=every)
-        if lowered.written:
-            names = ", ".join(call.names[i] for i in lowered.written)
-            raise UnsupportedValue(f"{site.layer.reference.__qualname__} writes into {names}")
-        return Chosen(kernel, call, operands, lowered, gradient)
+        return _replacement(planned, value_of, choices)
     except KeepReference as kept:
         return kept
     except NoValue:
         raise
     except UnsupportedValue as error:
-        return KeepReference(site, Reason.NOT_AN_OP, str(error))
+        return KeepReference(planned.site, Reason.NOT_AN_OP, str(error))
+
+
+def _replacement(planned: PlannedCall, value_of: ValueOf, choices: GraphDecisions) -> Replacement:
+    """Return the op for a call, or raise why there is none.
+
+    Raises:
+        KeepReference, UnsupportedValue: If the call keeps its reference.
+    """
+    node, layer = planned.node, planned.site.layer
+    # 1. The arguments, with values in the place of nodes.
+    operand = functools.partial(_operand, value_of=value_of)
+    args, kwargs = plain(node.args, operand), plain(node.kwargs, operand)
+    # 2. The kernel, and the layer's state that it reads.
+    tensors = _torch.tensor_leaves((args, kwargs))
+    planned.site, kernel, state = choices.kernel_for(planned.site, tensors)
+    _check_state(node, state)
+    # The tensors themselves: making fakes of them would take most of the pass's time.
+    values = [read(planned.site.module, path) for path in state.tensors]
+    # 3. The call's signature, and the op for it.
+    call, operands = Call.of(state, values, layer, args, kwargs)
+    # The graph may later run with tensors that require gradients where those of now do not.
+    every = choices.training is not None
+    lowered, gradient = op_for(planned.site, kernel, call, operands, choices.options, every=every)
+    if lowered.written:
+        names = ", ".join(call.names[i] for i in lowered.written)
+        raise UnsupportedValue(f"{layer.reference.__qualname__} writes into {names}")
+    return Replacement(kernel, call, operands, lowered, gradient)
+
+
+def _operand(node: fx.Node, value_of: ValueOf) -> object:
+    """Return the value of a node that a layer takes.
+
+    Raises:
+        UnsupportedValue: If it is neither made of tensors nor of numbers. It would become a
+            constant of the op, while the graph may compute another value when it runs.
+    """
+    value = value_of(node)
+    for leaf in (value,) if isinstance(value, Tensor) else _torch.tree_leaves(value):
+        if not (isinstance(leaf, (Tensor, torch.SymInt)) or type(leaf) in (int, float)):
+            raise UnsupportedValue(
+                f"{node} is {leaf!r} where the graph was looked at, and may be another value "
+                "when it runs"
+            )
+    return value
+
+
+def _check_state(node: fx.Node, state: State) -> None:
+    """Refuse state that ``get_attr`` nodes cannot read: these go by names alone."""
+    for path in state.tensors:
+        if not all(isinstance(step, str) for step in path):
+            text = path_text(path)
+            raise UnsupportedValue(f"a tensor that it reads is in a container, self.{text}")
+    if state.tensors and node.op == "call_function":
+        raise UnsupportedValue("it is called as a function, and the graph has not its state")

@@ -13,19 +13,27 @@ from kernelgraph.layers import extensible
 class Tracer(fx.Tracer):
     """A `torch.fx.Tracer` that never looks inside an extensible layer.
 
-    Each call of one is a node, however its reference is written: `kernelgraph.rewrite` makes a
-    kernel's op of it, and a graph that is not rewritten runs the layer itself. ::
+    Each call of such a layer is one node, whatever Python its ``forward`` uses.
+    `kernelgraph.rewrite` replaces the node by a kernel's op; a graph that is not rewritten runs the
+    layer itself.
 
-        graph_module = torch.fx.GraphModule(model, kernelgraph.Tracer().trace(model))
-        kernelgraph.rewrite(graph_module, mode=Mode.INFERENCE, example_inputs=(x,))
+    An extensible layer is a ``call_module`` node. An extensible function is a ``call_function``
+    node, because a function that a class only refers to has no path in the model; one that is a
+    submodule is a ``call_module`` node. In all else this is torch's tracer.
 
-    A layer is a ``call_module`` node. An extensible function is a ``call_function`` node, unless
-    it is a submodule of the model: a function that its class only refers to has no path there. In
-    all else, its arguments too, this is torch's tracer.
+    Args:
+        autowrap_modules: As for `torch.fx.Tracer`.
+        autowrap_functions: As for `torch.fx.Tracer`.
+        param_shapes_constant: As for `torch.fx.Tracer`.
+
+    Raises:
+        torch.fx.proxy.TraceError: By ``trace``, if the model outside of the layers has control flow
+            that depends on values.
+        NameError: By ``trace``, if a layer that is called is no submodule of the model.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module's calls become nodes: extensible layers, and torch's own leaves."""
+        """Return whether a module's calls are nodes: extensible layers' and torch's own leaves'."""
         if extensible(type(m)) is not None:
             return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -37,7 +45,7 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A node for a leaf; for any other module, what calling it gives."""
+        """Return a node for the call of a leaf, or else what the call returns."""
         if not (_is_function(m) and self._is_outside(m)):
             return super().call_module(m, forward, args, kwargs)
         if hasattr(m, "__name__"):  # without a name no code can be written that calls it
@@ -45,6 +53,7 @@ class Tracer(fx.Tracer):
         return forward(*args, **kwargs)
 
     def _is_outside(self, module: nn.Module) -> bool:
+        """Return whether a module is no submodule of the traced model."""
         try:
             self.path_of_module(module)
         except NameError:
@@ -53,8 +62,11 @@ class Tracer(fx.Tracer):
 
 
 def _is_function(module: nn.Module) -> bool:
-    """Whether a module is an extensible function: of a layer, torch is to say that it is not
-    installed, since the graph would not hold its parameters."""
+    """Return whether a module is an extensible function.
+
+    A layer with parameters is not, so that torch raises its error for a module that is not
+    installed: the graph would not have the parameters.
+    """
     return extensible(type(module)) is not None and not any(
         (module._parameters, module._buffers, module._modules)
     )

@@ -140,6 +140,6 @@ def test_an_op_made_for_symbolic_sizes():
     with only(Scale=TraceableScale):
         rewrite(graph_module, mode=Mode.INFERENCE, example_inputs=(x,))
     op = saved(graph_module)
-    assert op.forms[0][:2] == ((3, 4), (4, 1))
+    assert op.operands[0][:2] == ((3, 4), (4, 1))
     assert pickle.loads(pickle.dumps(op)) == op
     assert kernelgraph.last_report().kernels
