@@ -94,6 +94,22 @@ def load(
         OSError: If the Hub could not be asked.
         ImportError: If a kernel's own code failed, or a package that it needs is missing.
         RuntimeError: If this torch cannot load the program.
+
+    Example:
+        >>> @kg.use_kernel_forward_from_hub("SiluAndMul")
+        ... class SiluAndMul(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         gate, up = x.chunk(2, dim=-1)
+        ...         return torch.nn.functional.silu(gate) * up
+        >>> kernel = kg.LocalLayerRepository("examples/kernels", layer_name="SiluAndMul")
+        >>> model, x = torch.nn.Sequential(SiluAndMul()), torch.randn(2, 16)
+        >>> with kg.use_kernel_mapping({"SiluAndMul": {"cpu": kernel}}):
+        ...     kg.save(kg.export(model, (x,), mode=kg.Mode.INFERENCE), "model.pt2", bundle=True)
+        >>> program = kg.load("model.pt2", trust_remote_code=True)  # in another process, say
+        >>> [decision.path for decision in kg.last_report().kernels]
+        ['0']
+        >>> program.module()(x).shape
+        torch.Size([2, 8])
     """
     kind = ProgramKind.EXPORTED
     with Loading(path, kind, trust_remote_code, local_files_only, fallback) as loading:
@@ -126,6 +142,11 @@ def aot_load(
     Raises:
         TypeError, FileNotFoundError, ValueError, OSError, ImportError, RuntimeError: As for
             `kernelgraph.load`.
+
+    Example::
+
+        compiled = kg.aot_load("package.pt2", trust_remote_code=True)
+        compiled(x)
     """
     kind = ProgramKind.COMPILED
     with Loading(path, kind, trust_remote_code, local_files_only, "error") as loading:

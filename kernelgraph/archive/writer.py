@@ -58,6 +58,20 @@ def save(
             `kernelgraph.export`; its kernel comes from no repository; or a kernel's files have
             changed since it was loaded.
         OSError: If the file could not be written, or a build not be downloaded.
+
+    Example:
+        >>> @kg.use_kernel_forward_from_hub("SiluAndMul")
+        ... class SiluAndMul(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         gate, up = x.chunk(2, dim=-1)
+        ...         return torch.nn.functional.silu(gate) * up
+        >>> kernel = kg.LocalLayerRepository("examples/kernels", layer_name="SiluAndMul")
+        >>> model, x = torch.nn.Sequential(SiluAndMul()), torch.randn(2, 16)
+        >>> with kg.use_kernel_mapping({"SiluAndMul": {"cpu": kernel}}):
+        ...     program = kg.export(model, (x,), mode=kg.Mode.INFERENCE)
+        >>> kg.save(program, "model.pt2", bundle=True)
+        >>> loaded = kg.load("model.pt2", trust_remote_code=True)
+        >>> torch.testing.assert_close(loaded.module()(x), model(x))
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"save takes an ExportedProgram, not {type(program).__qualname__}")
@@ -88,6 +102,13 @@ def aot_compile(
     Raises:
         TypeError, ValueError, OSError: As for `kernelgraph.save`.
         Exception: What Inductor raises.
+
+    Example::
+
+        program = kg.export(model, (x,), mode=kg.Mode.INFERENCE)
+        kg.aot_compile(program, "package.pt2", bundle=True)
+        compiled = kg.aot_load("package.pt2", trust_remote_code=True)  # in another process, say
+        compiled(x)
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"aot_compile takes an ExportedProgram, not {type(program).__qualname__}")

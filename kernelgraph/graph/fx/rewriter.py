@@ -81,6 +81,23 @@ def rewrite(
             values and there are no ``example_inputs``, or these do not fit the graph.
         RuntimeError: If a node does not run on fakes.
         Exception: What a repository raises if it cannot be loaded.
+
+    Example:
+        >>> @kg.use_kernel_forward_from_hub("SiluAndMul")
+        ... class SiluAndMul(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         gate, up = x.chunk(2, dim=-1)
+        ...         return torch.nn.functional.silu(gate) * up
+        >>> kernel = kg.LocalLayerRepository("examples/kernels", layer_name="SiluAndMul")
+        >>> model, x = torch.nn.Sequential(SiluAndMul()), torch.randn(2, 16)
+        >>> graph_module = torch.fx.GraphModule(model, kg.Tracer().trace(model))
+        >>> with kg.use_kernel_mapping({"SiluAndMul": {"cpu": kernel}}):
+        ...     graph_module = kg.rewrite(
+        ...         graph_module, mode=kg.Mode.INFERENCE, example_inputs=(x,)
+        ...     )
+        >>> [node.op for node in graph_module.graph.nodes]
+        ['placeholder', 'call_function', 'output']
+        >>> torch.testing.assert_close(graph_module(x), model(x))
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise TypeError(f"rewrite changes a torch.fx.GraphModule, not {_type_name(graph_module)}")

@@ -30,6 +30,16 @@ class Tracer(fx.Tracer):
         torch.fx.proxy.TraceError: By ``trace``, if the model outside of the layers has control flow
             that depends on values.
         NameError: By ``trace``, if a layer that is called is no submodule of the model.
+
+    Example:
+        >>> @kg.use_kernel_forward_from_hub("Clipped")
+        ... class Clipped(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x / x.norm() if x.norm() > 1 else x  # torch.fx cannot trace this
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), Clipped())
+        >>> graph_module = torch.fx.GraphModule(model, kg.Tracer().trace(model))
+        >>> [(node.op, node.target) for node in graph_module.graph.nodes if node.args]
+        [('call_module', '0'), ('call_module', '1'), ('output', 'output')]
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
