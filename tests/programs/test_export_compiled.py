@@ -14,7 +14,7 @@ import kernelgraph
 from kernelgraph import Mode, aot_compile, aot_load, export, last_report
 from kernelgraph.archive.compatibility import release_risk
 from kernelgraph.archive.container import Archive
-from tests.archive.test_archive import expected, with_manifest
+from tests.support.archives import expected, with_manifest
 from tests.support.exporting import in_fresh_process, scales, write_scale
 from tests.support.toy_models import Chain, OpaqueScale
 from tests.support.toys import only

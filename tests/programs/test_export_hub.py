@@ -12,7 +12,7 @@ from torch.export import Dim
 from kernelgraph import LayerRepository, Mode, export, load, save
 from kernelgraph.archive.container import Archive
 from kernelgraph.programs.program_ops import installed
-from tests.archive.test_archive import expected, with_manifest
+from tests.support.archives import expected, with_manifest
 from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales
 from tests.support.toy_models import Chain
 from tests.support.toy_repository import variant_files

@@ -25,7 +25,7 @@ X = torch.ones(2, 4)
 
 
 class Model(nn.Module):
-    """Unannotated: torch cannot pickle a graph whose inputs have strings for annotations."""
+    """A `Chain` without annotations: torch cannot pickle graphs whose inputs have strings there."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def saved(graph_module: fx.GraphModule) -> SavedOp:
 
 
 @pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING])
-def test_another_process_runs_the_graph(tmp_path: Path, mode: Mode):
+def test_pickled_graph_runs_in_another_process(tmp_path: Path, mode: Mode):
     graph_module = rewritten(mode)
     graph_module(X).sum()
     (tmp_path / "graph").write_bytes(pickle.dumps((graph_module, graph_module(X).detach())))
@@ -76,18 +76,18 @@ def test_copies_carry_their_ops():
 
 
 def loading(op: SavedOp, **changes: Any) -> SavedOp:
-    """Load ``op``, changed, as a process does that has no such op yet."""
+    """Load a changed copy of ``op`` under a name that is not registered here."""
     changed = pickle.dumps(dataclasses.replace(op, name=f"{op.name}_of_old", **changes))
     return pickle.loads(changed)  # type: ignore[no-any-return]
 
 
-def test_an_op_that_is_there_is_not_made_again(monkeypatch):
+def test_op_that_is_registered_is_not_made_again(monkeypatch):
     op = saved(rewritten())
     monkeypatch.setattr("kernelgraph.graph.fx.pickling._make", None)
     assert pickle.loads(pickle.dumps(op)) == op
 
 
-def test_an_op_that_comes_out_as_another_one():
+def test_op_that_gets_another_name_is_an_error():
     op = saved(rewritten())
     message = (
         rf"^the graph calls op hubkernels::{op.name}_of_old of kernel tests@\w+: OpaqueScale, and "
@@ -109,7 +109,7 @@ def test_an_op_that_comes_out_as_another_one():
     ],
     ids=["repository", "class", "kernel"],
 )
-def test_an_op_that_cannot_be_made(changes: Any, why: str):
+def test_op_that_cannot_be_made_is_an_error(changes: Any, why: str):
     op = saved(rewritten())
     if "mode" in changes:
         from tests.support.toy_models import ForwardOnlyScale
@@ -123,7 +123,7 @@ def test_an_op_that_cannot_be_made(changes: Any, why: str):
         loading(op, **changed)
 
 
-def test_an_op_made_for_symbolic_sizes():
+def test_op_for_symbolic_sizes_is_saved_with_their_hints():
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import (

@@ -1,4 +1,4 @@
-"""The FX pass over graphs whose extensible layers are leaves."""
+"""`replace_layers`: planned calls become ops, and others keep their nodes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Split10(nn.Module):
 
 
 class Odd(nn.Module):
-    """Refused by its condition where it says so."""
+    """A layer whose condition refuses instances that are not ``wanted``."""
 
     kernel_layer_name = "Odd"
     kernel_condition = staticmethod(lambda module: module.wanted)
@@ -77,10 +77,10 @@ class Odd10(nn.Module):
         return x - 1 + 10
 
 
-class Untold(nn.Module):
-    """No kernel is registered for it."""
+class Unregistered(nn.Module):
+    """A layer without a kernel."""
 
-    kernel_layer_name = "Untold"
+    kernel_layer_name = "Unregistered"
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 3
@@ -90,7 +90,7 @@ MAPPING = on_cpu(Scale=Scale10, Split=Split10, Odd=Odd10)
 
 
 class Values(fx.Interpreter):
-    """Sets each node's fake value."""
+    """Runs a graph on fakes and stores the value of each node."""
 
     def __init__(self, module: fx.GraphModule, key: str) -> None:
         super().__init__(module)
@@ -133,7 +133,7 @@ def run(model: nn.Module, *args: Tensor, **options: Any) -> tuple[fx.GraphModule
 X = torch.arange(4.0)
 
 
-def test_a_leaf_becomes_an_op():
+def test_leaf_becomes_an_op():
     model = nn.Sequential(Scale(), nn.ReLU(), Scale(3.0))
     graph_module, chosen = run(model, X)
     assert torch.equal(graph_module(X), model[2](model[1](model[0](X) + 10)) + 10)
@@ -148,7 +148,7 @@ def test_a_leaf_becomes_an_op():
     assert kinds.count("call_module") == 1
 
 
-def test_the_state_is_read_from_the_model():
+def test_op_reads_the_state_from_the_model():
     model = nn.Sequential(Scale())
     graph_module, _ = run(model, X)
     before = graph_module(X)
@@ -157,8 +157,8 @@ def test_the_state_is_read_from_the_model():
     assert torch.equal(graph_module(X), (before - 10.5) * 2 + 10.5)
 
 
-def test_a_second_run_changes_nothing():
-    graph_module, _ = run(nn.Sequential(Scale(), Untold(), Odd(False)), X)
+def test_second_run_replaces_nothing():
+    graph_module, _ = run(nn.Sequential(Scale(), Unregistered(), Odd(False)), X)
     text = str(graph_module.graph)
     assert replaced(graph_module, choices()) == 0
     assert str(graph_module.graph) == text
@@ -175,7 +175,7 @@ class Calls(nn.Module):
         return self.scale(x=b, n=3, shift=a), [a]
 
 
-def test_repeated_calls_with_positions_and_keywords():
+def test_repeated_calls_with_positions_and_keywords_become_ops():
     model = Calls()
     graph_module, chosen = run(model, X, X + 1)
     kernel = Scale10.forward
@@ -190,7 +190,7 @@ def test_repeated_calls_with_positions_and_keywords():
 
 
 @pytest.mark.parametrize("key", ["val", "example_value"])
-def test_metadata_stays(key):
+def test_op_has_the_metadata_of_its_layer(key):
     graph_module = traced(nn.Sequential(Scale(), nn.ReLU()), X, key=key)
     node = next(iter(graph_module.graph.find_nodes(op="call_module")))
     node.meta |= {
@@ -220,7 +220,7 @@ class Uses(nn.Module):
         return self.use(self.split(x))
 
 
-def test_one_of_several_results():
+def test_one_of_several_results_is_used():
     model = Uses(lambda made: made[0] * 2)
     graph_module, chosen = run(model, X)
     assert chosen.decisions[0].reason is Reason.KERNEL
@@ -254,7 +254,7 @@ def pair(use: Any) -> nn.Module:
 PAIR = on_cpu(Pair=Pair10)
 
 
-def test_each_of_several_results():
+def test_each_of_several_results_is_used():
     graph_module, _ = run(pair(lambda m: m["twice"] - m["sum"] * m["sum"]), X, mapping=PAIR)
     assert torch.equal(graph_module(X), X * 2 + 10 - (X + 11) ** 2)
     op = next(n for n in graph_module.graph.nodes if "hubkernels" in str(n.target))
@@ -294,30 +294,30 @@ def kept(model: nn.Module, **options: Any) -> tuple[Reason, str]:
     return decision.reason, decision.detail
 
 
-def test_the_policy_never():
+def test_policy_never_keeps_the_reference():
     assert kept(nn.Sequential(Scale()), policy="never") == (Reason.POLICY, "never")
 
 
-def test_a_condition():
+def test_condition_that_refuses_keeps_the_reference():
     assert kept(nn.Sequential(Odd(False)))[0] is Reason.CONDITION
     graph_module, _ = run(nn.Sequential(Odd(True)), X)
     assert len(ops_of(graph_module)) == 1
 
 
-def test_a_forward_of_its_own():
+def test_forward_of_an_instance_keeps_the_reference():
     model = nn.Sequential(Scale())
     model[0].forward = lambda x: x * 7
     assert kept(model)[0] is Reason.OWN_FORWARD
 
 
-def test_no_kernel():
-    assert kept(nn.Sequential(Untold())) == (
+def test_layer_without_a_kernel_keeps_the_reference():
+    assert kept(nn.Sequential(Unregistered())) == (
         Reason.NO_LAYER,
         "registered layers: Scale, Split, Odd",
     )
 
 
-def test_no_fake_values():
+def test_node_without_a_fake_value_keeps_the_reference():
     model = nn.Sequential(Scale())
     graph_module, chosen = fx.GraphModule(model, kernelgraph.Tracer().trace(model)), choices()
     assert replaced(graph_module, chosen) == 0
@@ -343,7 +343,7 @@ class Listed10(nn.Module):
 
 
 class Doubles(nn.Module):
-    """Returns another dtype than `Untold`."""
+    """Returns another dtype than `Unregistered`."""
 
     def forward(self, x):
         return (x * 3).double()
@@ -363,7 +363,7 @@ class WritesX(nn.Module):
         (torch.ones(4), "a tensor that it reads is in a container, self.factors[0]"),
     ],
 )
-def test_state_that_no_op_takes(factor, why):
+def test_state_that_no_op_takes_keeps_the_reference(factor, why):
     model = nn.Sequential(Listed())
     model[0].factors.insert(0, factor)
     reason, detail = kept(model, mapping=on_cpu(Listed=Listed10))
@@ -371,15 +371,15 @@ def test_state_that_no_op_takes(factor, why):
     assert detail.startswith(why)
 
 
-def test_results_of_another_dtype_than_the_graph_has():
-    assert kept(nn.Sequential(Untold()), mapping=on_cpu(Untold=Doubles)) == (
+def test_results_of_another_dtype_keep_the_reference():
+    assert kept(nn.Sequential(Unregistered()), mapping=on_cpu(Unregistered=Doubles)) == (
         Reason.NOT_AN_OP,
         "the kernel returns a 1-d torch.float64 tensor on cpu, and the layer a 1-d torch.float32 "
         "tensor on cpu",
     )
 
 
-def test_a_reference_that_writes_into_its_argument():
+def test_reference_that_writes_into_its_argument_is_kept():
     model = nn.Sequential(WritesX())
     graph_module, chosen = traced(model, X), choices(on_cpu(WritesX=Odd10))
     assert replaced(graph_module, chosen) == 0
@@ -406,7 +406,7 @@ PARTS = {
     "scale": (Scale, lambda x, m: x * m.weight + m.bias + m.eps, 10, False),
     "odd": (Odd, lambda x, m: x - 1, 10, False),
     "refused": (lambda: Odd(False), lambda x, m: x - 1, 0, True),
-    "untold": (Untold, lambda x, m: x * 3, 0, True),
+    "unregistered": (Unregistered, lambda x, m: x * 3, 0, True),
     "relu": (nn.ReLU, lambda x, m: x.clamp(min=0), 0, True),
 }
 
@@ -415,7 +415,7 @@ PARTS = {
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(PARTS)), st.integers(0, 20)), min_size=1, max_size=12)
 )
-def test_any_graph_computes_what_the_chosen_forwards_do(parts):
+def test_random_graph_computes_what_the_chosen_forwards_do(parts):
     """Each part takes an earlier value; the result is the sum of all."""
     graph, modules, expected = fx.Graph(), nn.Module(), [X]
     nodes = [graph.placeholder("x")]
@@ -440,11 +440,11 @@ def test_any_graph_computes_what_the_chosen_forwards_do(parts):
     assert replaced(graph_module, choices()) == 0
 
 
-# --- Dynamo ------------------------------------------------------------------------------------
+# --- Dynamo -------------------------------------------------------------------------------------
 
 
-def test_a_class_of_torch_that_dynamo_is_told_not_to_inline():
-    """It is inlined all the same once it is extensible, and capture comes first."""
+def test_class_of_torch_that_dynamo_does_not_inline_becomes_an_op():
+    """Dynamo inlines it once it is extensible, so that capture finds it before the pass does."""
     graphs = []
 
     def look(graph_module, example_inputs):

@@ -19,7 +19,7 @@ X = torch.arange(4.0)
 
 
 class Loop(nn.Module):
-    """No tracer can look inside."""
+    """A layer that no tracer can trace."""
 
     kernel_layer_name = "Loop"
     kernel_fake = staticmethod(lambda self, x: torch.empty_like(x))
@@ -55,7 +55,7 @@ class Calls(nn.Module):
 
 
 class Holds(nn.Module):
-    """Has the function as a submodule."""
+    """A module with the function as a submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ def test_extensible_layers_are_leaves():
     ]
 
 
-def test_the_root_itself_is_traced_into():
+def test_root_itself_is_traced_into():
     assert all(op == "call_function" for op, _ in nodes(traced(Scale())))
 
 
-def test_a_reference_that_cannot_be_traced():
+def test_layer_that_torch_cannot_trace_is_a_leaf():
     with pytest.raises(fx.proxy.TraceError):
         fx.symbolic_trace(nn.Sequential(Loop()))
     graph_module = traced(nn.Sequential(Loop()))
@@ -103,13 +103,13 @@ def test_a_reference_that_cannot_be_traced():
 
 
 class Untagged(Scale):
-    """Its own computation, under no name of its own."""
+    """A subclass with another computation, and no layer name of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x - 7
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_traced_into():
+def test_subclass_with_a_forward_of_its_own_is_traced_into():
     assert [op for op, _ in nodes(traced(nn.Sequential(Untagged())))] == ["call_function"]
 
 
@@ -117,7 +117,7 @@ def autowrapped(x: Tensor) -> Tensor:
     return x + 1 if x.sum() > 0 else x
 
 
-def test_what_torch_s_tracer_takes_is_taken():
+def test_arguments_and_overrides_of_torch_s_tracer_work():
     wrapped = Tracer(autowrap_functions=(autowrapped,)).trace(lambda x: autowrapped(x) * x)
     assert len(wrapped.find_nodes(op="call_function", target=autowrapped)) == 1
     concrete = Tracer().trace(lambda x, flag: x + 1 if flag else x, concrete_args={"flag": True})
@@ -133,7 +133,7 @@ def test_what_torch_s_tracer_takes_is_taken():
 # --- functions ----------------------------------------------------------------------------------
 
 
-def test_a_function_is_a_node():
+def test_function_is_a_node():
     graph_module = traced(nn.Sequential(Calls()))
     assert nodes(graph_module) == [("call_function", twice)] * 2
     assert torch.equal(graph_module(X), X * 2 * 3 + X)
@@ -144,7 +144,7 @@ def test_a_function_is_a_node():
 @pytest.mark.parametrize(
     ("model", "path"), [(Calls(), "twice"), (nn.Sequential(Calls()), "0.twice")]
 )
-def test_a_function_becomes_an_op(model: nn.Module, path: str):
+def test_function_becomes_an_op(model: nn.Module, path: str):
     graph_module = traced(model)
     with kernelgraph.use_kernel_mapping(on_cpu(Twice=Twice10)):
         kernelgraph.rewrite(graph_module, mode=Mode.INFERENCE, example_inputs=(X,))
@@ -161,7 +161,7 @@ def test_a_function_becomes_an_op(model: nn.Module, path: str):
     assert {d.path for d in kernelgraph.last_report().decisions} == {path}
 
 
-def test_a_function_that_is_a_submodule():
+def test_function_that_is_a_submodule_becomes_an_op():
     graph_module = traced(Holds())
     assert nodes(graph_module) == [("call_module", "twice")]
     with kernelgraph.use_kernel_mapping(on_cpu(Twice=Twice10)):
@@ -170,7 +170,7 @@ def test_a_function_that_is_a_submodule():
 
 
 class Nameless(nn.Module):
-    """As other packages make of a function: no name that code could call it by."""
+    """A function as other packages wrap it, without a name for generated code to call."""
 
     kernel_layer_name = "Nameless"
 
@@ -189,16 +189,16 @@ def calling(layer: Callable[..., Any]) -> nn.Module:
     return Caller()
 
 
-def test_a_function_without_a_name_is_traced_into():
+def test_function_without_a_name_is_traced_into():
     assert [op for op, _ in nodes(traced(calling(NAMELESS)))] == ["call_function"]
 
 
-def test_a_layer_that_is_not_in_the_model_is_torch_s_error():
+def test_layer_that_is_not_in_the_model_is_torch_s_error():
     with pytest.raises(NameError, match="module is not installed as a submodule"):
         traced(calling(LOOSE))
 
 
-def test_a_node_that_calls_a_layer_with_state_as_a_function():
+def test_layer_with_state_that_is_called_as_a_function_keeps_its_reference():
     LOOSE.__name__ = "loose"
     graph = fx.Graph()
     graph.output(graph.call_function(LOOSE, (graph.placeholder("x"),)))

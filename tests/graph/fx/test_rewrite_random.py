@@ -1,4 +1,4 @@
-"""The pass over random graphs: what it must keep, whatever the graph.
+"""`kernelgraph.rewrite` over random graphs.
 
 A graph is drawn as a list of steps, each of which takes earlier values; the same steps, run one
 after the other with the kernels called directly, are the oracle.
@@ -44,7 +44,7 @@ class ScaleKernel(nn.Module):
 
 
 class Sum(nn.Module):
-    """Takes containers, and returns what is not contiguous."""
+    """A layer that takes containers and returns a tensor that is not contiguous."""
 
     kernel_layer_name = "Sum"
 
@@ -80,7 +80,7 @@ class SplitKernel(nn.Module):
 
 
 class Kept(nn.Module):
-    """Nothing is registered for it."""
+    """A layer without a kernel."""
 
     kernel_layer_name = "Kept"
 
@@ -93,7 +93,7 @@ class Kept(nn.Module):
 
 
 class Plain(Kept):
-    """Not extensible."""
+    """A layer that is not extensible."""
 
     kernel_layer_name = None
 
@@ -138,7 +138,7 @@ STEPS = st.lists(
 
 
 def call_of(step: Step, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a step, of nodes or of tensors."""
+    """Return the arguments of a step, of nodes or of tensors."""
     a, b, c = (values[i % len(values)] for i in step.sources)
     first, second = step.flags
     if step.kind == "scale":
@@ -150,7 +150,7 @@ def call_of(step: Step, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def keys_of(step: Step) -> list[str]:
-    """The parts that are taken of what a step returns."""
+    """Return the keys of the results of a step that later steps use."""
     return [key for key, taken in zip(("up", "down"), step.flags, strict=True) if taken]
 
 
@@ -175,7 +175,7 @@ def graph_of(steps: list[Step], modules: nn.Module) -> fx.GraphModule:
 
 
 def run(steps: list[Step], modules: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The steps with the kernels, by hand."""
+    """Run the steps with the kernels, called directly."""
     values = [x]
     for step in steps:
         args, kwargs = call_of(step, values)
@@ -201,7 +201,7 @@ def description(value: Any) -> Any:
 
 @settings(max_examples=60)
 @given(STEPS)
-def test_any_graph(steps):
+def test_random_graph_computes_what_the_kernels_do(steps):
     """The rewritten graph computes what the kernels do; each node that was there is the node
     that it was; each has the value of a run on fakes; and a second pass finds nothing to do."""
     modules = nn.Module()
