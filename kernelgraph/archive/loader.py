@@ -112,6 +112,7 @@ def load(
         torch.Size([2, 8])
     """
     kind = ProgramKind.EXPORTED
+    # The steps are in the module's docstring. 1 is the constructor's, 2 to 5 are those of install.
     with Loading(path, kind, trust_remote_code, local_files_only, fallback) as loading:
         missing = loading.install()
         program = loading.load_with(torch.export.load)
@@ -129,7 +130,7 @@ def aot_load(
 ) -> Callable[..., Any]:
     """Load a package that `kernelgraph.aot_compile` wrote, and the kernels that it calls.
 
-    The package holds compiled code of its own. That runs whether or not its kernels are trusted.
+    The package also holds compiled code of its own, which no check of trust covers.
 
     Args:
         path: The package.
@@ -229,10 +230,13 @@ class Loading:
         Returns:
             The ops whose kernels are not available here, for references to replace.
         """
+        # 2. Check the ops.
         signatures = {name: self._check_op(op) for name, op in self.manifest.ops.items()}
+        # 3. Obtain the kernels and check their files.
         found = self._obtain()
-        # All files are checked now, and nothing of them was imported yet.
+        # 4. Import the kernels: now that all are checked, none before.
         kernels = self._import(found)
+        # 5. Register the ops.
         return self._register(signatures, found, kernels)
 
     def load_with(self, torch_load: Callable[[Path], T]) -> T:

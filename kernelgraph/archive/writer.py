@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from kernelgraph._version import __version__
+from kernelgraph import _version
 from kernelgraph.archive.container import add_manifest, blob_file, reference_file, replacing
 from kernelgraph.archive.manifest import KernelOnDevice, Manifest, Op, ProgramKind, RecordedCall
 from kernelgraph.builds import Checked
@@ -168,7 +168,7 @@ def _describe(
         kernels.baked[key] = listed(kernels.baked[key], hub)
         if bundle:
             kernels.baked[key] = _bundle(key, kernels, hub, extra, every=bundle == "all")
-    return Manifest(kind, torch.__version__, __version__, ops, kernels.baked, own), extra
+    return Manifest(kind, torch.__version__, _version.__version__, ops, kernels.baked, own), extra
 
 
 def _op(name: str, calls: Sequence[RecordedCall], kernels: _Kernels, extra: dict[str, bytes]) -> Op:
