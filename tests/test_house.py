@@ -60,7 +60,9 @@ def test_door_exports_no_name_of_a_module(wing: Path) -> None:
 
 
 def test_only_the_private_torch_wing_reads_version_counters() -> None:
-    found = [p for p in MODULES if re.search(r"(?<!kernelgraph)\._version\b(?!\.__)", p.read_text())]
+    found = [
+        p for p in MODULES if re.search(r"(?<!kernelgraph)\._version\b(?!\.__)", p.read_text())
+    ]
     assert [shown(p) for p in found if p.parent.name != "_torch"] == []
 
 

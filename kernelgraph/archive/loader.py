@@ -36,7 +36,7 @@ from kernelgraph.builds import (
 )
 from kernelgraph.graph import _torch
 from kernelgraph.graph.ops import NAMESPACE
-from kernelgraph.hub import Trust, parse_trust, cache_only
+from kernelgraph.hub import Trust, cache_only, parse_trust
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import check_hub_layer
 from kernelgraph.programs import (
