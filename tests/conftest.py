@@ -80,14 +80,21 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in for the ``kernels`` package, in the place of that package."""
+    from tests.support import other_package
+
+    monkeypatch.setitem(sys.modules, "kernels", other_package)
+    return other_package
+
+
 @pytest.fixture(params=["stand-in", "kernels"])
 def theirs(request: pytest.FixtureRequest) -> Any:
     """Another package that tags layers: one for tests and, where it is installed, ``kernels``."""
     if request.param == "kernels":
         return pytest.importorskip("kernels")
-    from tests.support import other_package as foreign
-
-    return foreign
+    return request.getfixturevalue("stand_in")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

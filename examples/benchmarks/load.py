@@ -108,7 +108,7 @@ def median(call: Callable[[], object], forget: str | None) -> float:
 
 
 def measure_digests(directory: Path) -> None:
-    from kernelgraph.builds.metadata import digest_files
+    from kernelgraph.builds import digest_files
 
     content = os.urandom(1 << 20) * (DIGESTED >> 22)
     for i in range(4):

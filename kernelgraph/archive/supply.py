@@ -31,7 +31,7 @@ from kernelgraph.builds import (
     encoded_digest,
     hash_files,
     no_variant,
-    parse,
+    parse_variant,
 )
 from kernelgraph.hub import (
     REPO_TYPES,
@@ -286,6 +286,6 @@ def _is_whole(directory: Path, build: Build) -> bool:
 def _best(builds: Mapping[str, Build], system: System) -> str | None:
     """Return the variant that fits best by its name; one that is alone and whose name says nothing
     of systems always fits."""
-    if len(builds) == 1 and parse(name := next(iter(builds))) is None:
+    if len(builds) == 1 and parse_variant(name := next(iter(builds))) is None:
         return name
     return choose(builds, system).best

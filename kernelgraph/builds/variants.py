@@ -1,14 +1,15 @@
-"""Build variants: what their names say, and which of them fits this system best.
+"""Build variants: parsing their names, and choosing the one that fits this system best.
 
-The names follow the Hub's kernel requirements. A build for one torch release, for a torch release
-and newer (the stable ABI), for one backend with nothing compiled, or for anything::
+The names follow the Hub's kernel requirements. A variant is a build for one torch release; for a
+torch release and newer (the stable ABI); for one backend, with nothing compiled; or for any
+system::
 
     torch<MAJOR><MINOR>[-cxx11|-cxx98]-<backend>-<arch>-<os>
     torch-stable-abi<MAJOR><MINOR>-<backend>-<arch>-<os>
     torch-<backend type>
     torch-universal
 
-Backends are called here by their device types: a ``cu130`` build is for ``cuda``, ``cann`` means
+This module names backends by their device types: a ``cu130`` build is for ``cuda``, ``cann`` means
 ``npu`` and ``metal`` means ``mps``.
 """
 
@@ -23,11 +24,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 Release = tuple[int, int]
-"""A major and a minor version."""
+"""A release's major and minor version."""
 
 
 class Kind(IntEnum):
-    """The kinds of variants, in the order of preference."""
+    """The kind of a variant; the order is that of preference."""
 
     STABLE_ABI = 0
     TORCH = 1
@@ -35,8 +36,8 @@ class Kind(IntEnum):
     UNIVERSAL = 3
 
 
-# How a compiled variant spells each backend. A name writes a version's two numbers without a dot,
-# so the width of the major one has to be known: cu1210 is 12.10.
+# The spelling of each backend in the name of a compiled variant. A name writes the two numbers of a
+# version without a dot, so the width of the major one is fixed: cu1210 is 12.10.
 _BACKENDS = {
     "cpu": "cpu",
     "cuda": r"cu(\d\d)(\d{1,3})",
@@ -47,7 +48,7 @@ _BACKENDS = {
     "neuron": "neuron",
     "tpu": "tpu",
 }
-# How `torch-<backend type>` spells it, where that is not the device type itself.
+# The spellings in ``torch-<backend type>`` that differ from the device type.
 _NOARCH_ALIASES = {"metal": "mps", "cann": "npu"}
 
 _ARCHS = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -62,7 +63,7 @@ _COMPILED = re.compile(
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant name, taken apart. What a name does not mention is None."""
+    """A parsed variant name; a part that the name does not mention is None."""
 
     name: str
     kind: Kind
@@ -76,7 +77,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class System:
-    """What a build has to fit: this process, when it runs kernels on one type of device."""
+    """The system that a build has to fit: a process that runs kernels on one type of device."""
 
     torch: Release
     cxx11_abi: bool
@@ -92,7 +93,7 @@ class System:
 
     @classmethod
     def detect(cls, device_type: str) -> System:
-        """This process, for kernels that run on ``device_type``."""
+        """Describe this process, for kernels that run on ``device_type``."""
         import torch
 
         release = _release(torch.__version__)
@@ -114,7 +115,7 @@ class System:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A directory that is not used, and why."""
+    """A directory in ``build/`` that cannot be used, and the reason."""
 
     name: str
     why: str
@@ -125,23 +126,24 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one repository: the names that fit, best first, and the refused ones."""
+    """The variants of one repository: the names that fit, best first, and the refused ones."""
 
     fitting: tuple[str, ...]
     refused: tuple[Refusal, ...]
 
     @property
     def best(self) -> str | None:
+        """The name of the variant that fits best; None where none fits."""
         return self.fitting[0] if self.fitting else None
 
 
 @functools.lru_cache(maxsize=4096)
-def parse(name: str) -> Variant | None:
-    """Take a variant name apart; None for a name that is not a variant's."""
+def parse_variant(name: str) -> Variant | None:
+    """Parse the name of a variant; None for a name that is not a variant's."""
     if name == "torch-universal":
         return Variant(name, Kind.UNIVERSAL)
-    if name.startswith("torch-") and (kind := name.removeprefix("torch-")).isalpha():
-        backend = _NOARCH_ALIASES.get(kind, kind)
+    if name.startswith("torch-") and (written := name.removeprefix("torch-")).isalpha():
+        backend = _NOARCH_ALIASES.get(written, written)
         return Variant(name, Kind.BACKEND, backend=backend) if backend in _BACKENDS else None
 
     parts = _COMPILED.fullmatch(name)
@@ -166,13 +168,13 @@ def choose(names: Iterable[str], system: System) -> Choice:
     """Sort the variants of a repository into those that fit ``system``, best first, and the rest.
 
     A stable-ABI build is best (the newest ABI first), then one for exactly this torch, then
-    `torch-<backend>`, then `torch-universal`. Among equals a higher CUDA minor version comes
+    ``torch-<backend>``, then ``torch-universal``. Among equals a higher CUDA minor version comes
     first, then a name without an ABI tag.
     """
     fitting: list[Variant] = []
     refused: list[Refusal] = []
     for name in sorted(set(names)):
-        variant = parse(name)
+        variant = parse_variant(name)
         if variant is None:
             refused.append(Refusal(name, "not the name of a build variant"))
         elif reasons := _objections(variant, system):
@@ -184,7 +186,7 @@ def choose(names: Iterable[str], system: System) -> Choice:
 
 
 def no_variant(repository: str, choice: Choice, system: System) -> FileNotFoundError:
-    """The error for a repository none of whose variants fits: each of them, with the reason."""
+    """Make the error for a repository of which no variant fits: it lists each with the reason."""
     lines = [f"no build variant of {repository} fits this system ({system})"]
     lines += [f"  {refusal}" for refusal in choice.refused] or ["  its build/ has no variants"]
     return FileNotFoundError("\n".join(lines))
@@ -194,7 +196,7 @@ def _rank(variant: Variant) -> tuple[int, Release, Release, bool, str]:
     newest_torch = _negated(variant.torch)
     newest_backend = _negated(variant.version)
     has_tag = variant.cxx11_abi is not None
-    # The name comes last so that two spellings of one thing are told apart the same way always.
+    # The name comes last, so that two spellings of one thing always have the same order.
     return (variant.kind, newest_torch, newest_backend, has_tag, variant.name)
 
 
@@ -203,7 +205,7 @@ def _negated(release: Release | None) -> Release:
 
 
 def _objections(variant: Variant, system: System) -> list[str]:
-    """Everything that keeps a variant from fitting."""
+    """All reasons why a variant does not fit; empty where it fits."""
     reasons = []
     if variant.torch is not None:
         this = f"this is {_dotted(system.torch)}"

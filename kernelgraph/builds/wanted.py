@@ -1,11 +1,10 @@
-"""Which revision of a repository is wanted: a name in git, a version, or a bound over versions."""
+"""The revision of a repository that is wanted: a name in git, a version, or a range of versions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -15,13 +14,14 @@ from kernelgraph.selection import type_name
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"v\d+\.\d+\.\d+", re.ASCII)
-# What git allows in no name, and what would make a path of it that leads elsewhere.
-_NO_NAME = re.compile(r"\.\.|^[/.-]|[/.]$|//|@\{|[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]")
+# Characters and sequences that git forbids in every ref name, and those that would make the name
+# a path that leads elsewhere.
+_NOT_IN_A_REF = re.compile(r"\.\.|^[/.-]|[/.]$|//|@\{|[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A repository on the Hub, and what is wanted of it; at most one of the two is given.
+    """A repository on the Hub, with the revision or the version that is wanted of it, if any.
 
     Args:
         repo_id: The repository, ``owner/name``.
@@ -42,7 +42,7 @@ class Wanted:
         check_repo_id("repo_id", self.repo_id)
         if self.revision is not None:
             check_name("revision", self.revision)
-            if _NO_NAME.search(self.revision):
+            if _NOT_IN_A_REF.search(self.revision):
                 raise ValueError(
                     f"revision: expected a branch, a tag or a commit, got {self.revision!r}"
                 )
@@ -58,20 +58,20 @@ class Wanted:
 
     @property
     def bound(self) -> str | None:
-        """The specifier, where one is given."""
+        """The version specifier; None where none is given."""
         return self.version if isinstance(self.version, str) else None
 
     @property
     def ref(self) -> str:
-        """The branch, tag or commit, where no specifier is given."""
+        """The branch, tag or commit; without meaning where a version specifier is given."""
         return self.revision or ("main" if self.version is None else f"v{self.version}")
 
 
 def below(above: tuple[Wanted, ...], wanted: Wanted) -> tuple[Wanted, ...]:
-    """The way down from ``above`` to ``wanted``, among the kernels that use each other.
+    """Extend ``above``, the chain of kernels of which each uses the next, by ``wanted``.
 
     Raises:
-        ValueError: It is a circle.
+        ValueError: ``wanted`` is in the chain already, so the kernels use each other in a cycle.
     """
     if wanted in above:
         cycle = " -> ".join(map(str, (*above[above.index(wanted) :], wanted)))
@@ -84,35 +84,35 @@ def is_commit(text: str) -> bool:
     return _COMMIT.fullmatch(text) is not None
 
 
-def check_name(argument: str, value: Any) -> None:
-    """Refuse what is not a str, and the empty one.
+def check_name(argument: str, value: object) -> str:
+    """Return ``value`` if it is a str that is not empty.
 
     Raises:
-        TypeError, ValueError: The message names the argument.
+        TypeError, ValueError: It is not; the message names the argument.
     """
     if not isinstance(value, str):
         raise TypeError(f"{argument}: expected a str, got {type_name(value)}")
     if not value:
         raise ValueError(f"{argument}: expected a name, got an empty str")
+    return value
 
 
-def check_repo_id(argument: str, value: Any) -> None:
-    """Refuse what is not ``owner/name``.
+def check_repo_id(argument: str, value: object) -> None:
+    """Refuse a value that is not a repository id, ``owner/name``.
 
     Raises:
         TypeError, ValueError: The message names the argument.
     """
-    check_name(argument, value)
-    if not _REPO_ID.fullmatch(value):
+    if not _REPO_ID.fullmatch(check_name(argument, value)):
         raise ValueError(f"{argument}: expected owner/name, got {value!r}")
 
 
 def check_version(version: object) -> None:
-    """Refuse what is neither a version number nor a bound.
+    """Refuse a value that is neither a version number nor a PEP 440 version specifier.
 
     Raises:
         TypeError: ``version`` is neither an int nor a str.
-        ValueError: It is negative, or not a PEP 440 version specifier.
+        ValueError: It is negative, or not a version specifier.
     """
     if isinstance(version, bool) or not isinstance(version, (int, str)):
         raise TypeError(f"version: expected an int or a version specifier, got {version!r}")
@@ -131,9 +131,13 @@ def check_version(version: object) -> None:
 
 
 def pick(tags: Iterable[str], specifier: str) -> str | None:
-    """The tag ``v<major>.<minor>.<patch>`` with the highest version that fits ``specifier``.
+    """Pick the tag ``v<major>.<minor>.<patch>`` with the highest version that fits ``specifier``.
 
-    Pre-releases count only where the specifier itself mentions one. Other tags are left alone.
+    Pre-releases count only where the specifier itself mentions one. Tags of another form are
+    ignored.
+
+    Returns:
+        None where no tag fits.
     """
     bound = SpecifierSet(specifier)
     with_prereleases = bool(bound.prereleases)
@@ -146,7 +150,7 @@ def pick(tags: Iterable[str], specifier: str) -> str | None:
 
 
 def tag_version(tag: str) -> Version | None:
-    """The version that a tag names, or None for a tag of another shape."""
+    """The version that a tag names; None for a tag of another form."""
     if not _TAG.match(tag):
         return None
     try:
@@ -157,5 +161,5 @@ def tag_version(tag: str) -> Version | None:
 
 
 def branch_version(branch: str) -> Version | None:
-    """The version ``N`` that a branch ``v<N>`` names, or None for a branch of another shape."""
+    """The version ``N`` that a branch ``v<N>`` names; None for a branch of another form."""
     return Version(branch[1:]) if re.fullmatch(r"v\d{1,9}", branch, re.ASCII) else None

@@ -26,7 +26,7 @@ from kernelgraph.builds import (
     encoded_digest,
     files_in,
     is_bytecode,
-    leaves,
+    leads_out,
     read_metadata,
 )
 from kernelgraph.hub.client import Hub, Resolved, asking
@@ -128,7 +128,7 @@ def _by_variant(kernel: Resolved, entries: Iterable[RepoFile]) -> Mapping[str, F
         variant, _, name = path.partition("/")
         if root != "build" or not name or is_bytecode(name):
             continue
-        if leaves(path):
+        if leads_out(path):
             raise ValueError(f"{kernel}: {entry.path} is no path inside its build/")
         sha256 = entry.lfs.sha256 if entry.lfs else None
         variants.setdefault(variant, {})[name] = Blob(entry.blob_id, sha256)

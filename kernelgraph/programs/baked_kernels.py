@@ -23,7 +23,7 @@ from kernelgraph.builds import (
     encoded_digest,
     hash_files,
     is_commit,
-    leaves,
+    leads_out,
     module_kernel,
     read_metadata,
     read_wanted,
@@ -120,14 +120,14 @@ class Baked:
         digests, builds = dict(data["digests"]), {}
         for variant, build in data["builds"].items():
             for file in (variant, *build["files"]):
-                if leaves(file) or "\0" in file:
+                if leads_out(file) or "\0" in file:
                     raise ValueError(f"{source}: {file!r} is no path inside a kernel")
             builds[variant] = Build(build["package"], dict(build["files"]))
         texts = [repository, name, revision, *digests, *digests.values()]
         texts += [text for b in builds.values() for text in (b.package, *b.sha256.values())]
         if not all(isinstance(text, str) for text in texts) or "/" in "".join((*builds, *digests)):
             raise ValueError(f"{source}: {repository!r} is not described by texts")
-        if any(leaves(build.package) for build in builds.values() if build.package):
+        if any(leads_out(build.package) for build in builds.values() if build.package):
             raise ValueError(f"{source}: {repository!r} has a package outside of it")
         uses = tuple((read_wanted(source, "uses", used), used["kernel"]) for used in data["uses"])
         baked = cls(repository, name, revision, digests, builds, uses)

@@ -16,10 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraph.builds.check import Origin, load_variant, origin_of
+from kernelgraph.builds.check import Origin, check_variant
+from kernelgraph.builds.hub_layers import origin_of
+from kernelgraph.builds.importer import import_checked
 from kernelgraph.hub.kernels import get_local_kernel
 from kernelgraph.selection.devices import Target
 from tests.support.toy_repository import METADATA, layer_files, write_repository
+
+
+def load_variant(directory, target, **arguments):
+    return import_checked(check_variant(directory, target, **arguments))
 
 
 @pytest.fixture
@@ -606,7 +612,7 @@ class TestOrigin:
             "class A:\n"
             "    def forward(self, x, *, k=('a', None)):\n"
             "        return [y for y in x if y in {'a', 'b', 'c', 'd', 'e'}], lambda: len\n"
-            "from kernelgraph.builds.check import origin_of\n"
+            "from kernelgraph.builds.hub_layers import origin_of\n"
             "print(origin_of(A).revision)\n"
         )
         runs = [

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 import kernelgraph
 from kernelgraph import KernelizeFallback, Mode, kernelize, last_report, use_kernel_mapping
-from kernelgraph.builds.check import origin_of
-from kernelgraph.builds.foreign import foreign_origin, load_foreign
+from kernelgraph.builds.hub_layers import foreign_origin, load_foreign, origin_of
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.report import Reason
 from kernelgraph.selection.devices import CUDAProperties, Device, ROCMProperties, Target, target_of
@@ -199,14 +198,14 @@ class TestRepositories:
             revisions.add(origin_of(layer).revision)
         assert len(revisions) == 2
 
-    def test_two_kernels_of_one_id(self, tmp_path: Path) -> None:
+    def test_two_kernels_of_one_id(self, stand_in: Any, tmp_path: Path) -> None:
         """The module that is imported last has the name; the class is of the one before."""
         repositories = []
         for number in (1, 2):
             path = write_kernel(tmp_path / str(number), number)
             metadata = path / "build" / "torch-universal" / "metadata.json"
             metadata.write_text(re.sub(r"_toy_foreign_\d+", "_toy_one_id", metadata.read_text()))
-            repositories.append(foreign.LocalLayerRepository(path, "Add"))
+            repositories.append(stand_in.LocalLayerRepository(path, "Add"))
         for layer in [repository.load() for repository in repositories]:
             origin = origin_of(layer)
             assert origin.repository == str(tmp_path / str(layer()(0)))
@@ -263,23 +262,21 @@ class TestRepositories:
 
     @pytest.mark.parametrize("kind", ["kernels", "models"])
     def test_in_a_cache_of_the_hub_the_revision_is_the_commit(
-        self, kind: str, tmp_path: Path
+        self, kind: str, stand_in: Any, tmp_path: Path
     ) -> None:
         commit = "0123456789abcdef0123456789abcdef01234567"
         path = write_kernel(tmp_path / f"{kind}--some-org--a-kernel" / "snapshots" / commit)
-        origin = foreign_origin(foreign.LocalLayerRepository(path, "Add").load())
+        origin = foreign_origin(stand_in.LocalLayerRepository(path, "Add").load())
         assert origin is not None
         assert (origin.repository, origin.revision) == ("some-org/a-kernel", commit)
         assert (origin.name, origin.variant) == ("toy", "torch-universal")
 
-    def test_an_older_layout(self, tmp_path: Path) -> None:
+    def test_an_older_layout(self, stand_in: Any, tmp_path: Path) -> None:
         files = {f"toy/{name}": content for name, content in layer_files().items()}
-        write_repository(tmp_path, files, variant="torch-cpu", metadata=None)
-        (tmp_path / "build" / "torch-cpu" / "__init__.py").touch()  # to import it by
-        namespace: dict[str, Any] = {}
-        file = tmp_path / "build" / "torch-cpu" / "toy" / "layers.py"
-        exec(compile(file.read_text(), str(file), "exec"), namespace)
-        origin = foreign_origin(namespace["Add"])
+        write_repository(tmp_path, files, variant="torch-cpu", metadata={"id": "_toy_older"})
+        layer = stand_in.LocalLayerRepository(tmp_path, "Add").load()
+        assert layer.__module__ == "_toy_older.layers"
+        origin = foreign_origin(layer)
         assert origin is not None
         assert (origin.name, origin.variant) == (tmp_path.name, "torch-cpu")
 

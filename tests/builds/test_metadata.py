@@ -13,15 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelgraph.builds.metadata import (
-    Digest,
-    Metadata,
-    check_archs,
-    digest_files,
-    parse_metadata,
-    read_metadata,
-    verify,
-)
+from kernelgraph.builds.digests import digest_files, verify
+from kernelgraph.builds.metadata import Digest, Metadata, parse_metadata, read_metadata
+from kernelgraph.builds.requirements import check_archs
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.selection.devices import Target
 from tests.support.toy_repository import write_repository

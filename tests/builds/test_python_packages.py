@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from kernelgraph.builds.python_packages import check_python_depends
+from kernelgraph.builds.requirements import check_python_depends
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelgraph.builds.variants import Kind, System, choose, no_variant, parse
+from kernelgraph.builds.variants import Kind, System, choose, no_variant, parse_variant
 
 CPU = System((2, 13), True, "cpu", None, "x86_64", "linux")
 CUDA = replace(CPU, backend="cuda", version=(13, 0))
@@ -64,14 +64,14 @@ class TestNames:
         ],
     )
     def test_torch(self, name, torch, abi, backend, version, arch, os):
-        found = parse(name)
+        found = parse_variant(name)
         assert found is not None
         assert found.kind is Kind.TORCH
         fields = (found.torch, found.cxx11_abi, found.backend, found.version, found.arch, found.os)
         assert fields == (torch, abi, backend, version, arch, os)
 
     def test_stable_abi(self):
-        found = parse("torch-stable-abi210-cu126-x86_64-linux")
+        found = parse_variant("torch-stable-abi210-cu126-x86_64-linux")
         assert found is not None
         assert (found.kind, found.torch) == (Kind.STABLE_ABI, (2, 10))
         assert (found.backend, found.version) == ("cuda", (12, 6))
@@ -92,7 +92,7 @@ class TestNames:
         ],
     )
     def test_nothing_compiled(self, name, backend):
-        found = parse(name)
+        found = parse_variant(name)
         assert found is not None
         assert found.backend == backend
         assert found.kind is (Kind.BACKEND if backend else Kind.UNIVERSAL)
@@ -119,13 +119,13 @@ class TestNames:
         ],
     )
     def test_no_variant(self, name):
-        assert parse(name) is None
+        assert parse_variant(name) is None
         assert why(name) == "not the name of a build variant"
 
     @given(st.text())
     def test_any_text(self, name):
-        parse(name)
-        parse(f"torch{name}")
+        parse_variant(name)
+        parse_variant(f"torch{name}")
 
 
 class TestRefusals:

@@ -10,8 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from kernelgraph.builds.metadata import digest_files, read_metadata
-from kernelgraph.builds.variants import parse
+from kernelgraph.builds import digest_files, parse_variant, read_metadata
 from tests.support.sources import EXAMPLES, import_file
 
 
@@ -31,7 +30,7 @@ def test_variants_are_well_formed(repository: Path) -> None:
     cpu, cuda = (next(v for v in variants if backend in v.name) for backend in ("-cpu", "-cuda"))
     ids = set()
     for directory, backend in ((cpu, "cpu"), (cuda, "cuda")):
-        variant = parse(directory.name)
+        variant = parse_variant(directory.name)
         assert variant is not None
         assert variant.backend == backend
         metadata = read_metadata(directory)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from kernelgraph import get_kernel
-from kernelgraph.builds.metadata import digest_files
+from kernelgraph.builds import digest_files
 from kernelgraph.hub.client import Hub, Resolved
 from kernelgraph.hub.fetcher import fetch, find_damage, list_build
 from tests.support.toy_repository import layer_files, variant_files

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from kernelgraph import get_kernel, get_kernel_dep, get_local_kernel, get_locked_kernel, has_kernel
-from kernelgraph.builds.importing import module_origin
+from kernelgraph.builds.importer import module_origin
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
 from kernelgraph.hub.kernels import load

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from kernelgraph.builds.check import origin_of
+from kernelgraph.builds import origin_of
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.lockfile import Lock, Locks
 from kernelgraph.hub.repositories import (

@@ -104,7 +104,7 @@ def test_the_hub_vouches_only_for_what_it_lists(hub, wanted, tmp_path, x):
         (kernel,) = data["kernels"].values()
         kernel["revision"] = commit
         data["kernels"] = {f"org/toy@{commit}": kernel}
-        from kernelgraph.builds.importing import Origin
+        from kernelgraph.builds import Origin
         from kernelgraph.programs.program_ops import Entry
 
         (op,) = data["ops"].values()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernelgraph.builds.check import origin_of
-from kernelgraph.builds.importing import Origin
+from kernelgraph.builds import Origin, origin_of
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.state import State
 from kernelgraph.graph.calls.trees import read

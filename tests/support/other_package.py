@@ -1,7 +1,7 @@
-"""What another package of kernels looks like to this one.
+"""A stand-in for the ``kernels`` package, with all of that package that ours meets.
 
-It has the names of the ``kernels`` package and behaves as that does where the two meet; flags have
-other bits, functions become nameless classes at each load, and every layer gets a condition.
+It has the names of the ``kernels`` package and its behaviour: a function becomes a new class without
+a name of its own at each load, and every layer gets a condition. Its flags have other bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -63,8 +64,9 @@ class LocalLayerRepository:
     repo_path: Path
     layer_name: str
 
-    def load(self) -> Any:
-        return getattr(_imported(self.repo_path).layers, self.layer_name)
+    def load(self) -> type[nn.Module]:
+        layer: type[nn.Module] = getattr(_import(self.repo_path).layers, self.layer_name)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,36 @@ class LocalFuncRepository:
     repo_path: Path
     func_name: str
 
-    def load(self) -> Any:
-        return _function_class(getattr(_imported(self.repo_path), self.func_name))
+    def load(self) -> type[nn.Module]:
+        return _function_class(getattr(_import(self.repo_path), self.func_name))
 
 
-_modules: dict[Path, Any] = {}
+@dataclass(frozen=True)
+class LoadedKernel:
+    module: ModuleType
 
 
-def _imported(path: Path) -> Any:
+_loaded: dict[Path, LoadedKernel] = {}
+
+
+def get_loaded_kernels() -> list[LoadedKernel]:
+    return list(_loaded.values())
+
+
+def _import(path: Path) -> ModuleType:
     (variant,) = (path / "build").iterdir()
-    if variant in _modules:
-        return _modules[variant]
+    if variant in _loaded:
+        return _loaded[variant].module
     name = json.loads((variant / "metadata.json").read_text())["id"]
-    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+    file = variant / "__init__.py"
+    if not file.is_file():  # the older layout
+        file = variant / "toy" / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    _modules[variant] = module
+    _loaded[variant] = LoadedKernel(module)
     return module
 
 
@@ -118,7 +132,7 @@ def use_kernelized_func(*functions: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def _function_class(function: Callable[..., Any]) -> Any:
+def _function_class(function: Callable[..., Any]) -> type[nn.Module]:
     class Func(nn.Module):
         can_torch_compile = getattr(function, "can_torch_compile", False)
         has_backward = getattr(function, "has_backward", True)
@@ -132,7 +146,7 @@ def _function_class(function: Callable[..., Any]) -> Any:
     return Func
 
 
-# --- kernels that both packages load ------------------------------------------------------------
+# --- kernels that the package and ours load -----------------------------------------------------
 
 FUNCTIONS = """
 import statistics
@@ -157,7 +171,7 @@ def write_kernel(path: Path, result: int = 1, layers: str | None = None) -> Path
     files = layer_files(result=result)
     files["__init__.py"] = f"{files['__init__.py']}{FUNCTIONS.format(result=result)}"
     files["layers.py"] = layers or files["layers.py"]
-    # Another id each, since it is the module's name, of which there may be but one.
-    own = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
-    write_repository(path, files, metadata=METADATA | own)
+    # Each has another id, because it is the name of the module.
+    changes = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
+    write_repository(path, files, metadata=METADATA | changes)
     return path

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from kernelgraph.builds.metadata import digest_files
+from kernelgraph.builds import digest_files
 
 METADATA: Mapping[str, object] = {
     "id": "_toy_1",

@@ -1,21 +1,18 @@
 """Importing a checked variant under a module name of our own.
 
 A kernel's module is called ``kernelgraph_<name>_<16 hex digits of its content's hash>``: no ``id``
-in any metadata can shadow another module, and revisions live side by side. The import system
-itself does the importing, so its locks make it happen once among threads, and kernels that load
-kernels cannot deadlock; a finder of ours only decides what may be found, which is what was checked.
+in any metadata can shadow another module, and several revisions can be loaded at once. Python's
+import system does the importing, so its locks make it happen once among threads, and kernels that
+load kernels cannot deadlock. A finder of ours finds the files that were checked, and no others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
@@ -26,56 +23,14 @@ from importlib.machinery import (
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
 
-from kernelgraph.builds.metadata import encoded_digest
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a kernel comes from."""
-
-    repository: str
-    """For people: the Hub id, or the local path as it was given."""
-    name: str
-    """A short name for the kernel; any characters."""
-    revision: str
-    """The full commit; for a local repository the hash of the variant's content."""
-    variant: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A variant whose files were checked, ready to be imported."""
-
-    directory: Path
-    package: str
-    """The package in ``directory``: empty where the variant is itself the package."""
-    content: str
-    """The hash of the whole content, in hex."""
-    sha256: Mapping[str, str]
-    """The base64 digest of every file, by relative path."""
-    origin: Origin
-    dependencies: Mapping[str, Checked] = field(default_factory=dict)
-    """The kernels that this one uses, by repository id."""
-
-    @cached_property
-    def identity(self) -> str:
-        """A hash of the content, and of that of the kernels that it uses, in hex."""
-        if not self.dependencies:
-            return self.content
-        used = [f"{repo_id}\0{k.identity}\n" for repo_id, k in sorted(self.dependencies.items())]
-        return hashlib.sha256("".join([self.content, "\n", *used]).encode()).hexdigest()
-
-    @property
-    def stem(self) -> str:
-        return f"{self.package}/" if self.package else ""
-
+from kernelgraph.builds.check import Checked, Origin
+from kernelgraph.builds.digests import encoded_digest
 
 _lock = threading.Lock()
-# The kernels that may be imported, by module name, each as it was loaded last; and the module
-# names, by content.
+# The kernels that may be imported, by module name; of equal content, the one loaded last.
 _checked: dict[str, Checked] = {}
+# The module names, by the kernel's identity and package.
 _names: dict[tuple[str, str], str] = {}
 
 
@@ -99,10 +54,10 @@ def import_checked(kernel: Checked) -> ModuleType:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     try:
-        # `__import__`, because where threads import kernels that import each other it hands out a
-        # module that is not ready, as in any circular import; importlib.import_module raises. It
-        # also hands out the module whose import failed in another thread while this one waited.
-        with _offering(modules):
+        # `__import__` returns a module that is not ready yet where threads import kernels that
+        # import each other, as in any circular import; importlib.import_module would raise. It
+        # also returns a module whose import failed in another thread meanwhile, hence the loop.
+        with _answering_kernels_package(modules):
             while (module := __import__(name)) is not sys.modules.get(name):
                 pass
         return module
@@ -115,13 +70,33 @@ def import_checked(kernel: Checked) -> ModuleType:
 
 
 def get_kernel_dep(repo_id: str) -> ModuleType:
-    """For a kernel's own code: a kernel that its ``metadata.json`` says it uses.
+    """Import a kernel that the calling kernel uses; only a kernel's own code can call this.
 
     Args:
-        repo_id: The repository, as ``kernel-depends`` names it.
+        repo_id: The repository, as ``kernel-depends`` in the calling kernel's ``metadata.json``
+            names it.
+
+    Returns:
+        The module of that kernel.
 
     Raises:
         RuntimeError: The caller is no kernel's code, or the kernel does not depend on that one.
+        ImportError: The import of that kernel failed.
+
+    Example:
+        In ``__init__.py`` of a kernel whose metadata has
+        ``"kernel-depends": [{"repo-id": "org/activation", "version": 1}]``::
+
+            from kernelgraph import get_kernel_dep
+
+            activation = get_kernel_dep("org/activation")
+
+        Outside of a kernel it raises:
+
+        >>> from kernelgraph import get_kernel_dep
+        >>> get_kernel_dep("org/activation")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: get_kernel_dep('org/activation'): ... is no kernel's module
     """
     caller = sys._getframe(1).f_globals.get("__name__", "")
     kernel = _checked.get(caller.partition(".")[0])
@@ -137,25 +112,27 @@ def get_kernel_dep(repo_id: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _offering(modules: dict[str, ModuleType]) -> Iterator[None]:
-    """Have the `kernels` package's own ``get_kernel_dep`` answer too, where it is installed."""
+def _answering_kernels_package(modules: dict[str, ModuleType]) -> Iterator[None]:
+    """Let the ``kernels`` package's own ``get_kernel_dep`` return ``modules`` too.
+
+    Kernels may be written for that package; without it in the environment this does nothing.
+    """
     if not modules or importlib.util.find_spec("kernels") is None:
         yield
         return
-    deps: Any = importlib.import_module("kernels.deps")
-    with deps.use_kernel_deps(modules):
+    with importlib.import_module("kernels.deps").use_kernel_deps(modules):
         yield
 
 
 def module_kernel(name: str) -> Checked | None:
-    """The kernel that a module belongs to, as it was loaded; None if that is no kernel's."""
+    """The kernel that a module belongs to, as it was loaded last; None for any other module."""
     return _checked.get(name.partition(".")[0])
 
 
 def module_origin(name: str) -> Origin | None:
-    """The origin of the kernel that a module belongs to; None for a module that is no kernel's.
+    """The origin of the kernel that a module belongs to; None for any other module.
 
-    Where the same content was loaded from two places, that is the later of them.
+    Where the same content was loaded from two places, it is the later of them.
     """
     kernel = module_kernel(name)
     return kernel.origin if kernel else None
@@ -172,19 +149,24 @@ class _Finder(MetaPathFinder):
             return None
         if root == fullname:
             kernel = _checked[root]
-            return _source_spec(fullname, f"{kernel.stem}__init__.py", kernel)
-        # The files are those of the package that was imported, wherever it was loaded from since.
+            prefix = f"{kernel.package}/" if kernel.package else ""
+            return _source_spec(fullname, f"{prefix}__init__.py", kernel)
+        # A submodule comes from the place that its package was imported from, even if the same
+        # content was loaded from another place since.
         loader = getattr(sys.modules[root].__spec__, "loader", None)
         assert isinstance(loader, _SourceLoader)
         for place in path or ():
             if spec := _submodule_spec(fullname, Path(place), loader.kernel):
                 return spec
-        # Not None: the next finder would go and look on the disk, where there is bytecode.
+        # Returning None would let the next finder search the disk, where it may find bytecode.
         raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 def _submodule_spec(fullname: str, place: Path, kernel: Checked) -> ModuleSpec | None:
-    """In the order of Python's own finder: a package, a binary module, a source, a namespace."""
+    """Find a submodule among the checked files.
+
+    The order is that of Python's own finder: a package, a binary module, a source, a namespace.
+    """
     path = place / fullname.rpartition(".")[2]
     if not path.is_relative_to(kernel.directory):
         return None
@@ -213,7 +195,7 @@ def _source_spec(fullname: str, file: str, kernel: Checked) -> ModuleSpec | None
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compiles a source that was checked; reads and writes no bytecode."""
+    """Compiles a checked source, and neither reads nor writes bytecode."""
 
     def __init__(self, fullname: str, path: Path, kernel: Checked) -> None:
         super().__init__(fullname, str(path))
@@ -222,7 +204,7 @@ class _SourceLoader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         path = Path(self.get_filename(fullname))
         source = self.get_data(str(path))
-        # A submodule may be imported long after the check, and must be of the same content.
+        # A submodule may be imported long after the check, and must still have the same content.
         if encoded_digest(source) != self.kernel.sha256[self._relative(path)]:
             raise ImportError(f"{path} has changed since the kernel was loaded")
         code: CodeType = self.source_to_code(source, str(path))
@@ -232,8 +214,8 @@ class _SourceLoader(SourceFileLoader):
         try:
             super().exec_module(module)
         except BaseException:
-            # The import system removes the module that failed, but not what it had imported of
-            # its own package before.
+            # The import system removes the module that failed, but not the submodules of its own
+            # that it had imported before.
             for name in [n for n in sys.modules if n.startswith(f"{module.__name__}.")]:
                 sys.modules.pop(name, None)
             raise
