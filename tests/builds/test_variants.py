@@ -1,4 +1,4 @@
-"""Which variant of a kernel repository is chosen, and why the others are not."""
+"""Variants: parsing their names, the choice of the best, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -63,14 +63,16 @@ class TestNames:
             ("torch212-tpu-x86_64-linux", (2, 12), None, "tpu", None, "x86_64", "linux"),
         ],
     )
-    def test_torch(self, name, torch, abi, backend, version, arch, os):
+    def test_name_for_one_torch_release_is_parsed(
+        self, name, torch, abi, backend, version, arch, os
+    ):
         found = parse_variant(name)
         assert found is not None
         assert found.kind is Kind.TORCH
         fields = (found.torch, found.cxx11_abi, found.backend, found.version, found.arch, found.os)
         assert fields == (torch, abi, backend, version, arch, os)
 
-    def test_stable_abi(self):
+    def test_name_for_the_stable_abi_is_parsed(self):
         found = parse_variant("torch-stable-abi210-cu126-x86_64-linux")
         assert found is not None
         assert (found.kind, found.torch) == (Kind.STABLE_ABI, (2, 10))
@@ -91,7 +93,7 @@ class TestNames:
             ("torch-universal", None),
         ],
     )
-    def test_nothing_compiled(self, name, backend):
+    def test_name_with_nothing_compiled_is_parsed(self, name, backend):
         found = parse_variant(name)
         assert found is not None
         assert found.backend == backend
@@ -118,12 +120,12 @@ class TestNames:
             "__pycache__",
         ],
     )
-    def test_no_variant(self, name):
+    def test_other_name_is_no_variant(self, name):
         assert parse_variant(name) is None
         assert why(name) == "not the name of a build variant"
 
     @given(st.text())
-    def test_any_text(self, name):
+    def test_any_text_is_parsed_without_an_error(self, name):
         parse_variant(name)
         parse_variant(f"torch{name}")
 
@@ -167,7 +169,7 @@ class TestRefusals:
             ),
         ],
     )
-    def test_each_reason(self, name, system, expected):
+    def test_refusal_states_each_reason(self, name, system, expected):
         assert why(name, system) == expected
 
     def test_error_lists_every_variant(self):
@@ -187,7 +189,7 @@ class TestRefusals:
 
 
 class TestPreference:
-    def test_whole_order(self):
+    def test_fitting_variants_are_sorted_best_first(self):
         best_first = (
             "torch-stable-abi213-cu126-x86_64-linux",
             "torch-stable-abi29-cu128-x86_64-linux",
@@ -210,14 +212,14 @@ class TestPreference:
         windows = System((2, 13), True, "cpu", None, "AMD64", "windows")
         assert choose(["torch213-cpu-x86_64-windows"], windows).best
 
-    def test_two_spellings_of_one_thing(self):
+    def test_two_spellings_of_one_backend_have_a_fixed_order(self):
         npu = replace(CPU, backend="npu")
         assert choose(["torch-npu", "torch-cann"], npu).fitting == ("torch-cann", "torch-npu")
 
 
 # --- against an oracle ------------------------------------------------------------------------
-# Names are written from their parts, and the oracle judges the parts; it shares no code with the
-# parser, and finds the best by comparing each with each.
+# The names are written from their parts, and the oracle judges the parts. It shares no code with
+# the parser, and finds the best by comparing each pair.
 
 CUDAS = ["cu118", "cu126", "cu128", "cu130", "cu132"]
 BACKENDS = ["cpu", *CUDAS, "rocm70", "rocm71", "xpu20252", "xpu20253", "metal"]
@@ -320,7 +322,7 @@ def oracle_better(a, b) -> bool:
 
 @settings(max_examples=300)
 @given(st.lists(parts, max_size=12, unique=True), systems)
-def test_against_oracle(builds, described):
+def test_choice_agrees_with_an_oracle(builds, described):
     fitting = [build for build in builds if oracle_fits(build, described)]
     choice = choose([name_of(build) for build in builds], system_of(described))
 
@@ -340,7 +342,7 @@ def test_order_of_the_names_does_not_matter(builds, described, random):
 
 
 class TestDetect:
-    def test_cpu(self):
+    def test_system_of_the_cpu(self):
         import torch
 
         system = System.detect("cpu")
@@ -358,20 +360,22 @@ class TestDetect:
             ("xpu", "xpu", None, None),
         ],
     )
-    def test_backend_versions(self, monkeypatch, device, attribute, value, version):
+    def test_system_has_the_version_that_torch_was_built_for(
+        self, monkeypatch, device, attribute, value, version
+    ):
         import torch
 
         monkeypatch.setattr(torch.version, attribute, value, raising=False)
         system = System.detect(device)
         assert (system.backend, system.version) == (device, version)
 
-    def test_a_cuda_torch_can_be_asked_for_cpu(self, monkeypatch):
+    def test_system_of_the_cpu_in_a_cuda_build_of_torch_has_no_version(self, monkeypatch):
         import torch
 
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         assert System.detect("cpu").version is None
 
-    def test_npu_without_its_package(self):
+    def test_system_of_an_npu_without_its_package_has_no_version(self):
         assert System.detect("npu").version is None
 
 

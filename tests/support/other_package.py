@@ -1,7 +1,7 @@
 """A stand-in for the ``kernels`` package, with all of that package that ours meets.
 
-It has the names of the ``kernels`` package and its behaviour: a function becomes a new class without
-a name of its own at each load, and every layer gets a condition. Its flags have other bits.
+It has the names of the ``kernels`` package and its behaviour: a function becomes a new class
+without a name of its own at each load, and every layer gets a condition. Its flags have other bits.
 """
 
 from __future__ import annotations
@@ -172,6 +172,10 @@ def write_kernel(path: Path, result: int = 1, layers: str | None = None) -> Path
     files["__init__.py"] = f"{files['__init__.py']}{FUNCTIONS.format(result=result)}"
     files["layers.py"] = layers or files["layers.py"]
     # Each has another id, because it is the name of the module.
-    changes = {"id": f"_toy_foreign_{next(_count)}", "python-depends": [], "backend": {"type": "cpu"}}
+    changes = {
+        "id": f"_toy_foreign_{next(_count)}",
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+    }
     write_repository(path, files, metadata=METADATA | changes)
     return path

@@ -1,4 +1,4 @@
-"""What is written with the ``kernels`` package's objects works as it is.
+"""Objects of the ``kernels`` package work unchanged where ours are expected.
 
 Each test runs with a stand-in for that package and, where it is installed, with the package.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import enum
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 
 import kernelgraph
 from kernelgraph import KernelizeFallback, Mode, kernelize, last_report, use_kernel_mapping
-from kernelgraph.builds.hub_layers import foreign_origin, load_foreign, origin_of
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.report import Reason
 from kernelgraph.selection.devices import CUDAProperties, Device, ROCMProperties, Target, target_of
 from kernelgraph.selection.mapping import KernelMapping, Rejection, select
-from tests.support import other_package as foreign
+from tests.support import other_package
 from tests.support.other_package import write_kernel
-from tests.support.toy_repository import layer_files, write_repository
 from tests.support.toys import BrokenRepository, Plus10, Plus20, Scale, ToyRepository, only, result
 
 MODES = [
@@ -37,29 +34,29 @@ MODES = [
 ]
 
 
-def joined(kind: Any, names: tuple[str, ...]) -> Any:
-    flag = kind[names[0]]
+def joined(cls: Any, names: tuple[str, ...]) -> Any:
+    flag = cls[names[0]]
     for name in names[1:]:
-        flag |= kind[name]
+        flag |= cls[name]
     return flag
 
 
 class TestModes:
     @pytest.mark.parametrize("names", MODES, ids="|".join)
-    def test_stand_for_ours_by_their_names(self, theirs: Any, names: tuple[str, ...]) -> None:
+    def test_modes_stand_for_ours_by_their_names(self, theirs: Any, names: tuple[str, ...]) -> None:
         assert Mode.parse(joined(theirs.Mode, names)) is joined(Mode, names)
 
     @pytest.mark.parametrize("names", MODES, ids="|".join)
-    def test_are_keys_of_mappings(self, theirs: Any, names: tuple[str, ...]) -> None:
+    def test_modes_are_keys_of_mappings(self, theirs: Any, names: tuple[str, ...]) -> None:
         repository, newer = ToyRepository(Plus10), ToyRepository(Plus20)
         written = {"Scale": {"cpu": {joined(theirs.Mode, names): repository}}}
         mapping = KernelMapping.parse(written)
         assert mapping == KernelMapping.parse({"Scale": {"cpu": {joined(Mode, names): repository}}})
-        # Two classes' names for one mode, in one dict.
+        # One mode of two classes, in one dict.
         both = {joined(Mode, names): newer, joined(theirs.Mode, names): repository}
         assert KernelMapping.parse({"Scale": {"cpu": both}}) == mapping
 
-    def test_kernelize_for_them(self, theirs: Any) -> None:
+    def test_kernelize_takes_modes(self, theirs: Any) -> None:
         mapping = {
             "Scale": {
                 "cpu": {
@@ -72,22 +69,22 @@ class TestModes:
             model = kernelize(Scale(2.0), mode=theirs.Mode.INFERENCE)
             assert result(model) == 12
             kernelize(model, mode=theirs.Mode.TRAINING | theirs.Mode.TORCH_COMPILE)
-            with torch.no_grad():  # it adds 20, which trains nothing
+            with torch.no_grad():  # it adds 20, and has no parameters to train
                 assert result(model) == 22
         report = last_report()
         assert report is not None
         assert report.decisions[0].mode == "TRAINING | TORCH_COMPILE"
 
-    def test_as_an_option_of_the_backend(self, theirs: Any) -> None:
+    def test_mode_is_an_option_of_the_backend(self, theirs: Any) -> None:
         options = Options.parse(options={"kernel_mode": theirs.Mode.TRAINING})
         assert options.kernel_mode is Mode.TRAINING | Mode.TORCH_COMPILE
 
-    def test_that_cannot_be_kernelized_for(self, theirs: Any) -> None:
+    def test_kernelize_refuses_modes_that_are_no_mode_of_a_model(self, theirs: Any) -> None:
         for mode in (theirs.Mode.FALLBACK, theirs.Mode.TORCH_COMPILE):
             with only(), pytest.raises(ValueError, match=f"INFERENCE or TRAINING.*got {mode.name}"):
                 kernelize(Scale(), mode=mode)
 
-    def test_of_another_kind_are_refused(self) -> None:
+    def test_flags_that_are_no_modes_are_refused(self) -> None:
         class Other(enum.Flag):
             INFERENCE = enum.auto()
 
@@ -103,11 +100,11 @@ class TestModes:
 
 
 class TestFallbackFlags:
-    def test_stand_for_ours_by_their_names(self, theirs: Any) -> None:
+    def test_fallback_flags_stand_for_ours_by_their_names(self, theirs: Any) -> None:
         for name, flag in KernelizeFallback.__members__.items():
             assert KernelizeFallback.parse(theirs.KernelizeFallback[name]) == flag
 
-    def test_kernelize_with_them(self, theirs: Any) -> None:
+    def test_kernelize_takes_fallback_flags(self, theirs: Any) -> None:
         flags = theirs.KernelizeFallback
         with only(Scale=BrokenRepository()):
             kernelize(Scale(), mode=Mode.INFERENCE, use_fallback=flags.ALL)
@@ -118,7 +115,7 @@ class TestFallbackFlags:
 
 
 class TestDevices:
-    def test_stand_for_ours_by_their_fields(self, theirs: Any) -> None:
+    def test_devices_stand_for_ours_by_their_fields(self, theirs: Any) -> None:
         pairs = [
             (theirs.Device("cpu"), Device("cpu")),
             (theirs.Device("cuda"), Device("cuda")),
@@ -135,7 +132,7 @@ class TestDevices:
             assert Device.parse(given) == expected
         assert Device("cuda", theirs.CUDAProperties(80, 90)) == pairs[2][1]
 
-    def test_are_keys_of_mappings(self, theirs: Any) -> None:
+    def test_devices_are_keys_of_mappings(self, theirs: Any) -> None:
         wide, narrow = ToyRepository(Plus10), ToyRepository(Plus20)
         mapping = KernelMapping.parse(
             {
@@ -153,22 +150,34 @@ class TestDevices:
         newer = KernelMapping.parse({"Scale": {Device("cuda", CUDAProperties(80, 90)): wide}})
         assert len(mapping.merge(newer).layers["Scale"]) == 2
 
-    def test_kernelize_for_them(self, theirs: Any) -> None:
+    def test_kernelize_takes_devices(self, theirs: Any) -> None:
         assert target_of(theirs.Device("cuda", theirs.CUDAProperties(86, 86))) == Target("cuda", 86)
         with only(Scale=Plus10):
             model = kernelize(Scale(2.0), mode=Mode.INFERENCE, device=theirs.Device("cpu"))
         assert result(model) == 12
 
-    def test_that_fit_nothing_are_refused(self) -> None:
+    def test_devices_that_do_not_exist_are_refused(self) -> None:
         class Properties:
             min_capability = max_capability = 80
 
         for device, error, message in (
-            (foreign.Device("vulkan"), ValueError, 'unknown device type "vulkan"'),
-            (foreign.Device("cpu", foreign.CUDAProperties(1, 2)), ValueError, "no properties"),
-            (foreign.Device("cuda", foreign.ROCMProperties(1, 2)), ValueError, "not ROCMProp"),
-            (foreign.Device("cuda", foreign.CUDAProperties(2, 1)), ValueError, "2 exceeds max"),
-            (foreign.Device("cuda", Properties()), TypeError, "expected CUDAProperties"),  # type: ignore[arg-type]
+            (other_package.Device("vulkan"), ValueError, 'unknown device type "vulkan"'),
+            (
+                other_package.Device("cpu", other_package.CUDAProperties(1, 2)),
+                ValueError,
+                "no properties",
+            ),
+            (
+                other_package.Device("cuda", other_package.ROCMProperties(1, 2)),
+                ValueError,
+                "not ROCMProp",
+            ),
+            (
+                other_package.Device("cuda", other_package.CUDAProperties(2, 1)),
+                ValueError,
+                "2 exceeds max",
+            ),
+            (other_package.Device("cuda", Properties()), TypeError, "expected CUDAProperties"),  # type: ignore[arg-type]
             (torch.device("cpu"), TypeError, "got torch.device"),
         ):
             with pytest.raises(error, match=rf'mapping\["a"\]: .*{message}'):
@@ -176,63 +185,7 @@ class TestDevices:
 
 
 class TestRepositories:
-    def test_a_layer(self, theirs: Any, tmp_path: Path) -> None:
-        path = write_kernel(tmp_path / "kernel", result=30)
-        layer = load_foreign(theirs.LocalLayerRepository(path, layer_name="Add"))
-        assert layer()(1) == 31
-        assert not layer.__module__.startswith("kernelgraph")
-        # The very origin, and so the very ops, that our own repository of it has.
-        ours = kernelgraph.LocalLayerRepository(path, layer_name="Add").load()
-        assert origin_of(layer) == origin_of(ours)
-        assert origin_of(layer).repository == str(path)
-
-    def test_other_content_is_another_revision(self, theirs: Any, tmp_path: Path) -> None:
-        # The number is in another file, and does not show in the code of the forward.
-        source = str(layer_files()["layers.py"])
-        source = source.replace("return x + 1", "from . import RESULT; return x + RESULT")
-        revisions = set()
-        for number in (1, 2):
-            path = write_kernel(tmp_path / str(number), number, source)
-            layer = theirs.LocalLayerRepository(path, layer_name="Add").load()
-            assert layer()(1) == 1 + number
-            revisions.add(origin_of(layer).revision)
-        assert len(revisions) == 2
-
-    def test_two_kernels_of_one_id(self, stand_in: Any, tmp_path: Path) -> None:
-        """The module that is imported last has the name; the class is of the one before."""
-        repositories = []
-        for number in (1, 2):
-            path = write_kernel(tmp_path / str(number), number)
-            metadata = path / "build" / "torch-universal" / "metadata.json"
-            metadata.write_text(re.sub(r"_toy_foreign_\d+", "_toy_one_id", metadata.read_text()))
-            repositories.append(stand_in.LocalLayerRepository(path, "Add"))
-        for layer in [repository.load() for repository in repositories]:
-            origin = origin_of(layer)
-            assert origin.repository == str(tmp_path / str(layer()(0)))
-
-    @pytest.mark.parametrize(("name", "expected"), [("shifted", 17), ("plain", -3), ("relu", 7)])
-    def test_a_function_is_one_class_of_its_name(
-        self, theirs: Any, name: str, expected: int, tmp_path: Path
-    ) -> None:
-        path = write_kernel(tmp_path / "kernel", result=10)
-        loads = [load_foreign(theirs.LocalFuncRepository(path, func_name=name)) for _ in range(2)]
-        assert loads[0] is loads[1]
-        layer = loads[0]
-        assert layer.__name__ == name
-        assert layer()(torch.tensor(7)).item() == expected
-        assert getattr(layer, "can_torch_compile", False) is (name == "shifted")
-        ours = kernelgraph.LocalFuncRepository(path, func_name=name).load()
-        # An op is the same object in all kernels that have it, so any of them may be named.
-        assert origin_of(layer) == origin_of(ours) or name == "relu"
-        assert origin_of(layer).name == "toy"
-
-    def test_another_librarys_function_in_a_kernel(self, theirs: Any, tmp_path: Path) -> None:
-        path = write_kernel(tmp_path / "kernel")
-        layer = load_foreign(theirs.LocalFuncRepository(path, func_name="mean"))
-        assert layer()([1, 3]) == 2
-        assert origin_of(layer).name == "toy"
-
-    def test_in_a_mapping(self, theirs: Any, tmp_path: Path) -> None:
+    def test_report_names_the_repository_and_the_layer(self, theirs: Any, tmp_path: Path) -> None:
         path = write_kernel(tmp_path / "kernel", result=10)
 
         @kernelgraph.use_kernel_forward_from_hub("Add")
@@ -252,50 +205,13 @@ class TestRepositories:
             assert report.kernels[0].kernel.startswith(f"{path}@")
             assert report.kernels[0].kernel.endswith(f": {name}")
 
-    def test_equal_repositories_are_one(self, theirs: Any, tmp_path: Path) -> None:
+    def test_mappings_of_equal_repositories_are_equal(self, theirs: Any, tmp_path: Path) -> None:
         def mapping() -> KernelMapping:
             repository = theirs.LocalLayerRepository(tmp_path, layer_name="Add")
             return KernelMapping.parse({"Add": {"cpu": {theirs.Mode.INFERENCE: repository}}})
 
         assert mapping() == mapping()
         assert hash(mapping()) == hash(mapping())
-
-    @pytest.mark.parametrize("kind", ["kernels", "models"])
-    def test_in_a_cache_of_the_hub_the_revision_is_the_commit(
-        self, kind: str, stand_in: Any, tmp_path: Path
-    ) -> None:
-        commit = "0123456789abcdef0123456789abcdef01234567"
-        path = write_kernel(tmp_path / f"{kind}--some-org--a-kernel" / "snapshots" / commit)
-        origin = foreign_origin(stand_in.LocalLayerRepository(path, "Add").load())
-        assert origin is not None
-        assert (origin.repository, origin.revision) == ("some-org/a-kernel", commit)
-        assert (origin.name, origin.variant) == ("toy", "torch-universal")
-
-    def test_an_older_layout(self, stand_in: Any, tmp_path: Path) -> None:
-        files = {f"toy/{name}": content for name, content in layer_files().items()}
-        write_repository(tmp_path, files, variant="torch-cpu", metadata={"id": "_toy_older"})
-        layer = stand_in.LocalLayerRepository(tmp_path, "Add").load()
-        assert layer.__module__ == "_toy_older.layers"
-        origin = foreign_origin(layer)
-        assert origin is not None
-        assert (origin.name, origin.variant) == (tmp_path.name, "torch-cpu")
-
-    def test_a_class_in_no_kernel_has_no_such_origin(self, tmp_path: Path) -> None:
-        assert foreign_origin(Plus10) is None
-        # A directory of that name that is no variant: an environment, say.
-        file = tmp_path / "torch-cpu" / "lib" / "package" / "layers.py"
-        file.parent.mkdir(parents=True)
-        namespace: dict[str, Any] = {}
-        exec(compile(layer_files()["layers.py"], str(file), "exec"), namespace)
-        assert foreign_origin(namespace["Add"]) is None
-
-    def test_a_decorated_forward(self, theirs: Any, tmp_path: Path) -> None:
-        source = str(layer_files()["layers.py"])
-        source = source.replace("    def forward", "    @torch.no_grad()\n    def forward")
-        path = write_kernel(tmp_path / "kernel", layers=source)
-        layer = theirs.LocalLayerRepository(path, layer_name="Add").load()
-        assert layer()(1) == 2
-        assert origin_of(layer).repository == str(path)
 
 
 class TestFunctions:
@@ -314,7 +230,7 @@ class TestFunctions:
 
         return Model()
 
-    def test_kernelize_finds_them(self, theirs: Any, tmp_path: Path) -> None:
+    def test_kernelize_finds_functions(self, theirs: Any, tmp_path: Path) -> None:
         class Double(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
                 return 2 * x + 10
@@ -339,8 +255,10 @@ class TestFunctions:
             kernelize(model, mode=theirs.Mode.INFERENCE, device="cpu")
         assert result(model) == 3
 
-    def test_in_a_deep_copy_of_a_model(self, theirs: Any, tmp_path: Path) -> None:
-        """There the attached function is a copy too; the module calls the one function."""
+    def test_kernelize_finds_functions_in_a_deep_copy_of_a_model(
+        self, theirs: Any, tmp_path: Path
+    ) -> None:
+        """The attached function is copied too, but the module still calls the original one."""
         scope: dict[str, Any] = {"theirs": theirs, "nn": nn}
         exec(MODEL, scope)
         model = scope["Model"]()
@@ -362,7 +280,7 @@ class Model(nn.Module):
 """
 
 
-def test_the_mapping_of_transformers_is_one_for_us() -> None:
+def test_mapping_of_transformers_is_a_mapping_for_us() -> None:
     pytest.importorskip("kernels")
     pytest.importorskip("transformers")
     hub_kernels = importlib.import_module("transformers.integrations.hub_kernels")
