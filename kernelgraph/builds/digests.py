@@ -146,8 +146,8 @@ def _blobs(root: Path) -> Iterator[Path]:
 
 
 def _stays_inside(link: str, inside: list[str]) -> bool:
-    # The common case in huggingface_hub's cache, a link to a plain file directly in one of the
-    # allowed directories, needs no look at each directory on the way.
+    # Most links in huggingface_hub's cache lead to a plain file directly in one of the allowed
+    # directories; the slow realpath, which looks at each directory on the way, is for the others.
     parent = os.path.dirname(link)  # no part of this path is itself a link
     end = os.path.normpath(os.path.join(parent, os.readlink(link)))
     if os.path.dirname(end) in inside and stat.S_ISREG(_mode(end)):
