@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernelgraph.graph.calls.attribute_reads import CALL, EVERYTHING, Names, uses
 from kernelgraph.graph.calls.constants import (
@@ -49,8 +48,8 @@ class Container(NamedTuple):
 
 
 Node = type | Container | None
-"""Something between the layer and a value: a module, or an object that is read whole, by its class;
-a container by its type and keys; any other object as None."""
+"""Something between the layer and a value: a module or object by its class, a container by its type
+and keys, and an object of which only some attributes are read as None."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _has_layout(container: Container, value: object) -> bool:
 def _is_plain_tensor(value: object, names: Names) -> bool:
     for name in names:
         value = getattr(value, name, None)
-    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
 @dataclass
@@ -239,7 +238,7 @@ class _Walk:
             member = member.fget
         if inspect.isfunction(member) and member is not getattr(nn.Module, name, None):
             self.function(module, here, member)
-        elif name in vars(module) or not (is_data(member) or _is_tensor(member)):
+        elif name in vars(module) or not (is_data(member) or isinstance(member, Tensor)):
             self.take_whole(module, here)
         else:
             return False
@@ -300,7 +299,7 @@ class _Walk:
 
     def leaf(self, value: Any, here: Path, *, numbers_vary: bool = True) -> bool:
         """Add a tensor, a number, a constant or a container of constants, if it is one."""
-        if _is_tensor(value):
+        if isinstance(value, Tensor):
             self.tensors.add(here)
         elif is_number(value) and numbers_vary:
             self.numbers[here] = value
@@ -321,7 +320,7 @@ class _Walk:
         if any(value is outer for outer in around):
             return False
         inside = (*around, value)
-        if _is_tensor(value) or is_data(value):
+        if isinstance(value, Tensor) or is_data(value):
             return True
         if isinstance(value, nn.Module):
             # A module above this one is not its state, however it is reached.
@@ -361,10 +360,6 @@ def _values(module: nn.Module) -> dict[str, Any]:
 def contents_of(item: Any) -> dict[str, Any]:
     """Return the attributes of a module or an object by name."""
     return _values(item) if isinstance(item, nn.Module) else vars(item)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _is_container(value: object) -> bool:
