@@ -1,4 +1,4 @@
-"""``python -m kernelgraph``."""
+"""Runs the command as ``python -m kernelgraph``."""
 
 import sys
 

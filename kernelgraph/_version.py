@@ -1,3 +1,3 @@
-"""The version of kernelgraph."""
+"""The version of kernelgraph, in a module that imports nothing."""
 
 __version__ = "0.1.0"

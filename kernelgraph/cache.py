@@ -1,8 +1,11 @@
-"""Small things that are found out once and kept on disk: JSON values under text keys.
+"""Results kept on disk between processes: JSON values under text keys.
 
-Each value is a file of its own, in a directory for its kind. It is written beside and then moved
-to its place, so that readers meet whole files whatever other processes do. A cache is no place of
-truth: what cannot be read is found out again, and what cannot be written is not kept.
+Each value is a file of its own, in a directory for its kind. It is written under a temporary name
+and then moved to its place, so readers only ever see whole files, whatever other processes do.
+The cache is never the only source of a value: a value that cannot be read is computed again, and
+a value that cannot be written is not kept.
+
+The same idea within one process is `remember`: a table that is emptied before it grows too large.
 """
 
 from __future__ import annotations
@@ -15,26 +18,30 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 logger = logging.getLogger("kernelgraph")
 
 CHOICES = "choices"
-"""The kind of what was measured to be fastest."""
-_FORM = 1
-"""Of the files; another is not read."""
+"""The kind of the values that say which program was measured to be fastest."""
+_FORMAT = 1
+"""The version of the files' format; files of another version are not read."""
 _complained = False
+"""Whether this process has warned of a file that it cannot understand: it does so once."""
 
 
 def directory() -> Path:
-    """Where the values are: ``KERNELGRAPH_CACHE_DIR``, else ``kernelgraph`` in the user's cache.
+    """The cache's directory: ``KERNELGRAPH_CACHE_DIR``, else ``kernelgraph`` in the user's cache.
 
     Raises:
-        FileNotFoundError: If the user has no home.
+        FileNotFoundError: If the user has no home directory.
     """
     if own := os.environ.get("KERNELGRAPH_CACHE_DIR"):
         return Path(own).expanduser().absolute()
-    # A relative one is to be ignored: https://specifications.freedesktop.org/basedir-spec/latest/
+    # A relative path is to be ignored: https://specifications.freedesktop.org/basedir-spec/latest/
     if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):
         return Path(base, "kernelgraph")
     try:
@@ -46,7 +53,10 @@ def directory() -> Path:
 
 
 def read(kind: str, key: str) -> Any:
-    """The value that was written under ``key``; None where there is none that can be read."""
+    """The JSON value last written under ``key``; None if there is none, or it cannot be read.
+
+    Another program may have changed the file: the caller checks what the value is.
+    """
     try:
         path = _path(kind, key)
         content = _content(path)
@@ -64,31 +74,33 @@ def read(kind: str, key: str) -> Any:
     return content.get("value")
 
 
-def write(kind: str, key: str, value: Any) -> None:
-    """Keep ``value``, whole or not at all; not where the directory cannot be written into.
+def write(kind: str, key: str, value: object) -> None:
+    """Write ``value`` under ``key``, whole or not at all.
+
+    Where the directory cannot be written to, nothing is kept, and that is no error.
 
     Raises:
-        TypeError, ValueError: If ``value`` is not what JSON can hold.
+        TypeError, ValueError: If JSON cannot represent ``value``.
     """
-    text = json.dumps({"form": _FORM, "key": key, "value": value}, allow_nan=False)
+    text = json.dumps({"form": _FORMAT, "key": key, "value": value}, allow_nan=False)
     try:
         path = _path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
-            os.replace(beside, path)
+            os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(beside)
+                os.unlink(temporary)
             raise
     except OSError as error:
         logger.debug("the cache cannot be written: %s", error)
 
 
 def values(kind: str) -> Iterator[Any]:
-    """All values of a kind that can be read.
+    """Yields each value of a kind that can be read.
 
     Raises:
         FileNotFoundError: As `directory` raises.
@@ -99,7 +111,7 @@ def values(kind: str) -> Iterator[Any]:
 
 
 def entries() -> dict[str, int]:
-    """How many values there are of each kind.
+    """The number of values of each kind.
 
     Raises:
         FileNotFoundError: As `directory` raises.
@@ -112,10 +124,10 @@ def entries() -> dict[str, int]:
 
 
 def clear(kind: str | None = None) -> int:
-    """Remove all values, or all of a kind; how many there were.
+    """Remove all values, or all of one kind, and return how many were removed.
 
     Raises:
-        OSError: If one cannot be removed, or as `directory` raises.
+        OSError: If a file cannot be removed, or as `directory` raises.
     """
     count = 0
     for path in _files(kind or "*"):
@@ -132,21 +144,21 @@ def _path(kind: str, key: str) -> Path:
 
 
 def _files(kind: str) -> Iterator[Path]:
-    """The values and what writers that were killed have left."""
+    """Yields the files of values, and the temporary files that killed writers have left."""
     for suffix in (".json", ".tmp"):
         yield from directory().glob(f"{kind}/{'[0-9a-f]' * 32}*{suffix}")
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What `write` wrote into a file.
+    """The content of a file that `write` wrote.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError, RecursionError: It is another's, or of another form.
+        OSError: If the file cannot be read.
+        ValueError, RecursionError: If another program wrote it, or it is of another format.
     """
     content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or content.get("form") != _FORM:
-        raise ValueError("not a value that was kept")
+    if not isinstance(content, dict) or content.get("form") != _FORMAT:
+        raise ValueError("not a file that kernelgraph wrote")
     return content
 
 
@@ -160,8 +172,12 @@ def _complain(path: Path) -> None:
     _complained = True
 
 
-def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> None:
-    """Put ``value`` into a table that never grows beyond ``most`` entries."""
+def remember(known: dict[K, V], key: K, value: V, most: int = 1024) -> None:
+    """Put ``value`` into ``known``, a table that never grows beyond ``most`` entries.
+
+    A full table is emptied first: to find out an entry again is cheaper than to keep count, at
+    each look-up, of which entries are in use.
+    """
     if len(known) >= most:
         known.clear()
     known[key] = value

@@ -1,4 +1,8 @@
-"""The one decision that every path shares: which kernel, if any, stands in for a layer."""
+"""The one decision that every path shares: which kernel, if any, replaces a layer's forward.
+
+`decide` is three steps: select what the mapping has for the layer (`selection`), load it (`hub`,
+or `builds` for the repositories of other packages), and check that it fits (`layers`).
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,16 @@ logger = logging.getLogger("kernelgraph")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A hub layer that was selected, loaded and checked against the layer it stands in for."""
+    """A hub layer that was selected, loaded and checked against the layer that it replaces."""
 
     layer: type[nn.Module]
+    """The hub layer: a class whose ``forward`` is the kernel."""
     origin: Origin
     selection: Selection
 
     @property
     def forward(self) -> Callable[..., Any]:
+        """The function that runs on an instance of the layer that is replaced."""
         return self.layer.forward
 
     def __str__(self) -> str:
@@ -40,20 +46,21 @@ class Kernel:
 
 
 class Gradients(NamedTuple):
-    """What is asked of the gradients of kernels."""
+    """What a user demands of the gradients of kernels."""
 
     verify: bool = True
     """Whether they are compared with the reference's."""
     wrong: str = "recompute"
-    """What is done where they are wrong."""
+    """What replaces a wrong one: ``"recompute"``, the reference's gradient after the kernel's
+    forward; or ``"reference"``, the reference as a whole."""
 
     @classmethod
     def parse(cls, verify: object, wrong: object) -> Gradients:
         """Check the arguments ``verify_gradients`` and ``wrong_gradient``.
 
         Raises:
-            TypeError: If one is of the wrong type.
-            ValueError: If there is no such thing to do.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If ``wrong`` is a string with no meaning.
         """
         if not isinstance(verify, bool):
             raise TypeError(f"verify_gradients is True or False, not {verify!r}")
@@ -66,9 +73,9 @@ class Gradients(NamedTuple):
 
 
 class BoundForward(functools.partial[Any]):
-    """A kernel's ``forward`` bound to a layer, in the place of the instance's own.
+    """A kernel's ``forward`` bound to a layer, set on the instance in place of its own.
 
-    A ``functools.partial`` costs a call nothing, and Dynamo traces it.
+    It is a ``functools.partial`` because that costs a call nothing, and Dynamo traces it.
     """
 
     mode: Mode
@@ -84,41 +91,60 @@ def decide(
     *,
     keep_unloadable: bool = False,
 ) -> Kernel | Rejection:
-    """The kernel that ``mapping`` has for ``layer`` on ``target`` in ``mode``, or why none.
+    """Decide which kernel of ``mapping`` replaces ``layer`` on ``target`` in ``mode``.
 
-    Where a repository cannot be loaded, that is an error, or with ``keep_unloadable`` a rejection.
+    Args:
+        layer: The layer.
+        target: The device that it runs on.
+        mode: What it is about to be used for.
+        mapping: The kernels that are registered.
+        keep_unloadable: Whether a repository that cannot be loaded is a rejection, not an error.
+
+    Returns:
+        The kernel, or why the layer keeps its reference.
 
     Raises:
         ValueError: If the kernel was registered for a mode that it says it does not support.
         TypeError: If the hub layer is impure, or its ``forward`` does not fit the layer's.
-        Exception: Whatever the repository raises where it cannot be loaded.
+        Exception: Any error that the repository raises where it cannot be loaded.
     """
-    found = _select(layer, target, mode, mapping)
-    if isinstance(found, Rejection):
-        return found
-    return _kernel(layer, found[0], target, mode, keep_unloadable)
+    selected = _select(layer, target, mode, mapping)
+    if isinstance(selected, Rejection):
+        return selected
+    best = selected[0]
+    try:
+        hub_layer = _load(best, target)
+    except Exception as error:
+        if not keep_unloadable:
+            raise
+        return Rejection(Reason.CANNOT_LOAD, str(error))
+    return _check(layer, hub_layer, best, mode)
 
 
 def decide_all(
     layer: Extensible, target: Target, mode: Mode, mapping: KernelMapping
 ) -> tuple[Kernel, ...] | Rejection:
-    """As `decide`, with all other kernels behind the chosen one that may be used as well.
+    """Decide as `decide` does, and append the other kernels that may be used instead.
 
-    Of those others, what cannot be used is left out, and the log says why.
+    Another kernel that cannot be loaded or does not fit is left out, and the log says why.
+
+    Returns:
+        The kernels, the one that `decide` chooses first; or why the layer keeps its reference.
 
     Raises:
         ValueError, TypeError, Exception: As `decide` raises.
     """
-    found = _select(layer, target, mode, mapping)
-    if isinstance(found, Rejection):
-        return found
-    first = _kernel(layer, found[0], target, mode, False)
+    selected = _select(layer, target, mode, mapping)
+    if isinstance(selected, Rejection):
+        return selected
+    best, *others = selected
+    first = _check(layer, _load(best, target), best, mode)
     if isinstance(first, Rejection):
         return first
     kernels = [first]
-    for selection in found[1:]:
+    for selection in others:
         try:
-            kernel = _kernel(layer, selection, target, mode, False)
+            kernel = _check(layer, _load(selection, target), selection, mode)
         except Exception as error:
             logger.info("%s is no candidate for %s: %s", selection, layer.layer_name, error)
             continue
@@ -127,23 +153,43 @@ def decide_all(
     return tuple(kernels)
 
 
+def decide_again(
+    layer: Extensible, selection: Selection, target: Target, mode: Mode
+) -> Kernel | Rejection:
+    """Decide for a layer whose repository another process has already selected.
+
+    Raises:
+        TypeError, ValueError, Exception: As `decide` raises.
+    """
+    chosen = {selection.mode: selection.repository}
+    mapping = KernelMapping.parse({layer.layer_name: {selection.device: chosen}})
+    return decide(layer, target, mode, mapping)
+
+
 def _select(
     layer: Extensible, target: Target, mode: Mode, mapping: KernelMapping
 ) -> tuple[Selection, ...] | Rejection:
+    """The kernels registered for the layer, the best first; or why there are none."""
     if os.environ.get("DISABLE_KERNEL_MAPPING", "0").lower() in ("1", "true", "yes", "on"):
         return Rejection(Reason.DISABLED, "")
     return selections(mapping, layer.layer_name, target, mode)
 
 
-def _kernel(
-    layer: Extensible, selection: Selection, target: Target, mode: Mode, keep_unloadable: bool
+def _load(selection: Selection, target: Target) -> type[nn.Module]:
+    """Load the hub layer that was selected."""
+    from kernelgraph.builds import load_foreign
+    from kernelgraph.hub import KernelRepository
+
+    repository = selection.repository
+    if isinstance(repository, KernelRepository):  # it has builds for several devices
+        return repository.load(target)
+    return load_foreign(repository)
+
+
+def _check(
+    layer: Extensible, hub_layer: type[nn.Module], selection: Selection, mode: Mode
 ) -> Kernel | Rejection:
-    try:
-        hub_layer = _load(selection, target)
-    except Exception as error:
-        if not keep_unloadable:
-            raise
-        return Rejection(Reason.CANNOT_LOAD, str(error))
+    """Check that a hub layer may replace ``layer`` in ``mode``."""
     check_hub_layer(hub_layer, layer.reference, selection.repository)
     _check_registered_mode(hub_layer, selection)
     if Mode.TRAINING in mode and not getattr(hub_layer, "has_backward", True):
@@ -154,33 +200,10 @@ def _kernel(
     return Kernel(hub_layer, origin_of(hub_layer), selection)
 
 
-def decide_again(
-    layer: Extensible, selection: Selection, target: Target, mode: Mode
-) -> Kernel | Rejection:
-    """`decide` for a layer whose repository another process has selected.
-
-    Raises:
-        TypeError, ValueError, Exception: As `decide` raises.
-    """
-    chosen = {selection.mode: selection.repository}
-    mapping = KernelMapping.parse({layer.layer_name: {selection.device: chosen}})
-    return decide(layer, target, mode, mapping)
-
-
-def _load(selection: Selection, target: Target) -> type[nn.Module]:
-    from kernelgraph.builds import load_foreign
-    from kernelgraph.hub import KernelRepository
-
-    repository = selection.repository
-    if isinstance(repository, KernelRepository):  # ours know builds for several devices
-        return repository.load(target)
-    return load_foreign(repository)
-
-
 def _check_registered_mode(hub_layer: type[nn.Module], selection: Selection) -> None:
     for flag, mode in (("has_backward", Mode.TRAINING), ("can_torch_compile", Mode.TORCH_COMPILE)):
-        # Only what the layer says counts: one that says nothing of torch.compile runs as an
-        # opaque op in a compiled graph.
+        # Only an explicit False counts: a layer without can_torch_compile runs as an opaque op in
+        # a compiled graph.
         if mode in selection.mode and getattr(hub_layer, flag, None) is False:
             raise ValueError(
                 f"{selection.repository} is registered for mode {selection.mode}, but its layer "

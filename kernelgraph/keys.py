@@ -1,4 +1,14 @@
-"""The keys under which findings about kernels are kept: versions, kernel, layer and source."""
+"""Keys under which findings about kernels are kept: a key is the same in every process.
+
+Two wings keep findings, and put their keys together from these parts: `graph.verify` keeps whether
+a kernel may train, and `graph.autotune` keeps which program is fastest.
+
+- `versions` is part of every key, so that another kernelgraph, torch or triton finds nothing.
+- `kernel_key` identifies a kernel: its repository, revision and build, and its code.
+- `layer_key` identifies the layer that a kernel stands in for: its name and its code.
+- `source_of` is a hash of the file that the layer is in. `graph.verify` writes no verdict to the
+  disk without it, and `graph.autotune` traces no kernel for training without it.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +27,28 @@ from kernelgraph.layers import Extensible
 
 
 def versions() -> tuple[str, str, str]:
-    """Of kernelgraph, torch and triton: by others what was found out about kernels may be wrong."""
+    """The versions of kernelgraph, torch and triton: under others a finding may be wrong."""
     return _version.__version__, torch.__version__, _triton_version()
 
 
 def kernel_key(kernel: Kernel) -> tuple[tuple[str, str, str], tuple[str, str]]:
-    """What tells a kernel from all others, and one commit of it from another, in any process."""
+    """The key of a kernel: different for every other kernel, and for another commit of it."""
     origin = kernel.origin
     code = kernel.layer.__name__, code_hash(kernel.forward)
     return (origin.name, origin.revision, origin.variant), code
 
 
 def layer_key(layer: Extensible) -> tuple[str, str]:
-    """What tells a layer from all others, and from itself with other code, in any process."""
+    """The key of a layer: different for every other layer, and for the same one with other code."""
     return f"{layer.owner.__module__}.{layer.owner.__qualname__}", code_hash(layer.reference)
 
 
 def source_of(layer: Extensible, kernel: Kernel) -> str:
-    """A hash of all the code that a verdict is of; empty where there is none that tells.
+    """A hash of all code that a verdict on ``kernel`` depends on; empty if there is no such hash.
 
-    A kernel's revision is one, but for a class that is in no kernel: what its ``forward`` calls
-    may change. Of a layer it is that of the file that it is in.
+    The code of a kernel in a repository is identified by its revision. For a class that is in no
+    repository there is no hash, since the code that its ``forward`` calls may change. The code of
+    the layer is identified by a hash of the file that defines it.
     """
     return _file_hash(layer.owner.__module__) if kernel.origin.variant else ""
 

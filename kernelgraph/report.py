@@ -1,4 +1,10 @@
-"""What was decided for each extensible layer, and why: the record that every path leaves."""
+r"""The report: what was decided for each extensible layer, and why.
+
+Each ``kernelize``, compile, ``rewrite``, ``export`` and ``load`` makes a `Report`, a list of one
+`Decision` a layer, and publishes it: it is then the last report, and each decision is logged. The
+graphs of one compiled model share a report (`publish_graph`). A report of ``kernelize`` is amended
+when the first training call of a layer shows where its gradient comes from (`Notes`).
+"""
 
 from __future__ import annotations
 
@@ -7,40 +13,44 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
-
-def error_text(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
+T = TypeVar("T")
 
 logger = logging.getLogger("kernelgraph")
 
 
-T = TypeVar("T")
+def error_text(error: Exception) -> str:
+    """The type and the first line of the message of ``error``."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-class OfLast(Generic[T]):
-    """A value that is there for as long as it is asked for by the object that it was put for."""
+class WeakSlot(Generic[T]):
+    """A slot for one value, which only the owner that it was last put for can get.
+
+    The slot holds its owner by a weak reference, so it keeps no owner alive.
+    """
 
     def __init__(self) -> None:
         self._kept: tuple[Callable[[], object], T] | None = None
 
     def get(self, owner: object) -> T | None:
-        """The value, if the last was put for ``owner``; of None nobody knows what it is."""
+        """The value, if it was put for ``owner``; None otherwise, and if ``owner`` is None."""
         if owner is None or self._kept is None:
             return None
-        leads, value = self._kept
-        last = leads()
-        # Python makes a bound method anew each time it is looked up.
+        reference, value = self._kept
+        last = reference()
+        # Python makes a new bound method each time it is looked up.
         same = last is owner or (isinstance(owner, types.MethodType) and last == owner)
         return value if same else None
 
     def put(self, owner: object, value: T) -> T:
-        """Have ``value`` be there for ``owner``, and nothing for others."""
+        """Keep ``value`` for ``owner`` in place of what was kept, and return it.
+
+        A value that is put for None is not kept.
+        """
         if owner is None:
             self._kept = None
         elif isinstance(owner, types.MethodType):
@@ -50,12 +60,12 @@ class OfLast(Generic[T]):
         return value
 
     def clear(self) -> None:
-        """Let go of the value."""
+        """Empty the slot."""
         self._kept = None
 
 
 class Reason(enum.Enum):
-    """Why a layer runs on a kernel, or on its reference. The value is the wording for people."""
+    """Why a layer runs on a kernel, or on its reference; the value is what reports show."""
 
     KERNEL = "kernel"
     NO_LAYER = "no kernel is registered under the layer's name"
@@ -74,10 +84,10 @@ class Reason(enum.Enum):
 
 
 class Decision(NamedTuple):
-    """One extensible layer's outcome.
+    """What was decided for one extensible layer.
 
-    A tuple and not a frozen dataclass: ``kernelize`` makes one for each layer of models that
-    have tens of thousands, and this is created three times as fast.
+    It is a tuple and not a frozen dataclass because ``kernelize`` makes one for each layer of
+    models that have tens of thousands, and a tuple is created three times as fast.
     """
 
     path: str
@@ -85,27 +95,29 @@ class Decision(NamedTuple):
     layer: str
     """The layer name, ``kernel_layer_name``."""
     device: str
-    """The device type that a kernel was sought for."""
+    """The type of the device that a kernel was sought for."""
     mode: str
     """The mode that a kernel was sought for."""
     reason: Reason
+    """Why the layer runs on a kernel, or on its reference."""
     kernel: str = ""
     """The kernel that is used: repository, layer and resolved revision; empty for the reference."""
     detail: str = ""
-    """What there was instead, where the reference is kept; the times of both, where measured."""
+    """Where the reference is kept, what was registered instead; the times of both, if measured."""
     op: str = ""
     """The custom op in the compiled graph; empty in eager mode."""
     gradient: str = ""
-    """Where a gradient comes from, if one can flow through the call: ``kernel``, its own backward,
-    or ``reference`` and why, the layer's own, for which the backward runs the layer again."""
+    """Where a gradient comes from, if one can flow through the call: ``kernel``, from the kernel's
+    own backward; or ``reference`` and the reason, from running the layer again in the backward."""
 
     @property
     def uses_kernel(self) -> bool:
+        """Whether the layer runs on a kernel."""
         return self.reason is Reason.KERNEL
 
     @property
     def outcome(self) -> str:
-        """What runs and why, in words."""
+        """The kernel that runs, or why the reference does, as text."""
         if self.kernel:
             return f"{self.kernel} ({self.detail})" if self.detail else self.kernel
         return f"reference: {because(self.reason, self.detail)}"
@@ -113,11 +125,16 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The decisions of one ``kernelize``, compile or ``rewrite``, in the order of their making."""
+    """The decisions of one ``kernelize``, compile, ``rewrite``, ``export`` or ``load``.
+
+    As text it is a table; layers that share a decision share a row.
+    """
 
     source: str
-    """What made them: ``kernelize``, ``torch.compile``, ``rewrite``, ``export`` or ``load``."""
+    """The function that decided: ``kernelize``, ``torch.compile``, ``rewrite``, ``export`` or
+    ``load``."""
     decisions: tuple[Decision, ...] = ()
+    """The decisions, in the order in which they were made."""
 
     @property
     def kernels(self) -> tuple[Decision, ...]:
@@ -130,7 +147,7 @@ class Report:
         head = f"{self.source} for {one_place}" if one_place else self.source
         head += f": {len(self.kernels)} of {len(self.decisions)} extensible layers use a kernel"
 
-        # Layers that are alike share a row: a model has many, and few kinds of them.
+        # A model has many layers and few different decisions.
         alike: dict[Decision, list[str]] = {}
         for decision in self.decisions:
             alike.setdefault(decision._replace(path=""), []).append(decision.path)
@@ -144,12 +161,12 @@ class Report:
 
 
 def because(reason: Reason, detail: str) -> str:
-    """Why a layer keeps its reference, in words."""
+    """The text that says why a layer keeps its reference."""
     return f"{reason.value} ({detail})" if detail else reason.value
 
 
 def _merged(paths: Iterable[str]) -> list[str]:
-    """``paths``, those that differ in an index alone written as one: ``blocks.0-3,5.norm``."""
+    """``paths``, with those that differ only in an index merged: ``blocks.0-3,5.norm``."""
     rows = list(dict.fromkeys(tuple(path.split(".")) for path in paths))
     for i in reversed(range(max(map(len, rows), default=0))):
         alike: dict[tuple[str, ...], list[int]] = {}
@@ -176,8 +193,8 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterable[str]:
-    """Lines of a left-aligned table; columns that are empty in every row are left out."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yields the lines of a left-aligned table, without columns that are empty in every row."""
     if not rows:
         return
     keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
@@ -191,7 +208,30 @@ _amending = threading.Lock()
 
 
 def last_report() -> Report | None:
-    """The report of this process's last ``kernelize``, compile or ``rewrite``, if any."""
+    """The report of the last ``kernelize``, compile, ``rewrite``, ``export`` or ``load``.
+
+    Returns:
+        The report of this process, or None where nothing was decided yet. Its ``decisions`` have
+        one entry for each extensible layer, and ``print`` shows it as a table.
+
+    Example:
+        >>> @kg.use_kernel_forward_from_hub("SiluAndMul")
+        ... class SiluAndMul(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         gate, up = x.chunk(2, dim=-1)
+        ...         return torch.nn.functional.silu(gate) * up
+        >>> kernel = kg.LocalLayerRepository("examples/kernels", layer_name="SiluAndMul")
+        >>> kg.register_kernel_mapping({"SiluAndMul": {"cpu": kernel}})
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), SiluAndMul())
+        >>> model = kg.kernelize(model, mode=kg.Mode.INFERENCE)
+        >>> report = kg.last_report()
+        >>> [(decision.path, decision.uses_kernel) for decision in report.decisions]
+        [('1', True)]
+        >>> print(report)
+        kernelize for cpu, INFERENCE: 1 of 1 extensible layers use a kernel
+        path  layer       kernel or reason
+        1     SiluAndMul  examples/kernels@...: SiluAndMul
+    """
     return _last
 
 
@@ -214,48 +254,53 @@ def publish(report: Report) -> None:
         )
 
 
-_of_graphs: OfLast[Report] = OfLast()
+_of_graphs: WeakSlot[Report] = WeakSlot()
 
 
 def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
     """Publish the decisions for a graph, with those for the other graphs of the same model.
 
-    A model has several where there are graph breaks; one that is compiled anew for other inputs
-    is decided anew.
+    A model with graph breaks has several graphs. A decision for a path replaces the earlier one,
+    since a graph that is compiled again for other inputs is decided again.
 
     Args:
         decisions: The decisions.
-        compile_call: Stands for the call of ``torch.compile``; None: it is not known.
+        compile_call: An object that stands for the call of ``torch.compile``; None if the call is
+            not known.
     """
     decisions = list(decisions)
     earlier = _of_graphs.get(compile_call)
-    anew = {decision.path for decision in decisions}
-    kept = [d for d in earlier.decisions if d.path not in anew] if earlier else []
+    replaced = {decision.path for decision in decisions}
+    kept = [d for d in earlier.decisions if d.path not in replaced] if earlier else []
     report = Report("torch.compile", tuple(dict.fromkeys((*kept, *decisions))))
     if earlier is None or earlier is not _last or earlier != report:
         publish(_of_graphs.put(compile_call, report))
 
 
 class Notes:
-    """What became of the kernels of one ``kernelize`` when they were to train."""
+    """Amends the report of one ``kernelize`` by what is found out when its kernels train.
+
+    A layer is decided when the model is kernelized, and its gradient is judged when the layer is
+    called for the first time.
+    """
 
     def __init__(self) -> None:
         self.report: Report | None = None
-        """The report of that ``kernelize``, as amended until now."""
+        """The report of that ``kernelize``, with all amendments so far."""
         self.places: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
-        """Where in the report each layer is. A copy of one is not in it."""
+        """The index of each layer's decision in the report. A copy of a layer has none."""
 
     def path(self, module: object) -> str | None:
-        """The path of a layer in the model that was kernelized."""
+        """The path of a layer in the model that was kernelized; None for a copy of a layer."""
         number = self.places.get(module)
         return None if number is None or self.report is None else self._decision(number).path
 
     def gradient(self, module: object, source: str) -> None:
-        """Note where the gradient of a kernel comes from; the worst of its calls counts."""
+        """Note where the gradient of a kernel comes from; the worst of a layer's calls counts."""
         self._amend(module, lambda d: d._replace(gradient=source) if _is_worse(source, d) else d)
 
     def reference(self, module: object, detail: str) -> None:
-        """Note that a layer keeps its reference, and why."""
+        """Note that a layer keeps its reference after all, and why."""
         self._amend(
             module,
             lambda d: (
@@ -266,7 +311,7 @@ class Notes:
         )
 
     def _amend(self, module: object, change: Callable[[Decision], Decision]) -> None:
-        """Change the decision for a layer, in the last report if that is still this one."""
+        """Change the decision for a layer, and the last report if that is still this one."""
         global _last
         number = self.places.get(module)
         with _amending:
@@ -287,6 +332,7 @@ class Notes:
 
 
 def _is_worse(source: str, decision: Decision) -> bool:
+    """Whether ``source`` is a worse origin of a gradient than the one that is noted."""
     return decision.uses_kernel and (not decision.gradient or decision.gradient == "kernel")
 
 
@@ -295,14 +341,14 @@ _warning = threading.Lock()
 
 
 def warn_once(kernel: str, layer: str, path: str | None, wrong: str, instead: str) -> None:
-    """Say, once in the process, what a kernel does wrong in training.
+    """Warn, once in the process, of what a kernel does wrong in training.
 
     Args:
         kernel: The kernel.
-        layer: The name of the layer that it stands in for.
+        layer: The name of the layer that it replaces.
         path: The layer's path in the model; None where it is not known.
         wrong: What is wrong.
-        instead: What is done about it.
+        instead: What happens instead.
     """
     with _warning:
         if (kernel, layer, wrong) in _warned:

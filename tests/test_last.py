@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from kernelgraph.report import OfLast
+from kernelgraph.report import WeakSlot
 
 
 class Owner:
@@ -20,7 +20,7 @@ def of(owner: Owner, kind: str) -> object:
 @pytest.mark.parametrize("kind", ["object", "method"])
 def test_it_is_there_for_the_last_alone(kind: str) -> None:
     one, other = Owner(), Owner()
-    kept: OfLast[int] = OfLast()
+    kept: WeakSlot[int] = WeakSlot()
     assert kept.get(of(one, kind)) is None
     assert kept.put(of(one, kind), 1) == 1
     assert [kept.get(of(owner, kind)) for owner in (one, other)] == [1, None]
@@ -34,7 +34,7 @@ def test_it_is_there_for_the_last_alone(kind: str) -> None:
 def test_it_keeps_nobody_alive(kind: str) -> None:
     owner = Owner()
     gone = weakref.ref(owner)
-    kept: OfLast[int] = OfLast()
+    kept: WeakSlot[int] = WeakSlot()
     kept.put(of(owner, kind), 1)
     del owner
     gc.collect()
@@ -44,7 +44,7 @@ def test_it_keeps_nobody_alive(kind: str) -> None:
 
 def test_nothing_belongs_to_nobody() -> None:
     owner = Owner()
-    kept: OfLast[int] = OfLast()
+    kept: WeakSlot[int] = WeakSlot()
     kept.put(owner, 1)
     kept.put(None, 2)
     assert [kept.get(None), kept.get(owner)] == [None, None]

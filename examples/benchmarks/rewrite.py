@@ -33,7 +33,7 @@ from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.graph.lowering.sites import GraphDecisions
-from kernelgraph.selection.mapping import current_mapping
+from kernelgraph.selection.scopes import current_mapping
 
 NODES = (12_500, 25_000, 50_000)
 COMPILED = {"aot_eager": 2_000, "inductor": 500}

@@ -30,7 +30,7 @@ from kernelgraph.selection import (
     Target,
     current_mapping,
     target_of,
-    tried,
+    serving_modes,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def kernelize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"kernelize changes an nn.Module, not {model!r}")
     mode = Mode.parse(mode)
-    tried(mode)
+    serving_modes(mode)
     run = _Kernelization(
         _target(model, device),
         mode,

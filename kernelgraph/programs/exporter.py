@@ -45,7 +45,7 @@ from kernelgraph.programs.references import (
     trace_all,
 )
 from kernelgraph.report import Reason, Report, publish
-from kernelgraph.selection import Device, Mode, Target, current_mapping, target_of, tried
+from kernelgraph.selection import Device, Mode, Target, current_mapping, serving_modes, target_of
 
 LOWERINGS = ("op", "native")
 EXPORT_POLICIES = ("always", "never")
@@ -101,7 +101,7 @@ def export(
     if not isinstance(model, nn.Module):
         raise TypeError(f"export takes an nn.Module, not {model!r}")
     mode = Mode.parse(mode)
-    tried(mode)
+    serving_modes(mode)
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering is one of {', '.join(LOWERINGS)}, not {lowering!r}")
     if strict and lowering == "native":

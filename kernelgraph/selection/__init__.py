@@ -1,4 +1,21 @@
-"""TODO."""
+"""Selection: which registered kernel serves a layer on a device in a mode.
+
+`devices` has what a kernel is registered for (`Device`) and what it is sought for (`Target`), and
+`modes` what a model is about to be used for (`Mode`). A `KernelMapping` (`mapping`) holds all that
+is registered, for the process or in a scope (`scopes`), and `matching` chooses among it. Nothing
+here loads a kernel, and torch is imported only to ask for its devices.
+
+Invariants:
+
+- A `KernelMapping` never changes: registering makes a new one, so it is read without a lock.
+- A caller's dicts are checked as a whole: after an error the mapping is the one before.
+- A `Device` has properties only if its type has capabilities (``cuda``, ``rocm``), and only those
+  of its own type; the same holds for the capability of a `Target`.
+- No `Mode` joins ``INFERENCE`` with ``TRAINING``, or ``FALLBACK`` with another mode.
+- `selections` is a pure function: equal mappings, names, targets and modes give equal results.
+- The objects of the ``kernels`` package (its ``Mode``, ``Device``, properties, repositories) are
+  taken wherever those of this package are.
+"""
 
 from kernelgraph.selection.devices import (
     DEVICE_TYPES,
@@ -11,16 +28,14 @@ from kernelgraph.selection.devices import (
     target_of,
     type_name,
 )
-from kernelgraph.selection.mapping import (
-    KernelMapping,
-    Rejection,
-    Selection,
+from kernelgraph.selection.mapping import KernelMapping
+from kernelgraph.selection.matching import Rejection, Selection, selections
+from kernelgraph.selection.modes import KernelizeFallback, Mode, serving_modes
+from kernelgraph.selection.scopes import (
     current_mapping,
     register_kernel_mapping,
-    selections,
     use_kernel_mapping,
 )
-from kernelgraph.selection.modes import KernelizeFallback, Mode, tried
 
 __all__ = [
     "DEVICE_TYPES",
@@ -38,8 +53,8 @@ __all__ = [
     "driver_version",
     "register_kernel_mapping",
     "selections",
+    "serving_modes",
     "target_of",
-    "tried",
     "type_name",
     "use_kernel_mapping",
 ]

@@ -1,4 +1,7 @@
-"""Devices: those that kernels are registered for, and the one that a kernel is sought for."""
+"""Devices: those that kernels are registered for, and the one that a kernel is sought for.
+
+A `Device` may have an interval of capabilities; a `Target` is one device with one capability.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import ctypes
 import functools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 if TYPE_CHECKING:
     import torch
 
 DEVICE_TYPES = ("cpu", "cuda", "rocm", "mps", "npu", "xpu", "neuron", "tpu")
+"""The device types that kernels may be built for, in the Hub's words."""
 
 _ALIASES = {"metal": "mps"}
 
@@ -19,27 +23,28 @@ _INDEXED = re.compile(r"([^:]*)(?::(0|[1-9][0-9]*))?")
 
 
 def type_name(value: object) -> str:
-    """The type of ``value`` as error messages show it: two classes named ``Device`` differ."""
-    kind = type(value)
-    in_builtins = kind.__module__ == "builtins"
-    return kind.__qualname__ if in_builtins else f"{kind.__module__}.{kind.__qualname__}"
+    """The type of ``value`` as error messages show it, with its module: more than one package
+    has a class ``Device``."""
+    cls = type(value)
+    in_builtins = cls.__module__ == "builtins"
+    return cls.__qualname__ if in_builtins else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _device_type(name: object, given: object = None) -> str:
-    """The device type called ``name``; an error shows ``given``, where that says more."""
+    """The device type called ``name``; an error shows ``given``, of which it was a part."""
     if not isinstance(name, str):
         raise TypeError(f"device type: expected a str, got {type_name(name)}")
-    kind = _ALIASES.get(name, name)
-    if kind not in DEVICE_TYPES:
+    device_type = _ALIASES.get(name, name)
+    if device_type not in DEVICE_TYPES:
         types = ", ".join(DEVICE_TYPES)
         raise ValueError(
             f'unknown device type "{given or name}": there are {types} (metal means mps)'
         )
-    return kind
+    return device_type
 
 
 def _check_capability(field: str, value: object) -> None:
-    # A bool is an int to Python, and True is nobody's capability.
+    # Python takes a bool for an int, and True is no capability.
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{field}: expected an int (8.6 is written 86), got {type_name(value)}")
     if value < 0:
@@ -48,6 +53,8 @@ def _check_capability(field: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class _CapabilityBounds:
+    """An interval of capabilities, both bounds included."""
+
     min_capability: int
     max_capability: int
 
@@ -69,29 +76,38 @@ class _CapabilityBounds:
 
 
 class CUDAProperties(_CapabilityBounds):
-    """The CUDA compute capabilities that a kernel is registered for.
+    """The interval of CUDA compute capabilities that a kernel is registered for.
 
     Args:
-        min_capability: the lowest; compute capability 8.6 is written 86.
-        max_capability: the highest, itself included.
+        min_capability: The lowest; compute capability 8.6 is written 86.
+        max_capability: The highest, itself included.
 
     Raises:
-        TypeError: a bound is not an int.
-        ValueError: a bound is negative, or ``min_capability`` exceeds ``max_capability``.
+        TypeError: If a bound is not an int.
+        ValueError: If a bound is negative, or ``min_capability`` exceeds ``max_capability``.
+
+    Example:
+        >>> ampere_to_hopper = kg.CUDAProperties(min_capability=80, max_capability=90)
+        >>> 86 in ampere_to_hopper, 100 in ampere_to_hopper
+        (True, False)
     """
 
 
 class ROCMProperties(_CapabilityBounds):
-    """The ROCm capabilities that a kernel is registered for, as torch numbers them.
+    """The interval of ROCm capabilities that a kernel is registered for, as torch numbers them.
 
     Args:
-        min_capability: the lowest; ``torch.cuda.get_device_capability() == (9, 4)`` is
+        min_capability: The lowest; ``torch.cuda.get_device_capability() == (9, 4)`` is
             written 94.
-        max_capability: the highest, itself included.
+        max_capability: The highest, itself included.
 
     Raises:
-        TypeError: a bound is not an int.
-        ValueError: a bound is negative, or ``min_capability`` exceeds ``max_capability``.
+        TypeError: If a bound is not an int.
+        ValueError: If a bound is negative, or ``min_capability`` exceeds ``max_capability``.
+
+    Example:
+        >>> print(kg.Device("rocm", kg.ROCMProperties(90, 94)))
+        rocm 90-94
     """
 
 
@@ -99,35 +115,67 @@ class ROCMProperties(_CapabilityBounds):
 _PROPERTIES: dict[str, type[_CapabilityBounds]] = {"cuda": CUDAProperties, "rocm": ROCMProperties}
 
 
-def _properties(given: Any) -> _CapabilityBounds:
-    """``given`` itself, or the properties that another package's class of that name stands for."""
+class _HasBounds(Protocol):
+    """Another package's properties."""
+
+    @property
+    def min_capability(self) -> int: ...
+    @property
+    def max_capability(self) -> int: ...
+
+
+class _HasDeviceFields(Protocol):
+    """A ``Device``, or another package's, whose properties `Device` converts."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def properties(self) -> CUDAProperties | ROCMProperties | None: ...
+
+
+def _properties(given: object) -> _CapabilityBounds:
+    """Return ``given`` itself, or the counterpart of another package's properties."""
     if isinstance(given, _CapabilityBounds):
         return given
-    for kind in _PROPERTIES.values():
-        if type(given).__name__ == kind.__name__:
-            return kind(given.min_capability, given.max_capability)
+    for cls in _PROPERTIES.values():
+        if _is_named(given, cls.__name__):
+            return cls(given.min_capability, given.max_capability)
     raise TypeError(
         f"properties: expected CUDAProperties, ROCMProperties or None, got {type_name(given)}"
     )
 
 
-def _is_device(value: object) -> bool:
-    """Whether ``value`` is a ``Device``, or has what the ``kernels`` package's has."""
+def _is_named(properties: object, name: str) -> TypeGuard[_HasBounds]:
+    """Whether ``properties`` is of a class called ``name``, in whichever package."""
+    return type(properties).__name__ == name
+
+
+def _is_device(value: object) -> TypeGuard[_HasDeviceFields]:
+    """Whether ``value`` is a ``Device``, or has the fields of the ``kernels`` package's."""
     return hasattr(value, "type") and hasattr(value, "properties")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a kernel is registered for.
+    """A kind of device that a kernel is registered for.
 
     Args:
         type: cpu, cuda, rocm, mps (or metal, which means mps), npu, xpu, neuron or tpu.
-        properties: the capabilities that the kernel is for, with ``cuda`` and ``rocm`` only;
+        properties: The capabilities that the kernel is for, with ``cuda`` and ``rocm`` only;
             None means every capability.
 
     Raises:
-        TypeError: ``type`` is not a str, or ``properties`` is no properties object.
-        ValueError: there is no such type, or the properties are those of another type.
+        TypeError: If ``type`` is not a str, or ``properties`` is no properties object.
+        ValueError: If there is no such type, or the properties are those of another type.
+
+    Example:
+        >>> hopper = kg.Device("cuda", kg.CUDAProperties(90, 90))
+        >>> kernel = kg.LayerRepository(
+        ...     "kernels-community/activation", layer_name="SiluAndMul", version=1
+        ... )
+        >>> kg.register_kernel_mapping({"SiluAndMul": {hopper: kernel}})
+        >>> kg.Device("metal") == kg.Device("mps")
+        True
     """
 
     type: str
@@ -149,12 +197,12 @@ class Device:
             )
 
     @classmethod
-    def parse(cls, device: Any) -> Device:
-        """``device`` itself; or that of a str, with no properties; or of another package's Device.
+    def parse(cls, device: object) -> Device:
+        """Return ``device`` itself, the device of a type's name, or another package's as this one.
 
         Raises:
-            TypeError: ``device`` is none of these.
-            ValueError: there is no such type, or the properties are those of another type.
+            TypeError: If ``device`` is none of these.
+            ValueError: If there is no such type, or the properties are those of another type.
         """
         if isinstance(device, Device):
             return device
@@ -173,12 +221,12 @@ class Target:
     """The concrete device that a kernel is chosen for.
 
     Args:
-        type: as for ``Device``.
-        capability: its capability, 8.6 written 86; None where the type has none or it is unknown.
+        type: As for ``Device``.
+        capability: Its capability, 8.6 written 86; None where the type has none or it is unknown.
 
     Raises:
-        TypeError: ``type`` is not a str, or ``capability`` neither an int nor None.
-        ValueError: there is no such type, or it has no capabilities.
+        TypeError: If ``type`` is not a str, or ``capability`` neither an int nor None.
+        ValueError: If there is no such type, or the type has no capabilities.
     """
 
     type: str
@@ -200,15 +248,17 @@ def target_of(device: str | torch.device | Device | Target) -> Target:
     """The concrete device that ``device`` stands for on this machine.
 
     Args:
-        device: a device type, with an index (``"cuda:1"``) or without (the current device), a
+        device: A device type, with an index (``"cuda:1"``) or without (the current device), a
             ``torch.device``, a ``Device`` (of this package or of another one that has its
-            fields), or a ``Target``, which stands for itself. torch's
-            ``cuda`` is ``rocm`` where torch is built for HIP. The capability is that of the
-            device with that index; it is None where torch sees no such kind of device.
+            fields), or a ``Target``, which stands for itself.
+
+    Returns:
+        The device. torch's ``cuda`` is ``rocm`` where torch is built for HIP. The capability is
+        that of the device with that index; it is None where torch sees no device of the type.
 
     Raises:
-        TypeError: ``device`` is none of these.
-        ValueError: there is no such type, torch sees devices but none with that index, or a
+        TypeError: If ``device`` is none of these.
+        ValueError: If there is no such type, torch sees devices but none with that index, or a
             ``Device`` with properties stands for several capabilities.
     """
     if isinstance(device, Target):
@@ -239,23 +289,23 @@ def target_of(device: str | torch.device | Device | Target) -> Target:
             )
         name, index = device.type, device.index
 
-    kind = _device_type(name, given=device)
-    return _gpu_target(kind, index) if kind in _PROPERTIES else Target(kind)
+    device_type = _device_type(name, given=device)
+    return _gpu_target(device_type, index) if device_type in _PROPERTIES else Target(device_type)
 
 
-def _gpu_target(kind: str, index: int | None) -> Target:
+def _gpu_target(device_type: str, index: int | None) -> Target:
     import torch
 
-    torch_cuda = "cuda" if torch.version.hip is None else "rocm"
-    if kind == "cuda":
-        kind = torch_cuda
-    if kind != torch_cuda or not torch.cuda.is_available():
-        return Target(kind)
+    own_type = "cuda" if torch.version.hip is None else "rocm"
+    if device_type == "cuda":  # torch calls the devices of a HIP build so, too
+        device_type = own_type
+    if device_type != own_type or not torch.cuda.is_available():
+        return Target(device_type)
     count = torch.cuda.device_count()
     if index is not None and index >= count:
-        raise ValueError(f'there is no device "{kind}:{index}": torch sees {count}, from 0')
+        raise ValueError(f'there is no device "{device_type}:{index}": torch sees {count}, from 0')
     major, minor = torch.cuda.get_device_capability(index)
-    return Target(kind, major * 10 + minor)
+    return Target(device_type, major * 10 + minor)
 
 
 NVML = "libnvidia-ml.so.1"
@@ -264,9 +314,9 @@ NVML = "libnvidia-ml.so.1"
 
 @functools.cache
 def driver_version() -> str:
-    """The version of NVIDIA's driver, such as 580.159.04; empty where none says so.
+    """The version of NVIDIA's driver, such as 580.159.04; empty if there is no such driver.
 
-    From NVML (``nvmlSystemGetDriverVersion``), since torch does not tell.
+    It comes from NVML (``nvmlSystemGetDriverVersion``), because torch does not have it.
     """
     text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
     try:
@@ -278,7 +328,7 @@ def driver_version() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a device, as far as computing there depends on it."""
+    """The model of a GPU, else the device type: all that times and results depend on."""
     if device.type in ("cuda", "xpu"):
         import torch
 

@@ -20,7 +20,8 @@ from kernelgraph import KernelizeFallback, Mode, kernelize, last_report, use_ker
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.report import Reason
 from kernelgraph.selection.devices import CUDAProperties, Device, ROCMProperties, Target, target_of
-from kernelgraph.selection.mapping import KernelMapping, Rejection, select
+from kernelgraph.selection.mapping import KernelMapping
+from kernelgraph.selection.matching import Rejection, selections
 from tests.support import other_package
 from tests.support.other_package import write_kernel
 from tests.support.toys import BrokenRepository, Plus10, Plus20, Scale, ToyRepository, only, result
@@ -143,9 +144,9 @@ class TestDevices:
             }
         )
         for capability, chosen in ((75, wide), (80, narrow), (90, narrow), (100, wide)):
-            found = select(mapping, "Scale", Target("cuda", capability), Mode.INFERENCE)
+            found = selections(mapping, "Scale", Target("cuda", capability), Mode.INFERENCE)
             assert not isinstance(found, Rejection)
-            assert found.repository is chosen
+            assert found[0].repository is chosen
         # The same device and bounds registered again replace the entry, whoever wrote them.
         newer = KernelMapping.parse({"Scale": {Device("cuda", CUDAProperties(80, 90)): wide}})
         assert len(mapping.merge(newer).layers["Scale"]) == 2
@@ -285,9 +286,9 @@ def test_mapping_of_transformers_is_a_mapping_for_us() -> None:
     pytest.importorskip("transformers")
     hub_kernels = importlib.import_module("transformers.integrations.hub_kernels")
     mapping = KernelMapping.parse(hub_kernels._build_kernel_mapping())
-    chosen = select(mapping, "RMSNorm", Target("cuda", 90), Mode.INFERENCE)
+    chosen = selections(mapping, "RMSNorm", Target("cuda", 90), Mode.INFERENCE)
     assert not isinstance(chosen, Rejection)
-    assert chosen.repository.layer_name == "LigerRMSNorm"  # type: ignore[attr-defined]
-    gdn = select(mapping, "Qwen3_5GatedDeltaNet", Target("cuda", 90), Mode.INFERENCE)
+    assert chosen[0].repository.layer_name == "LigerRMSNorm"  # type: ignore[attr-defined]
+    gdn = selections(mapping, "Qwen3_5GatedDeltaNet", Target("cuda", 90), Mode.INFERENCE)
     assert isinstance(gdn, Rejection)
     assert gdn.reason is Reason.NO_CAPABILITY

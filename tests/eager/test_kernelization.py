@@ -335,7 +335,7 @@ def test_the_mapping_may_change_while_a_model_is_kernelized() -> None:
             register_kernel_mapping(mapping, inherit_mapping=False)
 
     thread = threading.Thread(target=register)
-    before = kernelgraph.selection.mapping.current_mapping()
+    before = kernelgraph.selection.scopes.current_mapping()
     register_kernel_mapping(mappings[0], inherit_mapping=False)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -350,7 +350,7 @@ def test_the_mapping_may_change_while_a_model_is_kernelized() -> None:
         stop.set()
         thread.join()
         sys.setswitchinterval(interval)
-        kernelgraph.selection.mapping._process_mapping = before
+        kernelgraph.selection.scopes._process_mapping = before
     assert seen <= {(11, 11, 11, 11), (21, 2, 21, 2)}
 
 

@@ -888,7 +888,7 @@ import sys
 sys.modules["torch"] = None
 import kernelgraph.report
 from kernelgraph.selection.devices import CUDAProperties, Device, Target, target_of
-from kernelgraph.selection.mapping import current_mapping, register_kernel_mapping, select
+from kernelgraph.selection.scopes import current_mapping, register_kernel_mapping, select
 from kernelgraph.selection.modes import Mode
 
 class Repo:

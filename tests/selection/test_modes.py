@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from kernelgraph.selection.modes import REGISTRABLE, KernelizeFallback, Mode, tried
+from kernelgraph.selection.modes import REGISTRABLE, KernelizeFallback, Mode, serving_modes
 
 SINGLE = [Mode.INFERENCE, Mode.TRAINING, Mode.TORCH_COMPILE, Mode.FALLBACK]
 INFERENCE_COMPILE = Mode.INFERENCE | Mode.TORCH_COMPILE
@@ -120,16 +120,16 @@ def test_modes_survive_pickling_and_copying_as_themselves(mode):
 
 
 def test_what_is_tried():
-    assert tried(Mode.INFERENCE) == (
+    assert serving_modes(Mode.INFERENCE) == (
         Mode.INFERENCE,
         INFERENCE_COMPILE,
         Mode.TRAINING,
         TRAINING_COMPILE,
         Mode.FALLBACK,
     )
-    assert tried(INFERENCE_COMPILE) == (INFERENCE_COMPILE, TRAINING_COMPILE, Mode.FALLBACK)
-    assert tried(Mode.TRAINING) == (Mode.TRAINING, TRAINING_COMPILE, Mode.FALLBACK)
-    assert tried(TRAINING_COMPILE) == (TRAINING_COMPILE, Mode.FALLBACK)
+    assert serving_modes(INFERENCE_COMPILE) == (INFERENCE_COMPILE, TRAINING_COMPILE, Mode.FALLBACK)
+    assert serving_modes(Mode.TRAINING) == (Mode.TRAINING, TRAINING_COMPILE, Mode.FALLBACK)
+    assert serving_modes(TRAINING_COMPILE) == (TRAINING_COMPILE, Mode.FALLBACK)
 
 
 def test_registrable_are_the_modes_that_can_be_tried():
@@ -144,13 +144,13 @@ def test_nothing_is_tried_without_inference_or_training(mode):
             f"mode must contain INFERENCE or TRAINING (FALLBACK is for mappings only), got {mode}"
         ),
     ):
-        tried(mode)
+        serving_modes(mode)
 
 
 @pytest.mark.parametrize("mode", ["INFERENCE", 1, None, KernelizeFallback.NO_LAYER])
 def test_tried_wants_a_mode(mode):
     with pytest.raises(TypeError, match=whole(f"mode: expected a kernelgraph Mode, got {mode!r}")):
-        tried(mode)
+        serving_modes(mode)
 
 
 def test_fallback_cases():

@@ -28,9 +28,7 @@ from kernelgraph.graph.ops.forward import Body
 from kernelgraph.graph.ops.registry import Lowered, lower
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible, extensible
-from kernelgraph.selection.devices import Device
-from kernelgraph.selection.mapping import Selection
-from kernelgraph.selection.modes import Mode
+from kernelgraph.selection import Device, Mode, Selection
 from tests.support.toy_models import Repository
 
 

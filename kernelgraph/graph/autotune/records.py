@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kernelgraph import cache
 from kernelgraph.graph.autotune import ranks
-from kernelgraph.report import OfLast
+from kernelgraph.report import WeakSlot
 
 
 class Implementation(str, enum.Enum):
@@ -118,7 +118,7 @@ class Session:
 
 _winners: dict[str, Winner] = {}
 """The measured winners that this process knows, by tuning key."""
-_sessions: OfLast[Session] = OfLast()
+_sessions: WeakSlot[Session] = WeakSlot()
 
 
 def session_of(compile_call: object, seconds: float) -> Session:

@@ -33,7 +33,7 @@ from kernelgraph.graph.lowering import GraphDecisions, KeepReference, Options, S
 from kernelgraph.graph.ops import Lowered, overload, pack
 from kernelgraph.kernel import Gradients
 from kernelgraph.report import Reason, Report, publish
-from kernelgraph.selection import Mode, current_mapping, tried
+from kernelgraph.selection import Mode, current_mapping, serving_modes
 
 logger = logging.getLogger("kernelgraph")
 
@@ -102,7 +102,7 @@ def rewrite(
     if not isinstance(graph_module, fx.GraphModule):
         raise TypeError(f"rewrite changes a torch.fx.GraphModule, not {_type_name(graph_module)}")
     mode = Mode.parse(mode)
-    tried(mode)
+    serving_modes(mode)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise TypeError(
             f"example_inputs is a tuple of the graph's arguments, not {_type_name(example_inputs)}"

@@ -13,7 +13,7 @@ from torch import fx
 
 from kernelgraph.graph import _torch
 from kernelgraph.kernel import Gradients
-from kernelgraph.selection import Mode, tried
+from kernelgraph.selection import Mode, serving_modes
 
 Compiler = Callable[[fx.GraphModule, list[object]], Any]
 """Compiles a graph for example inputs into a function, as backends of ``torch.compile`` do."""
@@ -180,7 +180,7 @@ def _kernel_mode(given: dict[str, object]) -> Mode | None:
         parsed = Mode.parse(mode)
     except TypeError:
         raise TypeError(f"option kernel_mode is a kernelgraph.Mode, not {mode!r}") from None
-    tried(parsed)
+    serving_modes(parsed)
     return parsed | Mode.TORCH_COMPILE
 
 

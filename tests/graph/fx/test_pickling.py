@@ -17,7 +17,7 @@ from torch import fx, nn
 import kernelgraph
 from kernelgraph import Mode, Tracer, rewrite
 from kernelgraph.graph.fx.pickling import SavedOp
-from kernelgraph.selection.mapping import Selection
+from kernelgraph.selection import Selection
 from tests.support.toy_models import Chain, OpaqueScale, Scale, TraceableScale
 from tests.support.toys import BrokenRepository, ToyRepository, only
 

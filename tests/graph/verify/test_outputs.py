@@ -23,7 +23,7 @@ from kernelgraph.graph.verify.outputs import Output, difference, output_error
 from kernelgraph.graph.verify.tolerance import TOLERANCES
 from kernelgraph.layers import extensible
 from kernelgraph.report import Decision, Reason
-from kernelgraph.selection.mapping import current_mapping
+from kernelgraph.selection import current_mapping
 from tests.support.op_calls import call_of, kernel_of, layer_of
 from tests.support.toy_models import on_cpu
 
