@@ -37,7 +37,7 @@ class Kernel:
     selection: Selection
 
     @property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Callable[..., object]:
         """The function that runs on an instance of the layer that is replaced."""
         return self.layer.forward
 

@@ -17,7 +17,6 @@ from kernelgraph.layers import (
     FUNCTIONS,
     Extensible,
     extensible,
-    first_device,
     functions_of,
     reference_of,
 )
@@ -29,6 +28,7 @@ from kernelgraph.selection import (
     Selection,
     Target,
     current_mapping,
+    first_device,
     target_of,
     serving_modes,
 )

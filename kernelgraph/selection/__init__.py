@@ -25,6 +25,7 @@ from kernelgraph.selection.devices import (
     Target,
     device_name,
     driver_version,
+    first_device,
     target_of,
     type_name,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "current_mapping",
     "device_name",
     "driver_version",
+    "first_device",
     "register_kernel_mapping",
     "selections",
     "serving_modes",

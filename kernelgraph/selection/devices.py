@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DEVICE_TYPES = ("cpu", "cuda", "rocm", "mps", "npu", "xpu", "neuron", "tpu")
 """The device types that kernels may be built for, in the Hub's words."""
@@ -306,6 +307,14 @@ def _gpu_target(device_type: str, index: int | None) -> Target:
         raise ValueError(f'there is no device "{device_type}:{index}": torch sees {count}, from 0')
     major, minor = torch.cuda.get_device_capability(index)
     return Target(device_type, major * 10 + minor)
+
+
+def first_device(module: nn.Module) -> torch.device | None:
+    """The device of the first parameter of ``module``, else of its first buffer, if it has any."""
+    tensor: torch.Tensor | None = next(module.parameters(), None)
+    if tensor is None:
+        tensor = next(module.buffers(), None)
+    return None if tensor is None else tensor.device
 
 
 NVML = "libnvidia-ml.so.1"

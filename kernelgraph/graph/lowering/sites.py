@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from kernelgraph.graph.calls import State, UnsupportedState, read
 from kernelgraph.graph.lowering.options import Options, Policy
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_all
-from kernelgraph.layers import Extensible, first_device
+from kernelgraph.layers import Extensible
 from kernelgraph.report import Decision, Reason
-from kernelgraph.selection import KernelMapping, Mode, Rejection, Target, target_of
+from kernelgraph.selection import KernelMapping, Mode, Rejection, Target, first_device, target_of
 
 KERNEL_ATTRIBUTE = "__kernelgraph_kernel__"
 """The attribute in which a forward that ``kernelize`` bound for compiling keeps its kernel."""
