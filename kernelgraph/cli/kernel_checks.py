@@ -1,4 +1,4 @@
-"""Looking at kernels without running them: what there is, what fits, and whether it is intact."""
+"""Checks of kernels that run none of their code: which builds fit, and whether files are intact."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from kernelgraph.hub import (
 
 @dataclass(frozen=True)
 class Fit:
-    """A variant, and whether it fits a system."""
+    """Whether a variant fits a system."""
 
     variant: str
     fits: bool
     why: str
-    """Why not; or of the variants that fit, which comes first."""
+    """Why it does not fit; or ``best`` for the first of those that do."""
 
 
 def fits(names: Iterable[str], system: System) -> list[Fit]:
-    """What becomes of each variant on a system: those that fit, the best first, then the rest."""
+    """Check which variants fit a system: those that do, the best first, and then the others."""
     choice = choose(names, system)
     found = [Fit(name, True, "best" if i == 0 else "") for i, name in enumerate(choice.fitting)]
     return found + [Fit(refusal.name, False, refusal.why) for refusal in choice.refused]
 
 
-def download(
+def download_with_dependencies(
     finder: Finder,
     wanted: Wanted,
     backend: str | None,
@@ -57,17 +57,17 @@ def download(
     """Download a kernel and those that it uses, without importing any.
 
     Args:
-        finder: How they are found.
+        finder: Finds and fetches the builds.
         wanted: The kernel.
-        backend: The device type that they are for; None for every variant.
+        backend: The device type that the kernels are for; None for every variant.
         above: The kernels that use it.
 
     Yields:
-        What was wanted, the variant, and where it is.
+        The kernel, the variant, and its directory, for each variant.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: As `Finder` raises, and where a build is not what
-            its metadata says.
+        FileNotFoundError, ValueError, OSError: As `Finder` raises, and where the files of a build
+            are not those that its metadata lists.
     """
     above = below(above, wanted)
     found = finder.find(wanted)
@@ -81,44 +81,46 @@ def download(
         used |= dict.fromkeys(metadata.kernel_depends)
         yield wanted, variant, fetched.directory
     for dependency in used:
-        yield from download(finder, dependency, backend, above)
+        yield from download_with_dependencies(finder, dependency, backend, above)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What became of checking one variant."""
+    """The result of checking one variant."""
 
     repository: str
     revision: str
     variant: str
     problem: str = ""
-    """Empty where there is none."""
+    """What is wrong with the files; empty if nothing is."""
     by: str = ""
-    """What its files were held against."""
+    """What the files were compared with: the Hub's ``listing``, the ``lock``, the ``digest`` in the
+    variant's own metadata."""
 
 
 def verify_on_disk(path: Path, shown: str) -> Iterator[Verified]:
-    """Hold each variant of a repository on this machine against its metadata.
+    """Compare the files of each variant of a repository on this machine with its metadata.
 
     Raises:
-        FileNotFoundError: There is no repository.
+        FileNotFoundError: If there is no repository.
     """
     for directory in builds_at(path, shown):
         yield _verified(directory, shown, "", "")
 
 
 def verify_in_cache(hub: Hub, wanted: Wanted, locks: Locks | None = None) -> Iterator[Verified]:
-    """Hold each variant of a kernel in the cache against the Hub's listing, the lock and itself.
+    """Compare each variant of a kernel in the cache with the Hub's listing, the lock and itself.
 
-    Nothing is downloaded, nor mended.
+    No code is downloaded, and no file is repaired.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: As `resolve` raises, and where it is not locked.
+        FileNotFoundError, ValueError, OSError: As `resolve` raises, and if ``locks`` do not lock
+            the kernel.
     """
     lock = locks.get(wanted) if locks else None
     kernel = resolve(hub, Wanted(wanted.repo_id, lock.commit) if lock else wanted)
     build = hub.snapshot(kernel) / "build"
-    # Of some variants there is only the metadata, which `info` and `lock` read of each.
+    # Some directories have only the metadata, which ``info`` and ``lock`` download of each variant.
     names = [
         path.name
         for path in (sorted(build.iterdir()) if build.is_dir() else ())
@@ -128,13 +130,14 @@ def verify_in_cache(hub: Hub, wanted: Wanted, locks: Locks | None = None) -> Ite
         yield Verified(wanted.repo_id, kernel.commit, "", "nothing of it is in the cache")
         return
     for name in names:
-        problem, by = _held_against_the_hub(hub, kernel, build / name, lock)
+        problem, by = _compared_with_hub(hub, kernel, build / name, lock)
         yield _verified(build / name, wanted.repo_id, kernel.commit, by, problem)
 
 
-def _held_against_the_hub(
+def _compared_with_hub(
     hub: Hub, kernel: Resolved, directory: Path, lock: Lock | None
 ) -> tuple[str, str]:
+    """The `Verified.problem` and `Verified.by` of comparing a variant with the listing and lock."""
     variants = list_build(hub, kernel)
     files = variants.get(directory.name)
     if files is None:
@@ -154,6 +157,7 @@ def _held_against_the_hub(
 def _verified(
     directory: Path, repository: str, revision: str, by: str, problem: str = ""
 ) -> Verified:
+    """The result for a variant; where no problem is known yet, it is compared with its digests."""
     if not problem:
         try:
             metadata = read_metadata(directory)
