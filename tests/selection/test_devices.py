@@ -1,4 +1,4 @@
-"""Devices, their properties, and what device this is."""
+"""Devices: their properties, and the concrete device that each stands for on this machine."""
 
 import pickle
 import re
@@ -42,7 +42,7 @@ class TestProperties:
             properties(max_capability=80)
 
     @PROPERTIES
-    def test_reversed_bounds(self, properties):
+    def test_reversed_bounds_are_refused(self, properties):
         with pytest.raises(ValueError, match=whole("min_capability 90 exceeds max_capability 80")):
             properties(90, 80)
 
@@ -50,7 +50,7 @@ class TestProperties:
     @pytest.mark.parametrize(
         ("bound", "got"), [(8.6, "float"), ("86", "str"), (True, "bool"), (None, "NoneType")]
     )
-    def test_bounds_are_ints(self, properties, bound, got):
+    def test_bounds_that_are_no_ints_are_refused(self, properties, bound, got):
         message = rf"_capability: expected an int \(8.6 is written 86\), got {got}$"
         with pytest.raises(TypeError, match="^min" + message):
             properties(bound, 90)
@@ -58,7 +58,7 @@ class TestProperties:
             properties(0, bound)
 
     @PROPERTIES
-    def test_bounds_are_not_negative(self, properties):
+    def test_negative_bounds_are_refused(self, properties):
         with pytest.raises(ValueError, match=whole("min_capability must not be negative, got -1")):
             properties(-1, 90)
 
@@ -71,7 +71,7 @@ class TestProperties:
         )
 
     @PROPERTIES
-    def test_frozen(self, properties):
+    def test_properties_are_frozen(self, properties):
         with pytest.raises(AttributeError):
             properties(80, 90).min_capability = 70
 
@@ -90,20 +90,20 @@ class TestDevice:
         assert Device("metal").type == "mps"
 
     @pytest.mark.parametrize("kind", ["gpu", "CUDA", "", "cuda:1", "cuda "])
-    def test_unknown_types(self, kind):
+    def test_unknown_types_are_refused(self, kind):
         for make in (Device, Device.parse, Target):
             with pytest.raises(ValueError, match=whole(f'unknown device type "{kind}": {TYPES}')):
                 make(kind)
 
-    def test_type_is_a_str(self):
+    def test_a_type_that_is_no_str_is_refused(self):
         with pytest.raises(TypeError, match=whole("device type: expected a str, got int")):
             Device(3)
 
-    def test_properties_of_the_type(self):
+    def test_properties_of_the_type_are_shown(self):
         assert str(Device("cuda", CUDAProperties(80, 90))) == "cuda 80-90"
         assert str(Device("rocm", ROCMProperties(94, 94))) == "rocm 94"
 
-    def test_properties_of_another_type(self):
+    def test_properties_of_another_type_are_refused(self):
         cuda, rocm = CUDAProperties(80, 90), ROCMProperties(90, 94)
         with pytest.raises(
             ValueError, match=whole('device type "cuda" takes CUDAProperties, not ROCMProperties')
@@ -118,13 +118,13 @@ class TestDevice:
                 Device(kind, cuda)
 
     @pytest.mark.parametrize("properties", [86, (80, 90), CUDAProperties])
-    def test_properties_are_properties(self, properties):
+    def test_other_objects_are_no_properties(self, properties):
         with pytest.raises(
             TypeError, match=r"^properties: expected CUDAProperties, ROCMProperties or None, got "
         ):
             Device("cuda", properties)
 
-    def test_parse(self):
+    def test_parse_returns_a_device_itself(self):
         device = Device("cuda", CUDAProperties(80, 90))
         assert Device.parse(device) is device
         with pytest.raises(
@@ -132,7 +132,7 @@ class TestDevice:
         ):
             Device.parse(3)
 
-    def test_frozen_hashable_and_picklable(self):
+    def test_devices_are_frozen_hashable_and_picklable(self):
         device = Device("cuda", CUDAProperties(80, 90))
         assert {device: 1}[Device("cuda", CUDAProperties(80, 90))] == 1
         assert pickle.loads(pickle.dumps(device)) == device
@@ -141,14 +141,14 @@ class TestDevice:
 
 
 class TestTarget:
-    def test_made_without_a_gpu(self):
+    def test_a_target_is_made_without_a_gpu(self):
         assert Target("cuda", 86).capability == 86
         assert str(Target("cuda", 86)) == "cuda 86"
         assert str(Target("cuda", None)) == "cuda"
         assert Target("metal") == Target("mps", None)
         assert hash(Target("cuda", 86)) == hash(Target("cuda", 86))
 
-    def test_capability_is_checked(self):
+    def test_a_wrong_capability_is_refused(self):
         with pytest.raises(
             TypeError, match=whole("capability: expected an int (8.6 is written 86), got float")
         ):
@@ -158,7 +158,7 @@ class TestTarget:
         with pytest.raises(ValueError, match=whole('device type "cpu" has no capability')):
             Target("cpu", 86)
 
-    def test_frozen(self):
+    def test_a_target_is_frozen(self):
         with pytest.raises(AttributeError):
             Target("cuda", 86).capability = 90
 
@@ -183,14 +183,14 @@ def gpus(monkeypatch):
 
 class TestTargetOf:
     @pytest.mark.parametrize("kind", sorted(set(DEVICE_TYPES) - {"cuda", "rocm"}))
-    def test_types_without_capability(self, kind):
+    def test_types_without_capability_have_none(self, kind):
         assert target_of(kind) == target_of(f"{kind}:0") == Target(kind, None)
         assert target_of(Device(kind)) == Target(kind, None)
 
-    def test_metal(self):
+    def test_metal_is_the_target_mps(self):
         assert target_of("metal") == Target("mps", None)
 
-    def test_torch_devices(self):
+    def test_torch_devices_are_targets(self):
         torch = pytest.importorskip("torch")
         assert target_of(torch.device("cpu")) == Target("cpu", None)
         assert target_of(torch.device("mps", 0)) == Target("mps", None)
@@ -209,7 +209,7 @@ class TestTargetOf:
         assert target_of(torch.device("cuda")) == Target("cuda", 90)
         assert target_of(Device("cuda")) == Target("cuda", 90)
 
-    def test_no_cuda_here(self, gpus):
+    def test_capability_is_unknown_without_a_gpu(self, gpus):
         torch = gpus()
         for device in ("cuda", "cuda:3", torch.device("cuda", 1), Device("cuda")):
             assert target_of(device) == Target("cuda", None)
@@ -221,15 +221,15 @@ class TestTargetOf:
             assert target_of(device) == Target("rocm", 94)
         assert target_of("rocm:0") == Target("rocm", 90)
 
-    def test_hip_build_without_a_gpu(self, gpus):
+    def test_cuda_of_a_hip_build_without_a_gpu_is_rocm(self, gpus):
         gpus(hip="6.4.0")
         assert target_of("cuda") == target_of("rocm") == Target("rocm", None)
 
-    def test_rocm_asked_for_on_a_cuda_build(self, gpus):
+    def test_rocm_has_no_capability_on_a_cuda_build(self, gpus):
         gpus((8, 0), (9, 0))
         assert target_of("rocm") == target_of("rocm:7") == Target("rocm", None)
 
-    def test_an_index_that_is_not_there(self, gpus):
+    def test_an_index_beyond_the_gpus_is_refused(self, gpus):
         gpus((8, 0), (9, 0))
         with pytest.raises(
             ValueError, match=whole('there is no device "cuda:2": torch sees 2, from 0')
@@ -240,10 +240,10 @@ class TestTargetOf:
         target = Target("cuda", 86)
         assert target_of(target) is target
 
-    def test_a_device_with_one_capability(self):
+    def test_a_device_with_one_capability_is_a_target(self):
         assert target_of(Device("cuda", CUDAProperties(86, 86))) == Target("cuda", 86)
 
-    def test_a_device_with_several_capabilities(self):
+    def test_a_device_with_several_capabilities_is_refused(self):
         with pytest.raises(
             ValueError,
             match=whole(
@@ -256,17 +256,17 @@ class TestTargetOf:
     @pytest.mark.parametrize(
         "device", ["gpu", "cuda:", "cuda:x", "cuda:01", "cuda:-1", "gpu:1", ""]
     )
-    def test_unknown_strings(self, device):
+    def test_unknown_strings_are_refused(self, device):
         with pytest.raises(ValueError, match=whole(f'unknown device type "{device}": {TYPES}')):
             target_of(device)
 
-    def test_unknown_torch_device(self):
+    def test_a_torch_device_of_an_unknown_type_is_refused(self):
         torch = pytest.importorskip("torch")
         with pytest.raises(ValueError, match=r'^unknown device type "meta": there are cpu, '):
             target_of(torch.device("meta"))
 
     @pytest.mark.parametrize(("device", "got"), [(3, "int"), (None, "NoneType"), (b"cpu", "bytes")])
-    def test_wrong_types(self, device, got):
+    def test_other_objects_are_no_device(self, device, got):
         pytest.importorskip("torch")
         with pytest.raises(
             TypeError,
@@ -275,7 +275,7 @@ class TestTargetOf:
             target_of(device)
 
     @pytest.mark.cuda
-    def test_the_real_thing(self):
+    def test_capability_is_that_of_a_real_gpu(self):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
@@ -299,7 +299,7 @@ extern "C" int nvmlSystemGetDriverVersion(char* version, unsigned int length) {
 
 class TestDriverVersion:
     @pytest.fixture(autouse=True)
-    def _asked_anew(self):
+    def _fresh(self):
         driver_version.cache_clear()
         yield
         driver_version.cache_clear()
@@ -307,7 +307,7 @@ class TestDriverVersion:
     @pytest.mark.parametrize(
         ("codes", "version"), [((0, 0), "580.159.04"), ((9, 0), ""), ((0, 9), "")]
     )
-    def test_what_the_driver_says(self, tmp_path, monkeypatch, codes, version):
+    def test_the_version_is_that_of_the_driver(self, tmp_path, monkeypatch, codes, version):
         source, library = tmp_path / "nvml.cpp", tmp_path / "libnvidia-ml.so.1"
         source.write_text(NVML % codes)
         compiler = import_example("kernels/build").find_compiler()[0]
@@ -316,6 +316,6 @@ class TestDriverVersion:
         assert driver_version() == version
 
     @pytest.mark.parametrize("library", ["libkernelgraph-none.so.1", None], ids=["none", "other"])
-    def test_where_there_is_none(self, monkeypatch, library):
+    def test_the_version_is_empty_without_a_driver(self, monkeypatch, library):
         monkeypatch.setattr(devices, "NVML", library)  # without a name it is the program itself
         assert driver_version() == ""

@@ -1,4 +1,4 @@
-"""Modes: which unions there are, what is tried for each, how they are written."""
+"""Modes: which unions exist, which modes serve each, and how they are written."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ def whole(message):
 
 
 def allowed(members):
-    """The rule of unions, said once more."""
+    """Whether these modes may be joined, by another statement of the rule."""
     chosen = set(members)
     if Mode.FALLBACK in chosen and len(chosen) > 1:
         return False
@@ -80,7 +80,7 @@ def test_other_operators_make_no_refused_union_either():
     assert not Mode.INFERENCE & Mode.TRAINING
 
 
-def test_in_place_union():
+def test_a_refused_union_in_place_changes_nothing():
     mode = Mode.TRAINING
     mode |= Mode.TORCH_COMPILE
     assert mode is TRAINING_COMPILE
@@ -90,7 +90,7 @@ def test_in_place_union():
 
 
 @pytest.mark.parametrize("value", [16, 1024, "INFERENCE", 1.5, None])
-def test_values_that_are_no_modes(value):
+def test_other_values_are_no_modes(value):
     with pytest.raises((ValueError, TypeError)):
         Mode(value)
 
@@ -119,7 +119,7 @@ def test_modes_survive_pickling_and_copying_as_themselves(mode):
     assert copy.deepcopy(mode) is mode
 
 
-def test_what_is_tried():
+def test_modes_that_serve_a_mode_come_the_best_first():
     assert serving_modes(Mode.INFERENCE) == (
         Mode.INFERENCE,
         INFERENCE_COMPILE,
@@ -132,12 +132,12 @@ def test_what_is_tried():
     assert serving_modes(TRAINING_COMPILE) == (TRAINING_COMPILE, Mode.FALLBACK)
 
 
-def test_registrable_are_the_modes_that_can_be_tried():
+def test_registrable_modes_are_those_that_serve_one():
     assert {*SINGLE, INFERENCE_COMPILE, TRAINING_COMPILE} - {Mode.TORCH_COMPILE} == REGISTRABLE
 
 
 @pytest.mark.parametrize("mode", [Mode.FALLBACK, Mode.TORCH_COMPILE, Mode(0)])
-def test_nothing_is_tried_without_inference_or_training(mode):
+def test_no_mode_serves_without_inference_or_training(mode):
     with pytest.raises(
         ValueError,
         match=whole(
@@ -148,12 +148,12 @@ def test_nothing_is_tried_without_inference_or_training(mode):
 
 
 @pytest.mark.parametrize("mode", ["INFERENCE", 1, None, KernelizeFallback.NO_LAYER])
-def test_tried_wants_a_mode(mode):
+def test_serving_modes_wants_a_mode(mode):
     with pytest.raises(TypeError, match=whole(f"mode: expected a kernelgraph Mode, got {mode!r}")):
         serving_modes(mode)
 
 
-def test_fallback_cases():
+def test_default_fallback_is_all_cases_but_unloadable_kernels():
     default = [
         KernelizeFallback.NO_LAYER,
         KernelizeFallback.NO_DEVICE,
