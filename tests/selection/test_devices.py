@@ -1,7 +1,6 @@
 """Devices: their properties, and the concrete device that each stands for on this machine."""
 
 import pickle
-import re
 import subprocess
 
 import pytest
@@ -16,14 +15,11 @@ from kernelgraph.selection.devices import (
     driver_version,
     target_of,
 )
+from tests.support.messages import whole
 from tests.support.sources import import_example
 
 TYPES = "there are cpu, cuda, rocm, mps, npu, xpu, neuron, tpu (metal means mps)"
 PROPERTIES = pytest.mark.parametrize("properties", [CUDAProperties, ROCMProperties])
-
-
-def whole(message):
-    return rf"\A{re.escape(message)}\Z"
 
 
 class TestProperties:

@@ -1,7 +1,5 @@
 """Mappings: what may be registered, and what becomes of it."""
 
-import re
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +26,7 @@ from tests.support.mappings import (
     parsed,
     view,
 )
-
-
-def whole(message):
-    return rf"\A{re.escape(message)}\Z"
+from tests.support.messages import whole
 
 
 def test_two_names_of_one_device_in_one_dict_count_in_order():

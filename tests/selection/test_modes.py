@@ -5,11 +5,11 @@ import functools
 import itertools
 import operator
 import pickle
-import re
 
 import pytest
 
 from kernelgraph.selection.modes import REGISTRABLE, KernelizeFallback, Mode, serving_modes
+from tests.support.messages import whole
 
 SINGLE = [Mode.INFERENCE, Mode.TRAINING, Mode.TORCH_COMPILE, Mode.FALLBACK]
 INFERENCE_COMPILE = Mode.INFERENCE | Mode.TORCH_COMPILE
@@ -17,10 +17,6 @@ TRAINING_COMPILE = Mode.TRAINING | Mode.TORCH_COMPILE
 
 EXCLUDE = "INFERENCE and TRAINING exclude each other, got INFERENCE | TRAINING"
 ALONE = "FALLBACK does not join with other modes, got "
-
-
-def whole(message):
-    return rf"\A{re.escape(message)}\Z"
 
 
 def allowed(members):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import inspect
 import queue
-import re
 import sys
 import threading
 from concurrent.futures import Future
@@ -23,11 +22,7 @@ from kernelgraph.selection.scopes import (
     use_kernel_mapping,
 )
 from tests.support.mappings import A, B, C, cuda, parsed, view
-
-
-def whole(message):
-    return rf"\A{re.escape(message)}\Z"
-
+from tests.support.messages import whole
 
 # --- by example ---------------------------------------------------------------------------------
 
