@@ -1,4 +1,4 @@
-"""What all tests share: one compile cache for the run, and Dynamo reset between tests."""
+"""The settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import hypothesis
 import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix="kernelgraph-inductor-")
-# Before any test module is imported: torch settles on a directory once and for all.
+# Set before any test module is imported: torch reads the directory once.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache.name)
-# Tests run beside each other, and tiny models are faster on one thread.
+# Tests run in parallel, and tiny models are faster on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nor does a test read or write what the user's own programs have found out.
-_found_out = tempfile.TemporaryDirectory(prefix="kernelgraph-cache-")
-os.environ["KERNELGRAPH_CACHE_DIR"] = _found_out.name
-# Toys are there to be used, however long they take; tests of what is fastest ask for it.
+# No test reads or writes the cache of the user's own programs.
+_findings = tempfile.TemporaryDirectory(prefix="kernelgraph-cache-")
+os.environ["KERNELGRAPH_CACHE_DIR"] = _findings.name
+# Kernels are used however long they take; tests of what is fastest set another policy.
 os.environ["KERNELGRAPH_POLICY"] = "always"
-# torch is stricter where this is set; tests of that set it, on every machine.
+# torch is stricter if this is set; tests of that set it themselves, on every machine.
 os.environ.pop("CI", None)
 
 import torch  # noqa: E402 (it reads some of these as it is imported)
 
-pytest_plugins = ["tests.support.hub"]
+pytest_plugins = ["tests.support.example_kernels", "tests.support.hub"]
 
-# A run fails for what has changed, and not by its luck or on a slow machine.
+# Each run tries the same examples, however slow the machine is: only a change makes a run fail.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", derandomize=False, deadline=None)
 hypothesis.settings.load_profile("same")
 
 
 class _Random:
-    """torch's random numbers, for Hypothesis to seed: an example that fails, fails again."""
+    """torch's random numbers, for Hypothesis to seed: an example that fails will fail again."""
 
     def seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
@@ -61,7 +61,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """No test meets what another one compiled."""
+    """No test runs code that another one compiled."""
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
@@ -73,8 +73,8 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
-    # A DistributedDataParallel that is the last to hold the group waits for the group's threads,
-    # with the lock that they may wait for.
+    # The last DistributedDataParallel to hold the group waits for the group's threads, while it has
+    # a lock that they may wait for.
     torch.compiler.reset()
     gc.collect()
     torch.distributed.destroy_process_group()
@@ -91,13 +91,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(params=["stand-in", "kernels"])
 def theirs(request: pytest.FixtureRequest) -> Any:
-    """Another package that tags layers: one for tests and, where it is installed, ``kernels``."""
+    """Another package that tags layers: a stand-in and, where it is installed, ``kernels``."""
     if request.param == "kernels":
         return pytest.importorskip("kernels")
     return request.getfixturevalue("stand_in")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a CUDA device where there is none."""
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if marked and not torch.cuda.is_available():
         for item in marked:

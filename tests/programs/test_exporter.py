@@ -24,7 +24,6 @@ from kernelgraph import (
 )
 from kernelgraph.programs.references import ops_in
 from kernelgraph.report import Reason
-from tests.examples.conftest import cpu, repository  # noqa: F401 (fixtures)
 from tests.examples.test_decoder import LAYERS, small, tokens
 from tests.support.exporting import in_fresh_process
 from tests.support.sources import import_example
@@ -65,7 +64,7 @@ def decoder() -> ModuleType:
 
 @BOTH
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "experts"])
-def test_a_decoder_with_its_kernels_baked_in(decoder, repository, experts, strict):  # noqa: F811
+def test_a_decoder_with_its_kernels_baked_in(decoder, repository, experts, strict):
     """Batch and sequence stay dynamic through the ops. The experts cannot be traced themselves."""
     model = small(decoder, experts).eval()
     mapping = {name: {"cpu": LocalLayerRepository(repository, layer_name=name)} for name in LAYERS}
@@ -88,7 +87,7 @@ def test_a_decoder_with_its_kernels_baked_in(decoder, repository, experts, stric
     assert {*program.state_dict} == {*model.state_dict()}
 
 
-def test_kernels_that_can_be_traced(decoder, repository, tmp_path):  # noqa: F811
+def test_kernels_that_can_be_traced(decoder, repository, tmp_path):
     """As they say of themselves: their own ops are in the program, and load with it."""
     model = small(decoder, 0).eval()
     mapping = {name: {"cpu": LocalLayerRepository(repository, layer_name=name)} for name in LAYERS}

@@ -1,3 +1,5 @@
+"""Fixtures: the kernel repository of ``examples/kernels``, built once in a test run."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,4 +20,5 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def cpu(repository: Path) -> ModuleType:
+    """The kernel that is built for the CPU."""
     return get_local_kernel(repository, backend="cpu")
