@@ -29,8 +29,8 @@ from kernelgraph.selection import (
     Target,
     current_mapping,
     first_device,
-    target_of,
     serving_modes,
+    target_of,
 )
 
 if TYPE_CHECKING:
