@@ -1,4 +1,4 @@
-"""What is kept on disk: whole values or none, whatever else happens to the directory."""
+"""The cache on disk: it has whole values or none, whatever else happens to its directory."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(), values)
-def test_what_is_written_is_read(key, value):
-    """Under any text, any JSON value is read as it was written last."""
+def test_a_value_is_read_as_it_was_written(key, value):
+    """Any JSON value under any key is read as it was last written."""
     cache.write("kind", key, "before")
     cache.write("kind", key, value)
     assert cache.read("kind", key) == value
 
 
-def test_kinds_and_keys_are_apart():
+def test_values_of_other_kinds_and_keys_are_others():
     cache.write("a", "key", 1)
     cache.write("b", "key", 2)
     cache.write("a", "other", 3)
@@ -53,14 +53,14 @@ def test_kinds_and_keys_are_apart():
     assert cache.entries() == {"a": 2, "b": 1}
 
 
-def test_another_process_reads_it():
+def test_another_process_reads_a_value():
     cache.write("kind", "key", [1, "é"])
     program = "from kernelgraph import cache; print(cache.read('kind', 'key') == [1, 'é'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
 
-def test_neither_torch_nor_the_hub_are_imported():
+def test_the_cache_imports_neither_torch_nor_the_hub_client():
     program = (
         "import sys; from kernelgraph import cache; cache.write('k', 'k', 1); cache.read('k', 'k');"
         "print({'torch', 'huggingface_hub'} & set(sys.modules))"
@@ -69,7 +69,7 @@ def test_neither_torch_nor_the_hub_are_imported():
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_where_it_is(monkeypatch, tmp_path):
+def test_the_directory_is_named_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("KERNELGRAPH_CACHE_DIR", "~/own")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.directory() == tmp_path / "own"
@@ -95,7 +95,7 @@ def test_where_it_is(monkeypatch, tmp_path):
     ],
     ids=lambda content: repr(content[:20]),
 )
-def test_what_is_not_ours_is_ignored_and_written_over(directory, content, caplog):
+def test_a_damaged_or_foreign_file_is_ignored_and_written_over(directory, content, caplog):
     cache.write("kind", "key", 1)
     path = file_of(directory)
     path.write_bytes(content)
@@ -107,7 +107,7 @@ def test_what_is_not_ours_is_ignored_and_written_over(directory, content, caplog
     assert cache.read("kind", "key") == 2
 
 
-def test_a_directory_that_cannot_be_written_is_no_cache(directory, caplog):
+def test_nothing_is_kept_where_nothing_can_be_written(directory, caplog):
     directory.write_text("a file")  # root may write into any directory
     caplog.set_level(logging.DEBUG, "kernelgraph")
     cache.write("kind", "key", 1)
@@ -126,7 +126,7 @@ def test_a_read_only_directory_is_read(directory):
     (directory / "kind").chmod(0o700)
 
 
-def test_no_home_is_no_cache(monkeypatch):
+def test_nothing_is_kept_without_a_home_directory(monkeypatch):
     monkeypatch.delenv("KERNELGRAPH_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
@@ -140,7 +140,7 @@ def test_no_home_is_no_cache(monkeypatch):
         cache.directory()
 
 
-def test_what_is_not_json_is_an_error(directory):
+def test_a_value_that_is_not_json_is_an_error(directory):
     for value in ({1, 2}, float("nan")):
         with pytest.raises((TypeError, ValueError)):
             cache.write("kind", "key", value)
@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_value_and_nothing_else(directory, monkeyp
     assert os.listdir(directory / "kind") == [file_of(directory).name]
 
 
-def test_clear(directory):
+def test_clear_removes_values_and_what_killed_writers_left(directory):
     for kind, key in (("a", "1"), ("a", "2"), ("b", "1")):
         cache.write(kind, key, 0)
     (directory / "b" / f"{'0' * 32}killed.tmp").write_text("half")
@@ -171,7 +171,7 @@ def test_clear(directory):
     assert sorted(p.name for p in directory.rglob("*") if p.is_file()) == ["own.txt"]
 
 
-# --- at once ------------------------------------------------------------------------------------
+# --- threads and processes -----------------------------------------------------------------------
 
 BIG = 20_000
 
@@ -210,3 +210,15 @@ for _ in range(50):
     assert [process.returncode for process in running] == [0] * 3, errors
     assert len(set(json.loads(file_of(directory).read_text())["value"])) == 1
     assert len(os.listdir(directory / "kind")) == 1
+
+
+# --- within a process ----------------------------------------------------------------------------
+
+
+def test_a_full_table_is_emptied_before_it_grows():
+    known: dict[int, str] = {}
+    for number in range(3):
+        cache.remember(known, number, str(number), most=3)
+    assert known == {0: "0", 1: "1", 2: "2"}
+    cache.remember(known, 3, "3", most=3)
+    assert known == {3: "3"}

@@ -1,3 +1,5 @@
+"""Reports: what they say, and which of them is the last one."""
+
 from __future__ import annotations
 
 import logging
@@ -29,10 +31,10 @@ def text(*decisions: Decision, source: str = "kernelize") -> str:
 
 
 class TestText:
-    def test_of_nothing(self) -> None:
+    def test_an_empty_report_is_one_line(self) -> None:
         assert text() == "kernelize: 0 of 0 extensible layers use a kernel"
 
-    def test_is_a_table(self) -> None:
+    def test_decisions_are_a_table(self) -> None:
         shown = text(
             decision("norm"),
             decision("mlp.act", "", layer="SiluAndMul", detail="registered modes: TRAINING"),
@@ -55,7 +57,7 @@ class TestText:
             "blocks.2.norm         RMSNorm  reference: no kernel is registered for the mode",
         ]
 
-    def test_of_a_compiled_graph_shows_ops_and_what_differs(self) -> None:
+    def test_ops_and_differing_modes_are_shown(self) -> None:
         shown = text(
             decision("a", op="kernelgraph::norm_1"),
             decision("b", op="kernelgraph::norm_2", mode="TRAINING | TORCH_COMPILE"),
@@ -70,7 +72,7 @@ class TestText:
             "kernelgraph::norm_2",
         ]
 
-    def test_of_a_call_whose_device_is_not_known(self) -> None:
+    def test_an_unknown_device_is_left_out(self) -> None:
         shown = text(decision("a", "", device="", mode=""), source="torch.compile")
         assert shown.startswith("torch.compile: 0 of 1 extensible layers use a kernel\n")
 
@@ -90,11 +92,13 @@ class TestMergedPaths:
             (["9", "10"], ["9-10"]),
         ],
     )
-    def test_examples(self, paths: list[str], merged: list[str]) -> None:
+    def test_paths_that_differ_in_an_index_are_merged(
+        self, paths: list[str], merged: list[str]
+    ) -> None:
         assert _merged(paths) == merged
 
     @given(st.lists(st.lists(st.sampled_from(["0", "1", "2", "3", "a", ""]), max_size=3)))
-    def test_nothing_is_lost_nor_added(self, parts: list[list[str]]) -> None:
+    def test_merged_paths_stand_for_the_same_paths(self, parts: list[list[str]]) -> None:
         def expand(path: str) -> set[str]:
             expanded = {""}
             for part in path.split("."):
@@ -114,12 +118,12 @@ class TestMergedPaths:
 
 
 class TestPublish:
-    def test_is_the_last_report(self) -> None:
+    def test_the_published_report_is_the_last_one(self) -> None:
         report = Report("kernelize", (decision("a"),))
         publish(report)
         assert last_report() is report
 
-    def test_logs_each_decision(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_each_decision_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, logger="kernelgraph")
         publish(Report("torch.compile", (decision("a"), decision("", "", detail="none"))))
         assert [(r.name, r.levelname) for r in caplog.records] == [("kernelgraph", "INFO")] * 2
@@ -129,14 +133,14 @@ class TestPublish:
             "registered for the mode (none)",
         ]
 
-    def test_logs_nothing_where_nobody_listens(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_nothing_is_logged_above_info(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.WARNING, logger="kernelgraph")
         publish(Report("kernelize", (decision("a"),)))
         assert not caplog.records
 
 
 class TestGraphs:
-    def test_those_of_one_model_make_one_report(self) -> None:
+    def test_graphs_of_one_model_make_one_report(self) -> None:
         model = Report("stands for a call of torch.compile")
         publish_graph([decision("a"), decision("b", "")], model)
         publish_graph([decision("b"), decision("c")], model)
@@ -145,13 +149,15 @@ class TestGraphs:
         assert report.decisions == (decision("a"), decision("b"), decision("c"))
 
     @pytest.mark.parametrize("unknown", [False, True])
-    def test_those_of_another_do_not(self, unknown: bool) -> None:
+    def test_graphs_of_another_model_make_another_report(self, unknown: bool) -> None:
         one, other = Report("one"), Report("another")
         publish_graph([decision("a")], None if unknown else one)
         publish_graph([decision("b")], None if unknown else other)
         assert last_report() == Report("torch.compile", (decision("b"),))
 
-    def test_what_was_said_is_not_said_again(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_report_that_does_not_change_is_not_published_again(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         caplog.set_level(logging.INFO, "kernelgraph")
         model = Report("stands for a call of torch.compile")
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Layers and kernels whose results tell which of them ran.
+"""Layers and kernels whose results show which of them ran.
 
 A reference scales its input; the kernel ``Plus10`` adds 10 to that, ``Plus20`` adds 20, and so on.
 """
@@ -65,7 +65,7 @@ class Shift10(nn.Module):
 
 @dataclass(frozen=True)
 class ToyRepository:
-    """Any repository, ready to load; ``loads`` counts how often that was asked of it."""
+    """A repository that has ``layer`` already; ``loads`` counts how often it was loaded."""
 
     layer: Any
     loads: list[None] = field(default_factory=list, compare=False, repr=False)
@@ -88,7 +88,8 @@ class BrokenRepository:
 
 @contextmanager
 def only(mapping: Any = None, **layers: Any) -> Iterator[None]:
-    """Nothing is registered but ``layers``: kernel classes or repositories, for the cpu."""
+    """A scope in which only ``layers``, kernel classes or repositories for the cpu, and ``mapping``
+    are registered."""
     layers = {
         name: {"cpu": ToyRepository(kernel) if isinstance(kernel, type) else kernel}
         for name, kernel in layers.items()
@@ -109,7 +110,7 @@ def reasons() -> list[Reason]:
 
 
 def result(layer: Any) -> float:
-    """What ``layer`` makes of 1: the factor of a `Scale`, plus what its kernel adds."""
+    """The result of ``layer`` for 1: the factor of a `Scale`, plus what its kernel adds."""
     return layer(torch.ones(())).item()
 
 
