@@ -40,16 +40,16 @@ from kernelgraph.hub import Trust, cache_only, parse_trust
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import check_hub_layer
 from kernelgraph.programs import (
-    Entry,
-    Form,
-    Installed,
-    Nowhere,
+    InstalledOp,
+    LoadedLayer,
+    ProgramOp,
+    ProgramOpSpec,
     Reference,
     install,
-    know_references,
-    note_traced,
-    noted_again,
-    without_ops,
+    record_again,
+    record_traced,
+    replace_with_references,
+    use_references,
 )
 from kernelgraph.report import Decision, Reason, Report, publish
 from kernelgraph.selection import Device, Selection, target_of
@@ -117,7 +117,7 @@ def load(
         missing = loading.install()
         program = loading.load_with(torch.export.load)
         if missing:
-            program = without_ops(program, [(op, op.references) for op in missing])
+            program = replace_with_references(program, [(op, op.references) for op in missing])
         loading.report()
     return program
 
@@ -165,7 +165,7 @@ def aot_load(
 class _Signature(NamedTuple):
     """The parts of an op that are in the file: all but its kernel."""
 
-    entry: Entry
+    op: ProgramOp
     references: list[Reference]
 
 
@@ -224,7 +224,7 @@ class Loading:
     def __exit__(self, *exc: object) -> None:
         self._archive.__exit__(*exc)
 
-    def install(self) -> list[Installed]:
+    def install(self) -> list[InstalledOp]:
         """Register the program's ops with their kernels.
 
         Returns:
@@ -269,18 +269,18 @@ class Loading:
 
     def _check_op(self, op: Op) -> _Signature:
         """Return what an op is made from, if its name says the same."""
-        return _Signature(self._entry(op), self._references(op))
+        return _Signature(self._program_op(op), self._references(op))
 
-    def _entry(self, op: Op) -> Entry:
+    def _program_op(self, op: Op) -> ProgramOp:
         baked = self._kernels[op.kernel]
         try:
-            entry = Entry.of(op.form, Origin(baked.repository, baked.name, baked.revision, ""))
-            Form.from_json(op.form)
-            if (entry.name, entry.op) != (op.stem, op.name):
+            made = ProgramOp.of(op.form, Origin(baked.repository, baked.name, baked.revision, ""))
+            ProgramOpSpec.from_json(op.form)
+            if (made.stem, made.name) != (op.stem, op.name):
                 raise ValueError("its form is not the one that its name was made from")
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{self._source}: op {op.name}: {error}") from error
-        return entry
+        return made
 
     def _references(self, op: Op) -> list[Reference]:
         try:
@@ -333,7 +333,7 @@ class Loading:
         for namespace, (key, device) in self.manifest.traced.items():
             checked = found.traced[namespace]
             import_checked(checked)
-            note_traced((key, *noted_again(self._kernels, key, checked)), device)
+            record_traced(record_again(self._kernels, key, checked), device)
         ops = self.manifest.ops.items()
         return {name: self._import_for(op, found.of_ops[op.kernel_on_device]) for name, op in ops}
 
@@ -349,7 +349,7 @@ class Loading:
             self._note_missing(op.kernel, error)
             return None
         check_hub_layer(layer, layer.forward, repository)
-        return Kernel(layer, checked.origin, Selection(Nowhere(layer), op.mode, Device(op.device)))
+        return Kernel(layer, checked.origin, Selection(LoadedLayer(layer), op.mode, Device(op.device)))
 
     # --- registering the ops --------------------------------------------------------------------
 
@@ -358,19 +358,18 @@ class Loading:
         signatures: Mapping[str, _Signature],
         found: _Found,
         kernels: Mapping[str, Kernel | None],
-    ) -> list[Installed]:
+    ) -> list[InstalledOp]:
         """Register the ops, and return those without a kernel."""
         missing = []
         for name, op in self.manifest.ops.items():
-            entry, references = signatures[name]
-            installed = install(entry, kernels[name])
+            program_op, references = signatures[name]
+            installed = install(program_op, kernels[name])
             more = [r for r in references if r not in installed.references]
             installed.references, installed.untraced = [*installed.references, *more], op.untraced
-            know_references(installed)
+            use_references(installed)
             checked = found.of_ops[op.kernel_on_device]
             if kernels[name] is None:
                 missing.append(replace(installed, references=references))
-            elif installed.kernels is None and checked is not None:
-                noted = noted_again(self._kernels, op.kernel, checked)
-                installed.kernels = (op.kernel, *noted)
+            elif installed.records is None and checked is not None:
+                installed.records = record_again(self._kernels, op.kernel, checked)
         return missing

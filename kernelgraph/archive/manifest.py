@@ -62,7 +62,7 @@ class Op:
     stem: str
     """The name that follows from ``kernel`` and ``form``; ``name`` may add ``_training``."""
     form: Json
-    """The signature, see `kernelgraph.programs.program_ops.Form`."""
+    """The signature, see `kernelgraph.programs.program_ops.ProgramOpSpec`."""
     references: tuple[Json, ...]
     """See `kernelgraph.programs.references.Reference`."""
     untraced: str

@@ -20,16 +20,17 @@ from kernelgraph.graph.ops import NAMESPACE, overload
 from kernelgraph.hub import Hub
 from kernelgraph.programs import (
     Baked,
-    Installed,
-    advise,
+    InstalledOp,
+    KernelRecords,
+    add_advice,
     blobs_of,
-    every_build,
-    installed,
-    kernels_of,
-    listed,
+    installed_ops,
     namespaces_in,
     ops_in,
-    traced,
+    record_kernel,
+    traced_kernels,
+    with_every_build,
+    with_listing,
 )
 from kernelgraph.selection import target_of
 
@@ -76,7 +77,7 @@ def save(
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"save takes an ExportedProgram, not {type(program).__qualname__}")
     manifest, extra = _describe(program, ProgramKind.EXPORTED, bundle)
-    advise(program)  # the program may have been traced again, or changed, and lost this
+    add_advice(program)  # the program may have been traced again, or changed, and lost this
     with replacing(_checked_path(path)) as made:
         torch.export.save(program, made)
         add_manifest(made, manifest, extra)
@@ -137,10 +138,10 @@ class _Kernels:
     checked: dict[str, Checked] = field(default_factory=dict)
     """On this machine."""
 
-    def add(self, baked: Mapping[str, Baked], checked: Mapping[str, Checked]) -> None:
+    def add(self, records: KernelRecords) -> None:
         """Add a kernel and those that it uses."""
-        self.baked.update(baked)
-        self.checked.update(checked)
+        self.baked.update(records.baked)
+        self.checked.update(records.checked)
 
 
 def _describe(
@@ -158,14 +159,14 @@ def _describe(
     ops = {name: _op(name, where, kernels, extra) for name, where in calls.items()}
     # The kernels that were traced, so that their own ops are in the program.
     own = {}
-    for namespace in sorted(namespaces_in(program) & traced().keys()):
-        (key, baked, checked), device = traced()[namespace]
-        own[namespace] = KernelOnDevice(key, device)
-        kernels.add(baked, checked)
+    for namespace in sorted(namespaces_in(program) & traced_kernels().keys()):
+        records, device = traced_kernels()[namespace]
+        own[namespace] = KernelOnDevice(records.key, device)
+        kernels.add(records)
     # What the Hub lists for each kernel; and its files, if they are to be in the program's file.
     hub = Hub()
     for key in kernels.baked:
-        kernels.baked[key] = listed(kernels.baked[key], hub)
+        kernels.baked[key] = with_listing(kernels.baked[key], hub)
         if bundle:
             kernels.baked[key] = _bundle(key, kernels, hub, extra, every=bundle == "all")
     return Manifest(kind, torch.__version__, _version.__version__, ops, kernels.baked, own), extra
@@ -173,34 +174,34 @@ def _describe(
 
 def _op(name: str, calls: Sequence[RecordedCall], kernels: _Kernels, extra: dict[str, bytes]) -> Op:
     """Describe an op; add its kernel to ``kernels`` and its references to ``extra``."""
-    op = installed().get(name)
+    op = installed_ops().get(name)
     if op is None:
         raise ValueError(
             f"the program calls op {NAMESPACE}::{name}, which was not made by "
             "kernelgraph.export: export the model with that, and not with torch.export alone"
         )
-    key, baked, checked = op.kernels or _kernels_of(op)
-    kernels.add(baked, checked)
+    records = op.records or _records_of(op)
+    kernels.add(records)
     for number, reference in enumerate(op.references):
         extra[reference_file(name, number)] = reference.data
     return Op(
         name,
-        key,
-        op.entry.name,
-        op.entry.form,
+        records.key,
+        op.op.stem,
+        op.op.spec,
         tuple(reference.to_json() for reference in op.references),
         op.untraced,
-        op.form.device,
+        op.spec.device,
         _torch.schema_text(overload(name)),
         tuple(calls),
     )
 
 
-def _kernels_of(op: Installed) -> tuple[str, Mapping[str, Baked], Mapping[str, Checked]]:
+def _records_of(op: InstalledOp) -> KernelRecords:
     """Describe the kernel of an op that was exported in this process."""
     kernel = op.kernel
     assert kernel is not None
-    return kernels_of(kernel.origin, kernel.layer.__module__, target_of(op.form.device))
+    return record_kernel(kernel.origin, kernel.layer.__module__, target_of(op.spec.device))
 
 
 def _recorded(node: fx.Node) -> RecordedCall:
@@ -224,7 +225,7 @@ def _bundle(
     baked, checked = kernels.baked[key], kernels.checked[key]
     directories = {checked.origin.variant: checked.directory}
     if every:
-        baked, directories = every_build(baked, checked, hub)
+        baked, directories = with_every_build(baked, checked, hub)
     for variant, directory in directories.items():
         for sha256, content in blobs_of(baked.builds[variant], directory):
             extra[blob_file(sha256)] = content

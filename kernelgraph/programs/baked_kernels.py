@@ -1,8 +1,9 @@
-"""Kernels that a program has baked in: what is noted of them when it is saved.
+"""The records of the kernels that a program has baked in.
 
 A program names its kernels by their content: a commit on the Hub, or for a kernel from a disk the
-hash of its files. Of the build that it was exported with, and of those that are put into its file,
-every file is noted with its digest; of the others that the Hub lists, a digest of the listing.
+hash of its files. For the build that the program was exported with, and for those that are put into
+its file, the record has a digest of every file. For the other builds that the Hub lists, it has a
+digest of the listing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from kernelgraph.builds import (
     UNLISTED,
@@ -38,15 +41,17 @@ from kernelgraph.hub import (
     list_build,
     resolve,
 )
-from kernelgraph.selection import Target
+from kernelgraph.kernel import Kernel
+from kernelgraph.programs.portable_json import Json, NotPortable, as_array, as_object, as_text
+from kernelgraph.selection import Device, Mode, Selection, Target
 
 
 @dataclass(frozen=True)
 class Build:
-    """One variant of a kernel, all of whose files are known."""
+    """One variant of a kernel, with a digest of every file."""
 
     package: str
-    """The package in it; empty where it is itself the package."""
+    """The Python package in the variant; empty where the variant is the package itself."""
     sha256: Mapping[str, str]
     """The base64 digest of every file, by relative path."""
 
@@ -58,45 +63,45 @@ class Build:
 
 @dataclass(frozen=True)
 class Baked:
-    """A kernel, as the manifest of a program has it."""
+    """The record of a kernel in the manifest of a program."""
 
     repository: str
-    """The Hub id, or the path that it was loaded from."""
+    """The repository id on the Hub, or the path that the kernel was loaded from."""
     name: str
     revision: str
-    """The commit; of one from a disk, the hash of the content that it was exported with."""
+    """The commit; for a kernel from a disk, the hash of the files that it was exported with."""
     digests: Mapping[str, str]
-    """Of each variant that the Hub lists, a digest of the listing."""
+    """For each variant that the Hub lists, a digest of the listing."""
     builds: Mapping[str, Build]
-    """By variant: the one that the program was exported with, and those in the program's file."""
+    """The build that the program was exported with and those in its file, by variant."""
     uses: tuple[tuple[Wanted, str], ...] = ()
-    """The kernels that it uses: what it asks for, and the key."""
+    """The kernels that it uses: the dependency it declares, and the key of its record."""
 
     @property
     def key(self) -> str:
-        """What the manifest calls it."""
+        """The key of the record in the manifest."""
         return f"{self.repository}@{self.revision}"
 
     @property
     def commit(self) -> str | None:
-        """The commit, of one from the Hub."""
+        """The commit; None for a kernel from a disk."""
         return self.revision if is_commit(self.revision) else None
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The variants that there are, as far as is known."""
+        """The known variants."""
         return tuple(sorted({*self.digests, *self.builds}))
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision[:8]}"
 
-    def to_json(self) -> Any:
-        """As JSON."""
-        builds = {
+    def to_json(self) -> Json:
+        """Return the record as JSON."""
+        builds: dict[str, Json] = {
             variant: {"package": build.package, "files": dict(sorted(build.sha256.items()))}
             for variant, build in sorted(self.builds.items())
         }
-        uses = [
+        uses: list[Json] = [
             {"repo-id": w.repo_id, "revision": w.revision, "version": w.version, "kernel": key}
             for w, key in self.uses
         ]
@@ -110,26 +115,32 @@ class Baked:
         }
 
     @classmethod
-    def from_json(cls, data: Any, source: str) -> Baked:
-        """The inverse of `to_json`.
+    def from_json(cls, data: Json, source: str) -> Baked:
+        """Return the record from what `to_json` returned.
+
+        Args:
+            data: The JSON.
+            source: The name of the program in errors.
 
         Raises:
-            ValueError: It is not such JSON; the message names ``source``.
+            ValueError: If it is not such JSON.
+            KeyError: If a part of it is missing.
         """
-        repository, name, revision = (data[key] for key in ("repository", "name", "revision"))
-        digests, builds = dict(data["digests"]), {}
-        for variant, build in data["builds"].items():
-            for file in (variant, *build["files"]):
-                if leads_out(file) or "\0" in file:
-                    raise ValueError(f"{source}: {file!r} is no path inside a kernel")
-            builds[variant] = Build(build["package"], dict(build["files"]))
-        texts = [repository, name, revision, *digests, *digests.values()]
-        texts += [text for b in builds.values() for text in (b.package, *b.sha256.values())]
-        if not all(isinstance(text, str) for text in texts) or "/" in "".join((*builds, *digests)):
-            raise ValueError(f"{source}: {repository!r} is not described by texts")
-        if any(leads_out(build.package) for build in builds.values() if build.package):
-            raise ValueError(f"{source}: {repository!r} has a package outside of it")
-        uses = tuple((read_wanted(source, "uses", used), used["kernel"]) for used in data["uses"])
+        parts = as_object(data)
+        repository, name, revision = (
+            as_text(parts[key]) for key in ("repository", "name", "revision")
+        )
+        digests = _texts(parts["digests"])
+        builds = {
+            variant: _build_from_json(variant, build, source)
+            for variant, build in as_object(parts["builds"]).items()
+        }
+        if "/" in "".join((*builds, *digests)):
+            raise ValueError(f"{source}: {repository!r} has a variant with a slash in its name")
+        uses = tuple(
+            (read_wanted(source, "uses", used), as_text(as_object(used)["kernel"]))
+            for used in as_array(parts["uses"])
+        )
         baked = cls(repository, name, revision, digests, builds, uses)
         # The names of ops are made from the revision.
         if not baked.commit and revision not in [build.content for build in builds.values()]:
@@ -137,76 +148,110 @@ class Baked:
         return baked
 
 
-# --- noting -------------------------------------------------------------------------------------
+def _texts(data: Json) -> dict[str, str]:
+    return {key: as_text(value) for key, value in as_object(data).items()}
 
 
-def kernels_of(
-    origin: Origin, module: str, target: Target
-) -> tuple[str, Mapping[str, Baked], Mapping[str, Checked]]:
-    """What to note of the kernel that a module belongs to, and the kernels on this machine.
+def _build_from_json(variant: str, data: Json, source: str) -> Build:
+    parts = as_object(data)
+    build = Build(as_text(parts["package"]), _texts(parts["files"]))
+    for file in (variant, *build.sha256):
+        if leads_out(file) or "\0" in file:
+            raise ValueError(f"{source}: {file!r} is no path inside a kernel")
+    if build.package and leads_out(build.package):
+        raise ValueError(f"{source}: variant {variant!r} has a package outside of it")
+    return build
+
+
+# --- kernels on this machine --------------------------------------------------------------------
+
+
+class KernelRecords(NamedTuple):
+    """The records of a kernel and of those that it uses, and what they are on this machine."""
+
+    key: str
+    """The key of the kernel."""
+    baked: Mapping[str, Baked]
+    """The records, by key."""
+    checked: Mapping[str, Checked]
+    """The kernels on this machine, by key."""
+
+
+def record_kernel(origin: Origin, module: str, target: Target) -> KernelRecords:
+    """Return the records of the kernel that a module belongs to.
 
     Args:
-        origin: Where it comes from.
+        origin: The origin of the module.
         module: The name of the module.
-        target: The device that it was loaded for.
-
-    Returns:
-        The kernel's key; and by their keys, it and those that it uses.
+        target: The device that the kernel was loaded for.
 
     Raises:
-        ValueError: It comes from no kernel repository.
-        OSError: Its files cannot be found again.
+        ValueError: If it comes from no kernel repository.
+        OSError: If its files cannot be found again.
     """
     kernel = module_kernel(module)
-    if kernel is None:  # another package loaded it
-        if not origin.variant:
-            raise ValueError(
-                f"{origin.repository} is no kernel repository, from which another process could "
-                "load it: put the kernel into one"
-            )
-        finder = Finder(Hub(), trust_remote_code=True)  # it is running here already
-        if is_commit(origin.revision):
-            kernel = check_kernel(Wanted(origin.repository, origin.revision), target, finder)
-        else:
-            path = Path(origin.repository, "build", origin.variant)
-            kernel = check_local_kernel(path, target, finder, origin.repository)
-    found: dict[str, Baked] = {}
-    here: dict[str, Checked] = {}
-    return _note(kernel, found, here), found, here
+    if kernel is None:
+        kernel = _kernel_of_others(origin, target)
+    baked: dict[str, Baked] = {}
+    checked: dict[str, Checked] = {}
+    return KernelRecords(_add_records(kernel, baked, checked), baked, checked)
 
 
-def _note(kernel: Checked, found: dict[str, Baked], here: dict[str, Checked]) -> str:
+def _kernel_of_others(origin: Origin, target: Target) -> Checked:
+    """Find the files of a kernel that another package has loaded."""
+    if not origin.variant:
+        raise ValueError(
+            f"{origin.repository} is no kernel repository, from which another process could "
+            "load it: put the kernel into one"
+        )
+    finder = Finder(Hub(), trust_remote_code=True)  # its code runs here already
+    if is_commit(origin.revision):
+        return check_kernel(Wanted(origin.repository, origin.revision), target, finder)
+    path = Path(origin.repository, "build", origin.variant)
+    return check_local_kernel(path, target, finder, origin.repository)
+
+
+def _add_records(kernel: Checked, baked: dict[str, Baked], checked: dict[str, Checked]) -> str:
+    """Add the records of a kernel and of those that it uses; return its key."""
     origin = kernel.origin
-    wanted = {w.repo_id: w for w in read_metadata(kernel.directory).kernel_depends}
-    used = kernel.dependencies.items()
-    uses = tuple((wanted[repo_id], _note(one, found, here)) for repo_id, one in used)
-    builds = {origin.variant: Build(kernel.package, _files_of(kernel))}
+    declared = {w.repo_id: w for w in read_metadata(kernel.directory).kernel_depends}
+    uses = tuple(
+        (declared[repo_id], _add_records(used, baked, checked))
+        for repo_id, used in kernel.dependencies.items()
+    )
+    builds = {origin.variant: Build(kernel.package, _digests_of_files(kernel))}
     repository = origin.repository
-    if not is_commit(origin.revision):  # a path, which may have been a relative one
+    if not is_commit(origin.revision):  # a path, which may be a relative one
         build = kernel.directory.parent
         repository = str(build.parent if build.name == "build" else kernel.directory)
-    baked = Baked(repository, origin.name, origin.revision, {}, builds, uses)
-    found[baked.key], here[baked.key] = baked, kernel
-    return baked.key
+    record = Baked(repository, origin.name, origin.revision, {}, builds, uses)
+    baked[record.key], checked[record.key] = record, kernel
+    return record.key
 
 
-def noted_again(
-    kernels: Mapping[str, Baked], key: str, kernel: Checked
-) -> tuple[dict[str, Baked], dict[str, Checked]]:
-    """What to note of a kernel that was baked in, had again as ``kernel``: as `kernels_of`, but
-    that it is still the one that the program was exported with."""
-    baked = kernels[key]
-    builds = {**baked.builds, kernel.origin.variant: Build(kernel.package, _files_of(kernel))}
-    found, here = {key: replace(baked, builds=builds)}, {key: kernel}
-    for wanted, used in baked.uses:
+def record_again(kernels: Mapping[str, Baked], key: str, kernel: Checked) -> KernelRecords:
+    """Return the records of a kernel of a program that was loaded.
+
+    As `record_kernel` does, but under the key that the kernel has in the program, and with the
+    builds that the program was saved with.
+
+    Args:
+        kernels: The records in the program.
+        key: The key of the kernel.
+        kernel: The kernel on this machine.
+    """
+    old = kernels[key]
+    builds = {**old.builds, kernel.origin.variant: Build(kernel.package, _digests_of_files(kernel))}
+    baked, checked = {key: replace(old, builds=builds)}, {key: kernel}
+    for wanted, used in old.uses:
         if wanted.repo_id in kernel.dependencies:
-            more = noted_again(kernels, used, kernel.dependencies[wanted.repo_id])
-            found, here = found | more[0], here | more[1]
-    return found, here
+            _, more, more_checked = record_again(kernels, used, kernel.dependencies[wanted.repo_id])
+            baked, checked = {**baked, **more}, {**checked, **more_checked}
+    return KernelRecords(key, baked, checked)
 
 
-def _files_of(kernel: Checked) -> Mapping[str, str]:
-    """The digest of every file of a kernel that was loaded, its metadata's too."""
+def _digests_of_files(kernel: Checked) -> Mapping[str, str]:
+    """Return the digest of every file of a kernel that was loaded, its metadata's too."""
     unlisted = {
         name: encoded_digest(kernel.directory / name)
         for name in UNLISTED
@@ -218,8 +263,11 @@ def _files_of(kernel: Checked) -> Mapping[str, str]:
     return files
 
 
-def listed(baked: Baked, hub: Hub) -> Baked:
-    """``baked`` with a digest of each variant that the Hub lists, where it can be asked."""
+# --- other builds -------------------------------------------------------------------------------
+
+
+def with_listing(baked: Baked, hub: Hub) -> Baked:
+    """Return a record with a digest of each variant that the Hub lists, if the Hub can be asked."""
     if baked.commit is None:
         return baked
     try:
@@ -232,19 +280,26 @@ def listed(baked: Baked, hub: Hub) -> Baked:
     )
 
 
-def every_build(baked: Baked, kernel: Checked, hub: Hub) -> tuple[Baked, dict[str, Path]]:
-    """``baked`` with all variants of the kernel, and where they are; the Hub's are downloaded.
+def with_every_build(baked: Baked, kernel: Checked, hub: Hub) -> tuple[Baked, dict[str, Path]]:
+    """Return a record with all variants of the kernel, and the directory of each.
+
+    The variants on the Hub are downloaded.
+
+    Args:
+        baked: The record.
+        kernel: The kernel on this machine.
+        hub: The Hub, and the cache.
 
     Raises:
-        ValueError: A variant is not what its metadata, or the Hub, says.
-        OSError: The Hub could not be asked.
+        ValueError: If a variant is not what its metadata, or the Hub, says.
+        OSError: If the Hub could not be asked.
     """
     if baked.commit is None:
         build = kernel.directory.parent
         root = build.parent if build.name == "build" else kernel.directory
         directories = {path.name: path for path in builds_at(root, str(root))}
     else:
-        finder = Finder(hub, trust_remote_code=True)  # it is running here already
+        finder = Finder(hub, trust_remote_code=True)  # its code runs here already
         found = finder.find(Wanted(baked.repository, baked.commit))
         directories = {v: finder.fetch(found, v).directory for v in found.variants}
     builds = dict(baked.builds)
@@ -256,10 +311,10 @@ def every_build(baked: Baked, kernel: Checked, hub: Hub) -> tuple[Baked, dict[st
 
 
 def blobs_of(build: Build, directory: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of a build: the hex sha256 of each, and its content.
+    """Yield the hex sha256 and the content of each file of a build.
 
     Raises:
-        ValueError: One has changed since it was noted.
+        ValueError: If a file has changed since it was recorded.
     """
     for name, digest in build.sha256.items():
         content = (directory / name).read_bytes()
@@ -269,5 +324,74 @@ def blobs_of(build: Build, directory: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def hex_of(digest: str) -> str:
-    """A base64 digest in hex."""
+    """Return a base64 digest in hex."""
     return b64decode(digest).hex()
+
+
+# --- kernels whose own ops are in programs ------------------------------------------------------
+
+
+class TracedKernel(NamedTuple):
+    """A kernel that was traced into its own ops."""
+
+    records: KernelRecords
+    device: str
+    """The type of device that it was traced for."""
+
+
+_traced: dict[str, TracedKernel] = {}
+
+
+def traced_kernels() -> Mapping[str, TracedKernel]:
+    """Return the kernels whose own ops are in programs of this process, by the ops' namespace."""
+    return _traced
+
+
+def record_traced(records: KernelRecords, device: str) -> str:
+    """Record that a kernel's own ops are in a program; return their namespace.
+
+    Raises:
+        NotPortable: If the kernel's metadata does not say the namespace.
+    """
+    namespace = read_metadata(records.checked[records.key].directory).id
+    if namespace is None:
+        raise NotPortable(
+            f"kernel {records.key} does not say what its ops are called: its metadata has no id"
+        )
+    _traced[namespace] = TracedKernel(records, device)
+    return namespace
+
+
+# --- kernels that may be missing ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A repository in name only: it holds one layer, which is loaded already."""
+
+    layer: type[nn.Module]
+
+    def load(self) -> type[nn.Module]:
+        """Return the layer."""
+        return self.layer
+
+
+class LateKernel:
+    """A kernel that is missing, and may arrive later.
+
+    Args:
+        name: The name of the kernel's layer.
+        origin: The origin of the kernel.
+    """
+
+    def __init__(self, name: str, origin: Origin) -> None:
+        self.kernel: Kernel | None = None
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.kernel is None:
+                raise RuntimeError("it is not on this machine: the program was loaded without it")
+            return self.kernel.forward(module, *args, **kwargs)
+
+        layer = type(name, (nn.Module,), {"forward": forward})
+        selection = Selection(LoadedLayer(layer), Mode.FALLBACK, Device("cpu"))
+        self.stand_in = Kernel(layer, origin, selection)

@@ -1,19 +1,20 @@
 """The sizes of an op's results as data: expressions over the sizes of its operands.
 
-They are found by running the layer or its kernel once on fakes whose sizes are symbols, and can
-then be told anywhere, without either. As JSON an expression is
+They are recorded while a model is exported (`kernelgraph.programs.export_ops`). After that they can
+be computed anywhere, without the layer and the kernel. As JSON an expression is
 
 - a number;
-- ``["operand", i, d]``: size ``d`` of operand ``i``, or with 0 an operand that is a number;
-- ``["new", k]``: a size that depends on values, the ``k``-th of the call's;
-- ``[function, *expressions]``, with one of `_FUNCTIONS`.
+- ``["operand", i, d]``: size ``d`` of operand ``i``; for an operand that is a number, ``d`` is 0;
+- ``["new", k]``: the ``k``-th size of the call that depends on values;
+- ``[function, *expressions]``, where the function is one of `FUNCTIONS`.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,12 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Template
-from kernelgraph.graph.infer import OutputSpec, Source, TensorSpec, UnknownShape
+from kernelgraph.graph.infer import OutputSpec, Source, TensorSpec
+from kernelgraph.programs.portable_json import Json, as_array, as_object, as_text, is_index, is_int
 
-Expression = Any
-"""As JSON."""
+# --- expressions --------------------------------------------------------------------------------
 
-
-class _NotData(Exception):
-    """An expression has no form as data."""
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: functools.reduce(operator.add, terms),
     "*": lambda *terms: functools.reduce(operator.mul, terms),
     "//": operator.floordiv,
@@ -50,265 +46,235 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "or": lambda *parts: any(parts),
     "not": operator.not_,
 }
-_SPELLED = {
-    "Add": "+",
-    "Mul": "*",
-    "FloorDiv": "//",
-    "CleanDiv": "//",
-    "Mod": "%",
-    "PythonMod": "%",
-    "Pow": "**",
-    "PowByNatural": "**",
-    "Max": "max",
-    "Min": "min",
-    "Equality": "==",
-    "Unequality": "!=",
-    "StrictLessThan": "<",
-    "LessThan": "<=",
-    "StrictGreaterThan": ">",
-    "GreaterThan": ">=",
-    "And": "and",
-    "Or": "or",
-    "Not": "not",
-}
-"""sympy's names for them, and torch's."""
+
+
+class SizeExpression(ABC):
+    """A size, or a condition on sizes, in terms of a call's operands."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+        """Return the value for ``operands``, whose sizes may be symbolic.
+
+        Args:
+            operands: The operands of the call.
+            new: The sizes that depend on values, by number. A missing one is created and added.
+        """
+
+    @abstractmethod
+    def to_json(self) -> Json:
+        """Return the expression as JSON."""
+
+    @property
+    def depends_on_values(self) -> bool:
+        """Whether a `NewSize` is in it."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Number(SizeExpression):
+    """A constant."""
+
+    value: int
+
+    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> int:
+        return self.value
+
+    def to_json(self) -> Json:
+        return self.value
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class OperandSize(SizeExpression):
+    """One size of an operand, or the value of an operand that is a number."""
+
+    operand: int
+    dim: int
+
+    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+        value = operands[self.operand]
+        return value.shape[self.dim] if isinstance(value, Tensor) else value
+
+    def to_json(self) -> Json:
+        return ["operand", self.operand, self.dim]
+
+    def __str__(self) -> str:
+        return f"operand {self.operand}'s size {self.dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class NewSize(SizeExpression):
+    """A size that depends on values: each call has its own."""
+
+    index: int
+
+    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+        if self.index not in new:
+            with _torch.forgetting_unbacked_symbols():
+                new[self.index] = torch.library.get_ctx().new_dynamic_size()
+        return new[self.index]
+
+    def to_json(self) -> Json:
+        return ["new", self.index]
+
+    @property
+    def depends_on_values(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"u{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation(SizeExpression):
+    """A function of `FUNCTIONS`, applied to expressions."""
+
+    function: str
+    parts: tuple[SizeExpression, ...]
+
+    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+        return FUNCTIONS[self.function](*(part.evaluate(operands, new) for part in self.parts))
+
+    def to_json(self) -> Json:
+        return [self.function, *(part.to_json() for part in self.parts)]
+
+    @property
+    def depends_on_values(self) -> bool:
+        return any(part.depends_on_values for part in self.parts)
+
+    def __str__(self) -> str:
+        if self.function in ("max", "min", "not"):
+            return f"{self.function}({', '.join(map(str, self.parts))})"
+        return f" {self.function} ".join(
+            f"({part})" if isinstance(part, Operation) else str(part) for part in self.parts
+        )
+
+
+def expression_from_json(data: Json) -> SizeExpression:
+    """Return the expression from what `SizeExpression.to_json` returned.
+
+    Raises:
+        ValueError: If it is not such JSON.
+    """
+    if is_int(data):
+        return Number(data)
+    match data:
+        case ["operand", operand, dim] if is_index(operand) and is_index(dim):
+            return OperandSize(operand, dim)
+        case ["new", index] if is_index(index):
+            return NewSize(index)
+        case [str(function), _, *_] if function in FUNCTIONS:
+            return Operation(function, tuple(map(expression_from_json, as_array(data)[1:])))
+    raise ValueError(f"{data!r} is no expression over sizes")
+
+
+# --- the results of an op -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ResultSizes:
     """One result of an op."""
 
-    size: tuple[Expression, ...]
+    size: tuple[SizeExpression, ...]
     dtype: torch.dtype
     device: str
-    """The type."""
+    """The type of device."""
+
+    def to_json(self) -> Json:
+        """Return the result as JSON."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [[size.to_json() for size in self.size], dtype, self.device]
+
+    @classmethod
+    def from_json(cls, data: Json) -> ResultSizes:
+        """Return the result from what `to_json` returned.
+
+        Raises:
+            ValueError, RuntimeError: If it is not such JSON.
+        """
+        size, dtype_name, device = as_array(data)
+        dtype = getattr(torch, as_text(dtype_name), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{dtype_name!r} is no dtype")
+        expressions = tuple(map(expression_from_json, as_array(size)))
+        return cls(expressions, dtype, torch.device(as_text(device)).type)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The results of an op."""
+    """The sizes of all results of an op."""
 
     results: tuple[ResultSizes, ...]
-    conditions: tuple[Expression, ...]
-    """What must be true of the operands for this to be so."""
+    conditions: tuple[SizeExpression, ...]
+    """The conditions on the operands under which the results have these sizes."""
 
     def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
-        """The results of a call with ``operands``.
+        """Return the specs of the results of a call with ``operands``.
 
         Raises:
-            ValueError: A condition is not met.
+            ValueError: If a condition is not met.
         """
         for condition in self.conditions:
-            if not evaluate(condition, operands, {}):
+            if not condition.evaluate(operands, {}):
                 raise ValueError(
-                    f"the sizes of the results are told where {text(condition)}, which is not so: "
+                    f"the sizes of the results are known only where {condition}, which is not so: "
                     "export the model with such sizes"
                 )
         new: dict[int, Any] = {}
         return tuple(
             TensorSpec(
-                tuple(evaluate(size, operands, new) for size in result.size),
+                tuple(size.evaluate(operands, new) for size in result.size),
                 result.dtype,
-                _device(result.device, operands),
+                _device_like(operands, result.device),
             )
             for result in self.results
         )
 
     def source(self, output: Template, written: tuple[int, ...]) -> Source:
-        """These sizes in the form that `kernelgraph.graph.infer.shapes.infer_output` gives."""
+        """Return a function from operands to output specs, as
+        `kernelgraph.graph.infer.infer_output` does.
 
-        def tell(operands: Sequence[Any]) -> OutputSpec:
-            results = self(operands)
-            fresh = any(_has_new(size) for result in self.results for size in result.size)
-            return OutputSpec(results, output, written, "recorded", fresh)
+        Args:
+            output: The structure of the output.
+            written: The operands that the kernel writes into.
+        """
+        fresh = any(size.depends_on_values for result in self.results for size in result.size)
 
-        return tell
+        def infer(operands: Sequence[Any]) -> OutputSpec:
+            return OutputSpec(self(operands), output, written, "recorded", fresh)
 
-    def to_json(self) -> Any:
-        """As JSON."""
-        results = [
-            [list(r.size), str(r.dtype).removeprefix("torch."), r.device] for r in self.results
-        ]
-        return {"results": results, "conditions": list(self.conditions)}
+        return infer
+
+    def to_json(self) -> Json:
+        """Return the sizes as JSON."""
+        return {
+            "results": [result.to_json() for result in self.results],
+            "conditions": [condition.to_json() for condition in self.conditions],
+        }
 
     @classmethod
-    def from_json(cls, data: Any) -> Sizes:
-        """The inverse of `to_json`.
+    def from_json(cls, data: Json) -> Sizes:
+        """Return the sizes from what `to_json` returned.
 
         Raises:
-            ValueError: It is not such JSON.
+            ValueError, RuntimeError: If it is not such JSON.
+            KeyError: If a part of it is missing.
         """
-        results = []
-        for size, dtype, device in data["results"]:
-            known = getattr(torch, dtype, None)
-            if not isinstance(known, torch.dtype):
-                raise ValueError(f"{dtype!r} is no dtype")
-            results.append(
-                ResultSizes(tuple(map(_checked, size)), known, torch.device(device).type)
-            )
-        return cls(tuple(results), tuple(map(_checked, data["conditions"])))
-
-
-def _device(kind: str, operands: Sequence[Any]) -> torch.device:
-    """That of the first operand on such a device: which of several it is, the program decides."""
-    for value in operands:
-        if isinstance(value, Tensor) and value.device.type == kind:
-            return value.device
-    return torch.device(kind)
-
-
-def _has_new(expression: Expression) -> bool:
-    if not isinstance(expression, list):
-        return False
-    return expression[0] == "new" or any(map(_has_new, expression[1:]))
-
-
-# --- expressions --------------------------------------------------------------------------------
-
-
-def evaluate(expression: Expression, operands: Sequence[Any], new: dict[int, Any]) -> Any:
-    """What an expression is for ``operands``, which may be symbolic.
-
-    Args:
-        expression: The expression.
-        operands: The operands.
-        new: The sizes so far that depend on values; more are put there, as an op's fake makes them.
-    """
-    if not isinstance(expression, list):
-        return expression
-    function, *rest = expression
-    if function == "operand":
-        value = operands[rest[0]]
-        return value.shape[rest[1]] if isinstance(value, Tensor) else value
-    if function == "new":
-        if rest[0] not in new:
-            with _torch.forgetting_unbacked_symbols():
-                new[rest[0]] = torch.library.get_ctx().new_dynamic_size()
-        return new[rest[0]]
-    return _FUNCTIONS[function](*(evaluate(part, operands, new) for part in rest))
-
-
-def text(expression: Expression) -> str:
-    """An expression for people."""
-    if not isinstance(expression, list):
-        return str(expression)
-    function, *rest = expression
-    if function == "operand":
-        return f"operand {rest[0]}'s size {rest[1]}"
-    if function == "new":
-        return f"u{rest[0]}"
-    if function in ("max", "min", "not"):
-        return f"{function}({', '.join(map(text, rest))})"
-    return f" {function} ".join(
-        f"({text(part)})" if isinstance(part, list) and part[0] in _FUNCTIONS else text(part)
-        for part in rest
-    )
-
-
-def _checked(expression: Any) -> Expression:
-    if type(expression) is int:
-        return expression
-    if isinstance(expression, list) and len(expression) > 1:
-        function, *rest = expression
-        if function in ("operand", "new") and all(type(n) is int and n >= 0 for n in rest):
-            return expression
-        if isinstance(function, str) and function in _FUNCTIONS:
-            return [function, *map(_checked, rest)]
-    raise ValueError(f"{expression!r} is no expression over sizes")
-
-
-def _as_data(expression: Any, places: Mapping[Any, tuple[int, int]], new: dict[Any, int]) -> Any:
-    """A size, or a relation between sizes, in terms of operands.
-
-    Raises:
-        _NotData: There is no such form of it.
-    """
-    if not isinstance(expression, (_torch.Expression, _torch.Relation)):
-        return int(expression)
-    if expression.is_Integer:
-        return int(expression)
-    if expression.is_Symbol:
-        if expression in places:
-            return ["operand", *places[expression]]
-        return ["new", new.setdefault(expression, len(new))]
-    name = type(expression).__name__
-    if name not in _SPELLED:
-        raise _NotData(f"{expression} has no form as data")
-    return [_SPELLED[name], *(_as_data(part, places, new) for part in expression.args)]
-
-
-# --- finding them -------------------------------------------------------------------------------
-
-
-def record(
-    source: Source, operands: Sequence[Any], *, everything: bool
-) -> tuple[Sizes, OutputSpec]:
-    """The sizes of the results of calls like that with ``operands``.
-
-    Args:
-        source: What tells the results of a call.
-        operands: Those of a call.
-        everything: Whether each size of each operand may be another one; else only those that are
-            symbolic in this call.
-
-    Returns:
-        The sizes, and what was told of a call with symbols in their place.
-
-    Raises:
-        UnknownShape: They have no form as data.
-        Exception: What ``source`` raises.
-    """
-    symbolic, places, env = _torch.symbolic_like(operands, everything)
-    told = source(symbolic)
-    new: dict[Any, int] = {}
-    try:
-        results = tuple(
-            ResultSizes(
-                tuple(_as_data(_torch.expression(size), places, new) for size in result.shape),
-                result.dtype,
-                result.device.type,
-            )
-            for result in told.results
+        parts = as_object(data)
+        return cls(
+            tuple(map(ResultSizes.from_json, as_array(parts["results"]))),
+            tuple(map(expression_from_json, as_array(parts["conditions"]))),
         )
-        taken = [part for guard in _torch.guards_of(env) for part in _conjuncts(guard)]
-        conditions = [_as_data(guard, places, {}) for guard in taken if _matters(guard)]
-    except _NotData as error:
-        raise UnknownShape(f"the size of a result: {error}") from None
-    conditions += _as_they_are(operands, everything)
-    return Sizes(results, tuple(_distinct(conditions))), told
 
 
-def _distinct(conditions: Sequence[Expression]) -> list[Expression]:
-    return [c for i, c in enumerate(conditions) if c not in conditions[:i]]
-
-
-def _conjuncts(guard: Any) -> Sequence[Any]:
-    return guard.args if type(guard).__name__ == "And" else (guard,)
-
-
-def _matters(guard: Any) -> bool:
-    """Whether a guard can make the sizes of the results other ones.
-
-    Fakes guard much that cannot: that a size is not 0 or 1, and of strides, which are products of
-    sizes, how they lie to each other. What is left out by mistake is found when a result is not of
-    the size that was told.
-    """
-    if type(guard).__name__ == "Equality":
-        return True
-    if not isinstance(guard, _torch.Relation) or any(part.is_Mul for part in guard.args):
-        return False
-    return not all(part.is_Symbol or part in (0, 1, 2) for part in guard.args) or not any(
-        part.is_Integer for part in guard.args
-    )
-
-
-def _as_they_are(operands: Sequence[Any], everything: bool) -> list[Expression]:
-    """Conditions that what was no symbol is what it was."""
-    found: list[Expression] = []
-    for i, value in enumerate(operands):
-        if isinstance(value, Tensor) and not everything:
-            sizes = enumerate(value.shape)
-            found += [["==", ["operand", i, d], n] for d, n in sizes if type(n) is int]
-        elif type(value) is int:
-            found.append(["==", ["operand", i, 0], value])
-    return found
+def _device_like(operands: Sequence[Any], device_type: str) -> torch.device:
+    """Return the device of the first operand on a device of this type. Of several such devices, the
+    program decides which."""
+    for value in operands:
+        if isinstance(value, Tensor) and value.device.type == device_type:
+            return value.device
+    return torch.device(device_type)

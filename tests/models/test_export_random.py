@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.export import Dim
 
 from kernelgraph import Mode, export
-from kernelgraph.programs.references import ops_in
+from kernelgraph.programs.program_ops import ops_in
 from tests.models.test_random_models import assert_kernels, assert_same, eager, examples, mapping
 from tests.support.random_layers import Model, build, inputs_of, models
 

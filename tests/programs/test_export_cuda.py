@@ -23,7 +23,7 @@ from kernelgraph import (
     use_kernel_mapping,
 )
 from kernelgraph.archive.compatibility import release_risk
-from kernelgraph.programs.references import namespaces_in, ops_in
+from kernelgraph.programs.program_ops import namespaces_in, ops_in
 from tests.support.exporting import in_fresh_process
 from tests.support.sources import import_example
 from tests.support.toy_models import error

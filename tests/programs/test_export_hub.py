@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from kernelgraph import LayerRepository, Mode, export, load, save
 from kernelgraph.archive.container import Archive
-from kernelgraph.programs.program_ops import installed
+from kernelgraph.programs.program_ops import ProgramOp, installed_ops
 from tests.support.archives import expected, with_manifest
 from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales
 from tests.support.toy_models import Chain
@@ -104,13 +104,12 @@ def test_the_hub_vouches_only_for_what_it_lists(hub, wanted, tmp_path, x):
         (kernel,) = data["kernels"].values()
         kernel["revision"] = commit
         data["kernels"] = {f"org/toy@{commit}": kernel}
-        from kernelgraph.builds import Origin
-        from kernelgraph.programs.program_ops import Entry
+        from kernelgraph.builds.check import Origin
 
         (op,) = data["ops"].values()
-        entry = Entry.of(op["form"], Origin("org/toy", kernel["name"], commit, ""))
-        op["kernel"], op["stem"], op["references"] = f"org/toy@{commit}", entry.name, []
-        data["ops"] = {entry.op: op}
+        entry = ProgramOp.of(op["form"], Origin("org/toy", kernel["name"], commit, ""))
+        op["kernel"], op["stem"], op["references"] = f"org/toy@{commit}", entry.stem, []
+        data["ops"] = {entry.name: op}
 
     made = with_manifest(tmp_path / "a.pt2", renamed)
     loads = [(made, "load", {"fallback": "reference"})]
@@ -183,10 +182,10 @@ def test_no_build_that_fits_and_no_hub(hub, wanted, tmp_path, monkeypatch):
     program = exported(wanted)
     save(program, tmp_path / "a.pt2")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "empty"))
-    before = dict(installed())
+    before = dict(installed_ops())
     with pytest.raises(OSError, match="org/toy"):
         load(tmp_path / "a.pt2", local_files_only=True)
-    assert installed() == before
+    assert installed_ops() == before
     made = load(tmp_path / "a.pt2", local_files_only=True, fallback="reference")
     assert not [n for n in made.graph.nodes if "hubkernels" in str(n.target)]
     assert not os.path.exists(tmp_path / "empty")

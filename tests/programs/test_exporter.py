@@ -22,7 +22,7 @@ from kernelgraph import (
     use_kernel_mapping,
     use_kernelized_func,
 )
-from kernelgraph.programs.references import ops_in
+from kernelgraph.programs.program_ops import ops_in
 from kernelgraph.report import Reason
 from tests.examples.test_decoder import LAYERS, small, tokens
 from tests.support.exporting import in_fresh_process

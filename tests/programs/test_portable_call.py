@@ -16,10 +16,12 @@ from kernelgraph.graph.calls.constants import same
 from kernelgraph.graph.calls.runner import Runner
 from kernelgraph.graph.calls.trees import Constant, Entries, Leaf, Parts
 from kernelgraph.programs.portable_call import (
-    NotPortable,
     call_from_json,
     call_to_json,
     check_needs_no_code,
+)
+from kernelgraph.programs.portable_json import (
+    NotPortable,
     constant_from_json,
     constant_to_json,
     path_from_json,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kernelgraph.graph.calls.trees import Leaf
 from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape
-from kernelgraph.programs.portable_sizes import Sizes, record
+from kernelgraph.programs.export_ops import record_sizes
+from kernelgraph.programs.portable_sizes import Sizes
 
 
 def source(function: Callable[..., Any]) -> Callable[[Sequence[Any]], OutputSpec]:
@@ -49,7 +50,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def test_sizes_are_those_of_the_function(name, rows, columns, others):
     """Whatever the sizes, the recorded ones are the function's own, or a condition is not met."""
     function = FUNCTIONS[name]
-    sizes, _ = record(
+    sizes, _ = record_sizes(
         source(function), [torch.randn(rows, columns), torch.randn(columns)], everything=True
     )
     sizes = Sizes.from_json(json.loads(json.dumps(sizes.to_json())))
@@ -70,16 +71,18 @@ def test_sizes_are_those_of_the_function(name, rows, columns, others):
 
 def test_only_what_is_dynamic():
     """Where a kernel cannot be asked of other sizes, each static size is a condition."""
-    sizes, _ = record(
+    sizes, _ = record_sizes(
         source(lambda x, w: x * w), [torch.randn(3, 4), torch.randn(4)], everything=False
     )
     assert sizes([torch.randn(3, 4), torch.randn(4)])[0].shape == (3, 4)
-    with pytest.raises(ValueError, match=r"told where operand 0's size 0 == 3, which is not so"):
+    with pytest.raises(
+        ValueError, match=r"only where operand 0's size 0 == 3, which is not so"
+    ):
         sizes([torch.randn(5, 4), torch.randn(4)])
 
 
 def test_a_number_is_taken_as_it_is():
-    sizes, _ = record(source(lambda x, n: x[:n]), [torch.randn(7), 4], everything=True)
+    sizes, _ = record_sizes(source(lambda x, n: x[:n]), [torch.randn(7), 4], everything=True)
     assert sizes([torch.randn(9), 4])[0].shape == (4,)
     with pytest.raises(ValueError, match=r"where operand 1's size 0 == 4"):
         sizes([torch.randn(9), 5])
@@ -90,7 +93,7 @@ def test_a_size_that_has_no_form_as_data():
         return x.new_empty(torch.sym_int(x.shape[0] ** 0.5))
 
     with pytest.raises(UnknownShape, match="has no form as data"):
-        record(source(odd), [torch.randn(9)], everything=True)
+        record_sizes(source(odd), [torch.randn(9)], everything=True)
 
 
 @pytest.mark.parametrize(
