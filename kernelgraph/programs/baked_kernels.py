@@ -12,7 +12,7 @@ from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -86,11 +86,6 @@ class Baked:
     def commit(self) -> str | None:
         """The commit; None for a kernel from a disk."""
         return self.revision if is_commit(self.revision) else None
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        """The known variants."""
-        return tuple(sorted({*self.digests, *self.builds}))
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision[:8]}"
@@ -387,7 +382,7 @@ class LateKernel:
     def __init__(self, name: str, origin: Origin) -> None:
         self.kernel: Kernel | None = None
 
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(module: nn.Module, *args: object, **kwargs: object) -> object:
             if self.kernel is None:
                 raise RuntimeError("it is not on this machine: the program was loaded without it")
             return self.kernel.forward(module, *args, **kwargs)

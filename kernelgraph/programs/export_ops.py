@@ -65,7 +65,7 @@ class ExportedOps:
         self._names: dict[tuple[object, ...], str] = {}
 
     def op_for(
-        self, site: Site, kernel: Kernel, call: Call, operands: Sequence[Any], options: Options
+        self, site: Site, kernel: Kernel, call: Call, operands: Sequence[object], options: Options
     ) -> tuple[Lowered, Gradient | None]:
         """Return the op for a call, and where its gradient comes from if one can flow through it.
 
@@ -90,7 +90,7 @@ class ExportedOps:
         return _lowered(name, installed.spec, operands, installed.body.returns)
 
 
-def _operands_key(operands: Sequence[Any]) -> tuple[object, ...]:
+def _operands_key(operands: Sequence[object]) -> tuple[object, ...]:
     """Return everything about operands that an op for a call with them may depend on."""
     key: list[object] = []
     for value in operands:
@@ -103,7 +103,7 @@ def _operands_key(operands: Sequence[Any]) -> tuple[object, ...]:
 
 
 def _lowered(
-    name: str, spec: ProgramOpSpec, operands: Sequence[Any], returns: int
+    name: str, spec: ProgramOpSpec, operands: Sequence[object], returns: int
 ) -> tuple[Lowered, Gradient | None]:
     results = spec.sizes(operands) if static_key(operands) else spec.output_spec.results
     packed = ops.packed_operands(spec.call)
@@ -119,7 +119,7 @@ def _make_op(
     kernel: Kernel,
     layer: Extensible,
     call: Call,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     module: nn.Module,
     training: bool,
 ) -> str:
@@ -150,7 +150,7 @@ def _make_op(
 def _flow(
     layer: Extensible,
     call: Call,
-    operands: Sequence[Any],
+    operands: Sequence[object],
     output_spec: OutputSpec,
     writes: Effects,
 ) -> GradientFlow:
@@ -169,7 +169,7 @@ def _member_of(kernel: Kernel) -> KernelMember:
     return KernelMember("layer_name", kernel.layer.__name__)
 
 
-def _sizes(source: Source, output_spec: OutputSpec, operands: Sequence[Any]) -> Sizes:
+def _sizes(source: Source, output_spec: OutputSpec, operands: Sequence[object]) -> Sizes:
     # A kernel that has to run for real is not run at sizes that it may not support.
     if output_spec.source != "probe":
         try:
@@ -213,7 +213,7 @@ class _NotExpressible(Exception):
 
 
 def record_sizes(
-    source: Source, operands: Sequence[Any], *, everything: bool
+    source: Source, operands: Sequence[object], *, everything: bool
 ) -> tuple[Sizes, OutputSpec]:
     """Find the sizes of the results of calls like one with ``operands``.
 
@@ -232,7 +232,7 @@ def record_sizes(
     """
     symbolic, places, env = _torch.symbolic_like(operands, everything)
     spec = source(symbolic)
-    new: dict[Any, int] = {}
+    new: dict[object, int] = {}
     try:
         results = tuple(
             ResultSizes(
@@ -251,7 +251,7 @@ def record_sizes(
 
 
 def _from_sympy(
-    expression: Any, places: Mapping[Any, tuple[int, int]], new: dict[Any, int]
+    expression: Any, places: Mapping[object, tuple[int, int]], new: dict[object, int]
 ) -> SizeExpression:
     """Return a size or a condition in terms of operands.
 
@@ -296,7 +296,7 @@ def _affects_sizes(guard: Any) -> bool:
     )
 
 
-def _fixed(operands: Sequence[Any], everything: bool) -> list[SizeExpression]:
+def _fixed(operands: Sequence[object], everything: bool) -> list[SizeExpression]:
     """Return conditions that each size and number without a symbol has the value of this call."""
     found = []
     for i, value in enumerate(operands):

@@ -51,7 +51,7 @@ from kernelgraph.selection import Device, Mode, Target, current_mapping, serving
 LOWERINGS = ("op", "native")
 EXPORT_POLICIES = ("always", "never")
 
-Forward = Callable[..., Any]
+Forward = Callable[..., object]
 
 
 def export(
@@ -266,7 +266,7 @@ class _OpCall(NamedTuple):
     first_state: int
     """The number of the first operand that is state of the layer."""
 
-    def run(self) -> Any:
+    def run(self) -> object:
         """Call the op, write what the layer writes, and return what the layer returns."""
         op, operands = self.op, self.operands
         results = results_of(op.name, op.packed, operands)
@@ -290,7 +290,7 @@ class _Exporter:
     own_forwards: dict[nn.Module, Forward | None] = field(default_factory=dict)
     """The forward of each layer instance before the export; None if it has none of its own."""
 
-    def call(self, site: Site, *args: Any, **kwargs: Any) -> Any:
+    def call(self, site: Site, *args: object, **kwargs: object) -> object:
         """Call a layer in non-strict export: its op, its kernel to be traced, or its reference."""
         module = site.module
         with self._without_export_forward(module):
@@ -314,7 +314,7 @@ class _Exporter:
             _set_forward(module, during_export)
 
     def _op_call(
-        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, site: Site, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> _OpCall | Kernel:
         """Return a call as an op, or the kernel if it is to be traced.
 

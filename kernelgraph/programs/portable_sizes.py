@@ -16,7 +16,6 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from kernelgraph.programs.portable_json import Json, as_array, as_object, as_tex
 
 # --- expressions --------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Callable[..., object]] = {
     "+": lambda *terms: functools.reduce(operator.add, terms),
     "*": lambda *terms: functools.reduce(operator.mul, terms),
     "//": operator.floordiv,
@@ -54,7 +53,7 @@ class SizeExpression(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+    def evaluate(self, operands: Sequence[object], new: dict[int, object]) -> object:
         """Return the value for ``operands``, whose sizes may be symbolic.
 
         Args:
@@ -78,7 +77,7 @@ class Number(SizeExpression):
 
     value: int
 
-    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> int:
+    def evaluate(self, operands: Sequence[object], new: dict[int, object]) -> int:
         return self.value
 
     def to_json(self) -> Json:
@@ -95,7 +94,7 @@ class OperandSize(SizeExpression):
     operand: int
     dim: int
 
-    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+    def evaluate(self, operands: Sequence[object], new: dict[int, object]) -> object:
         value = operands[self.operand]
         return value.shape[self.dim] if isinstance(value, Tensor) else value
 
@@ -112,7 +111,7 @@ class NewSize(SizeExpression):
 
     index: int
 
-    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+    def evaluate(self, operands: Sequence[object], new: dict[int, object]) -> object:
         if self.index not in new:
             with _torch.forgetting_unbacked_symbols():
                 new[self.index] = torch.library.get_ctx().new_dynamic_size()
@@ -136,7 +135,7 @@ class Operation(SizeExpression):
     function: str
     parts: tuple[SizeExpression, ...]
 
-    def evaluate(self, operands: Sequence[Any], new: dict[int, Any]) -> Any:
+    def evaluate(self, operands: Sequence[object], new: dict[int, object]) -> object:
         return FUNCTIONS[self.function](*(part.evaluate(operands, new) for part in self.parts))
 
     def to_json(self) -> Json:
@@ -212,7 +211,7 @@ class Sizes:
     conditions: tuple[SizeExpression, ...]
     """The conditions on the operands under which the results have these sizes."""
 
-    def __call__(self, operands: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    def __call__(self, operands: Sequence[object]) -> tuple[TensorSpec, ...]:
         """Return the specs of the results of a call with ``operands``.
 
         Raises:
@@ -224,7 +223,7 @@ class Sizes:
                     f"the sizes of the results are known only where {condition}, which is not so: "
                     "export the model with such sizes"
                 )
-        new: dict[int, Any] = {}
+        new: dict[int, object] = {}
         return tuple(
             TensorSpec(
                 tuple(size.evaluate(operands, new) for size in result.size),
@@ -244,7 +243,7 @@ class Sizes:
         """
         fresh = any(size.depends_on_values for result in self.results for size in result.size)
 
-        def infer(operands: Sequence[Any]) -> OutputSpec:
+        def infer(operands: Sequence[object]) -> OutputSpec:
             return OutputSpec(self(operands), output, written, "recorded", fresh)
 
         return infer
@@ -271,7 +270,7 @@ class Sizes:
         )
 
 
-def _device_like(operands: Sequence[Any], device_type: str) -> torch.device:
+def _device_like(operands: Sequence[object], device_type: str) -> torch.device:
     """Return the device of the first operand on a device of this type. Of several such devices, the
     program decides which."""
     for value in operands:

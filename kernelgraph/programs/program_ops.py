@@ -211,7 +211,7 @@ class ProgramOp:
 
 # --- registered ops -----------------------------------------------------------------------------
 
-OpFunction = Callable[[Sequence[Any]], Sequence[Tensor]]
+ReferenceFunction = Callable[[Sequence[object]], Sequence[Tensor]]
 """A function from the operands of an op to its results."""
 
 
@@ -225,7 +225,7 @@ class InstalledOp:
     kernel: Kernel | None
     late_kernel: LateKernel | None
     """The stand-in that runs the kernel, where the op was registered without one."""
-    reference: OpFunction | None = None
+    reference: ReferenceFunction | None = None
     """The function that computes the reference, once one is known."""
     references: Sequence[Reference] = ()
     """Traces of the reference for calls of different sizes."""
@@ -280,7 +280,7 @@ def _register(op: ProgramOp, kernel: Kernel | None) -> InstalledOp:
 def _layer_of(op: ProgramOp, spec: ProgramOpSpec) -> Extensible:
     """Return an extensible layer whose forward runs the op's reference."""
 
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(module: nn.Module, *args: object, **kwargs: object) -> object:
         reference = _installed[op.name].reference
         if reference is None:
             raise RuntimeError(
@@ -317,7 +317,7 @@ def replace_with_references(
     Raises:
         NoReference: If a call of such an op fits none of its references.
     """
-    table: dict[Any, Callable[..., Any]] = {
+    table: dict[Any, Callable[..., object]] = {
         ops.overload(installed.op.name): _decomposition(installed, references)
         for installed, references in replaced
     }
@@ -331,7 +331,7 @@ def _decomposition(
     """Return a function from the arguments of an op to what it returns, by its references."""
     packed = ops.packed_operands(installed.spec.call)
 
-    def decompose(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    def decompose(*arguments: object) -> Tensor | tuple[Tensor, ...]:
         results = run_reference(installed.op.name, references, ops.unpack(arguments, packed))
         return results[0] if len(results) == 1 else tuple(results)
 

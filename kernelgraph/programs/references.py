@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ class Reference:
     data: bytes
     """The program, as ``torch.export.save`` writes it."""
 
-    def fits(self, operands: Sequence[Any]) -> bool:
+    def fits(self, operands: Sequence[object]) -> bool:
         """Whether the trace is valid for ``operands``; nothing symbolic is guarded."""
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         return len(operands) == len(self.operands) and all(
             self._fits_tensor(expected, operand, values)
             if isinstance(operand, Tensor)
@@ -51,14 +51,14 @@ class Reference:
             for expected, operand in zip(self.operands, operands, strict=True)
         )
 
-    def _fits_tensor(self, expected: Json, operand: Tensor, values: dict[str, Any]) -> bool:
+    def _fits_tensor(self, expected: Json, operand: Tensor, values: dict[str, object]) -> bool:
         sizes = as_array(expected)
         return len(sizes) == operand.dim() and all(
             self._fits(size, value, values)
             for size, value in zip(sizes, operand.shape, strict=True)
         )
 
-    def _fits(self, expected: Json, value: Any, values: dict[str, Any]) -> bool:
+    def _fits(self, expected: Json, value: object, values: dict[str, object]) -> bool:
         value = _torch.expression(value)
         if not isinstance(expected, str):
             return type(expected) is type(value) and bool(expected == value)
@@ -67,18 +67,18 @@ class Reference:
             return False
         return bool(values.setdefault(expected, value) == value)
 
-    def __call__(self, operands: Sequence[Any]) -> list[Tensor]:
+    def __call__(self, operands: Sequence[object]) -> list[Tensor]:
         """Return the results of a call with ``operands``."""
         return self._run(operands)
 
     @cached_property
-    def _run(self) -> Callable[[Sequence[Any]], list[Tensor]]:
+    def _run(self) -> Callable[[Sequence[object]], list[Tensor]]:
         with _torch.out_of_export():  # the call may be part of an export
             program = torch.export.load(io.BytesIO(self.data))
         held = {**program.state_dict, **program.constants}
         inputs = [spec.target and held[spec.target] for spec in program.graph_signature.input_specs]
 
-        def run(operands: Sequence[Any]) -> list[Tensor]:
+        def run(operands: Sequence[object]) -> list[Tensor]:
             rest = iter(operands)
             values = [next(rest) if value is None else value for value in inputs]
             return list(program.graph_module(*values))
@@ -119,7 +119,7 @@ class ExportedCall(NamedTuple):
     layer: Extensible
     call: Call
     """The signature of the call, as the model makes it."""
-    operands: list[Any]
+    operands: Sequence[object]
     """Fakes like the operands, with symbols for the sizes that are symbolic in the model; see
     `_torch.symbolic_like`."""
 
@@ -180,19 +180,19 @@ class _Reference(nn.Module):
         self._written = tuple(written)
         self._runner = Runner(call.layer.reference, call.call)
 
-    def forward(self, *operands: Any) -> list[Tensor]:
+    def forward(self, *operands: object) -> list[Tensor]:
         return self._runner.results(operands, self._written)
 
 
 def _recorded_operands(
-    program: ExportedProgram, operands: Sequence[Any]
+    program: ExportedProgram, operands: Sequence[object]
 ) -> tuple[tuple[Json, ...], Ranges]:
     """Return `Reference.operands` and `Reference.ranges` of a trace."""
     names = [s.arg.name for s in program.graph_signature.input_specs if s.target is None]
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     ranges: dict[str, tuple[int, int | None]] = {}
 
-    def recorded(value: Any) -> Json:
+    def recorded(value: object) -> Json:
         expression = _torch.expression(value)
         if isinstance(expression, _torch.Expression):
             ranges[str(expression)] = _torch.bounds(program.range_constraints.get(expression))
@@ -218,7 +218,7 @@ class NoReference(ValueError):
 
 
 def run_reference(
-    name: str, references: Sequence[Reference], operands: Sequence[Any]
+    name: str, references: Sequence[Reference], operands: Sequence[object]
 ) -> list[Tensor]:
     """Return the results of a call of the op ``name``, from the first reference that fits.
 
