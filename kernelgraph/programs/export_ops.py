@@ -271,7 +271,7 @@ def _from_sympy(
         return NewSize(new.setdefault(expression, len(new)))
     name = type(expression).__name__
     if name not in _SYMPY_FUNCTIONS:
-        raise _NotExpressible(f"{expression} has no form as data")
+        raise _NotExpressible(f"{expression} cannot be written as data")
     parts = (_from_sympy(part, places, new) for part in expression.args)
     return Operation(_SYMPY_FUNCTIONS[name], tuple(parts))
 

@@ -24,10 +24,10 @@ from kernelgraph import (
 )
 from kernelgraph.selection.devices import Target
 from tests.support.archives import TRUSTED, expected, exported, with_manifest
-from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales, write_scale
+from tests.support.exporting import in_fresh_process, scale_files, scales, write_scale
 from tests.support.other_package import write_kernel
 from tests.support.toy_models import Chain, Scale
-from tests.support.toy_repository import write_repository
+from tests.support.toy_repository import METADATA, write_repository
 
 
 def test_program_runs_in_a_process_without_the_model(tmp_path, x):

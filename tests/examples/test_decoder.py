@@ -10,24 +10,14 @@ import pytest
 import torch
 
 from kernelgraph import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+from tests.support.example_decoder import LAYERS, small, tokens
 from tests.support.reference import assert_matches, moe_experts, moe_inputs, rms_norm, silu_and_mul
 from tests.support.sources import import_example
-
-LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
 
 
 @pytest.fixture(scope="module")
 def decoder() -> ModuleType:
     return import_example("decoder")
-
-
-def small(decoder: ModuleType, experts: int, **changes: int):
-    sizes = {"vocab": 61, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 24}
-    return decoder.Decoder(decoder.DecoderConfig(**sizes, experts=experts), **changes)
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(61, shape)
 
 
 @pytest.mark.parametrize("experts", [0, 4])

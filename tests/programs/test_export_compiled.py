@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time, and for other runtimes."""
+"""Programs that are compiled ahead of time, or exported to ONNX."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import kernelgraph
 from kernelgraph import Mode, aot_compile, aot_load, export, last_report
 from kernelgraph.archive.compatibility import release_risk
 from kernelgraph.archive.container import Archive
-from tests.support.archives import expected, with_manifest
+from tests.support.archives import TRUSTED, expected, with_manifest
 from tests.support.exporting import in_fresh_process, scales, write_scale
 from tests.support.toy_models import Chain, OpaqueScale
 from tests.support.toys import only
-
-TRUSTED = {"trust_remote_code": True}
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +35,13 @@ def exported(repository: Any) -> Any:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler as on Linux")
-def test_a_package_of_aotinductor_runs_where_nothing_else_of_it_is(tmp_path):
+def test_package_of_aotinductor_runs_in_a_fresh_process(tmp_path):
     repository = write_scale(tmp_path / "repo", 80)
     x = torch.randn(5, 4)
     want = expected(repository, x)
     package = tmp_path / "model.pt2"
     aot_compile(exported(repository), package, bundle=True)
-    # Here, where the op is there already, and where it is not.
+    # Here the op is registered already; in the fresh process it is not.
     model = aot_load(package, **TRUSTED)
     for _ in range(3):
         torch.testing.assert_close(model(x), want)
@@ -75,17 +73,17 @@ def test_a_package_of_aotinductor_runs_where_nothing_else_of_it_is(tmp_path):
         ("2.13.0", {"cuda"}, False),
     ],
 )
-def test_a_crash_that_cannot_be_an_error_is_told_before(monkeypatch, version, devices, warned):
+def test_torch_that_may_crash_is_warned_about(monkeypatch, version, devices, warned):
     monkeypatch.setattr(torch, "__version__", version)
     assert ("newer torch" in release_risk(devices)) is warned
 
 
-def test_what_aot_compile_refuses(tmp_path):
+def test_aot_compile_refuses_what_is_no_program(tmp_path):
     with pytest.raises(TypeError, match="aot_compile takes an ExportedProgram, not Linear"):
         aot_compile(nn.Linear(1, 1), tmp_path / "a.pt2")  # type: ignore[arg-type]
 
 
-def test_onnx_gets_what_the_layers_do_themselves(tmp_path):
+def test_onnx_export_has_the_references(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model = Chain(4).eval()

@@ -1,4 +1,4 @@
-"""Exported programs with Triton kernels in them, on a CUDA device."""
+"""Exported programs with Triton kernels, on a CUDA device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from kernelgraph import (
 )
 from kernelgraph.archive.compatibility import release_risk
 from kernelgraph.programs.program_ops import namespaces_in, ops_in
-from tests.support.exporting import in_fresh_process
+from tests.support.archives import TRUSTED
+from tests.support.example_decoder import LAYERS
+from tests.support.exporting import BOTH, in_fresh_process
 from tests.support.sources import import_example
 from tests.support.toy_models import error
 from tests.support.toy_repository import METADATA, write_repository
@@ -32,8 +34,6 @@ from tests.support.toy_repository import METADATA, write_repository
 pytestmark = pytest.mark.cuda
 CRASHES = bool(release_risk({"cuda"}))
 needs_safe_loading = pytest.mark.skipif(CRASHES, reason="this torch crashes as it loads packages")
-LAYERS = ("RMSNorm", "SiluAndMul", "MoEExperts")
-TRUSTED = {"trust_remote_code": True}
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +55,15 @@ def mapping(repository: Path) -> Any:
 def decoder(experts: int) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     example = import_example("decoder")
-    # Grouped attention of float32 cannot be exported at lengths that vary by torch 2.11 alone.
+    # bfloat16: torch 2.11 itself cannot export grouped attention of float32 at varying lengths.
     config = example.DecoderConfig(layers=2, experts=experts)
     model = example.Decoder(config).to("cuda", torch.bfloat16).eval()
     return model, torch.randint(1024, (2, 48), device="cuda")
 
 
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "experts"])
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_a_decoder_travels(repository, tmp_path, experts, strict):
+@BOTH
+def test_decoder_runs_in_a_fresh_process(repository, tmp_path, experts, strict):
     model, ids = decoder(experts)
     dynamic = ({0: Dim("batch", max=64), 1: Dim("length", max=512)},)
     with mapping(repository), torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_decoder_travels(repository, tmp_path, experts, strict):
 
 @needs_safe_loading
 @pytest.mark.parametrize("lowering", ["op", "native"])
-def test_a_package_of_aotinductor(repository, tmp_path, lowering):
+def test_package_of_aotinductor_runs_in_a_fresh_process(repository, tmp_path, lowering):
     model, ids = decoder(0)
     with mapping(repository), torch.no_grad():
         program = export(model, (ids,), mode=Mode.INFERENCE, lowering=lowering)
@@ -127,7 +127,7 @@ class Twice(nn.Module):
         return x * 2
 
 
-def test_what_goes_through_triton_op_stays_visible(tmp_path):
+def test_triton_op_stays_visible_in_the_program(tmp_path):
     """Inductor compiles the Triton kernel into the package, which then calls no op for it."""
     files = {"__init__.py": "from . import layers\n", "layers.py": TWICE}
     said = {**METADATA, "id": "_twice_1", "name": "twice"}

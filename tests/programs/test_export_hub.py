@@ -1,4 +1,4 @@
-"""Programs whose kernels come from the Hub: at the commit of the export, and as it is listed."""
+"""Programs whose kernels come from the Hub: at the commit of the export."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch.export import Dim
 
-from kernelgraph import LayerRepository, Mode, export, load, save
+from kernelgraph import LayerRepository, load, save
 from kernelgraph.archive.container import Archive
 from kernelgraph.programs.program_ops import ProgramOp, installed_ops
-from tests.support.archives import expected, with_manifest
-from tests.support.exporting import METADATA, in_fresh_process, scale_files, scales
-from tests.support.toy_models import Chain
-from tests.support.toy_repository import variant_files
-
-TRUSTED = {"trust_remote_code": True}
+from tests.support.archives import TRUSTED, expected, exported, with_manifest
+from tests.support.exporting import in_fresh_process, scale_files
+from tests.support.toy_repository import METADATA, variant_files
 
 
 @pytest.fixture
 def wanted(hub: Any) -> Any:
-    """A kernel of a trusted publisher, of which later versions do something else."""
+    """A kernel of a trusted publisher; later versions of it compute something else."""
     hub.organisation("org", trusted=True)
     hub.repository("org/toy").commit(variant_files(scale_files(10)), branch="v1")
     return LayerRepository("org/toy", layer_name="Scale", version=1)
@@ -33,19 +29,11 @@ def x() -> torch.Tensor:
     return torch.randn(5, 4)
 
 
-def exported(repository: Any) -> Any:
-    torch.manual_seed(0)
-    model = Chain(4).eval()
-    with scales(repository):
-        dynamic = ({0: Dim.AUTO},)
-        return export(model, (torch.randn(3, 4),), mode=Mode.INFERENCE, dynamic_shapes=dynamic)
-
-
 def elsewhere(hub: Any) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def test_the_commit_of_the_export_is_what_is_fetched(hub, wanted, tmp_path, x):
+def test_commit_of_the_export_is_fetched(hub, wanted, tmp_path, x):
     program, want = exported(wanted), expected(wanted, x)
     save(program, tmp_path / "beside.pt2")
     save(program, tmp_path / "bundled.pt2", bundle=True)
@@ -61,7 +49,7 @@ def test_the_commit_of_the_export_is_what_is_fetched(hub, wanted, tmp_path, x):
     ]
     hub.asked()
     answers = in_fresh_process(x, loads, tmp_path, **elsewhere(hub))
-    # Nothing is in that process's cache yet, nor may it ask.
+    # The cache of that process is empty, and it may not ask the Hub.
     assert answers[0]["error"].startswith("OSError: org/toy")
     assert "whether to trust its owner could not be asked" in answers[1]["error"]
     assert answers[0]["imported"] == answers[1]["imported"] == []
@@ -70,7 +58,7 @@ def test_the_commit_of_the_export_is_what_is_fetched(hub, wanted, tmp_path, x):
         torch.testing.assert_close(torch.tensor(answer["result"]), want)
 
 
-def test_a_bundled_kernel_needs_no_request(hub, wanted, tmp_path):
+def test_bundled_kernel_needs_no_request(hub, wanted, tmp_path):
     save(exported(wanted), tmp_path / "a.pt2", bundle=True)
     hub.asked()
     load(tmp_path / "a.pt2", **TRUSTED)
@@ -78,7 +66,7 @@ def test_a_bundled_kernel_needs_no_request(hub, wanted, tmp_path):
     assert hub.asked() == []
 
 
-def test_nobody_vouches_for_the_owner(hub, tmp_path, x):
+def test_kernel_of_an_untrusted_owner_is_refused(hub, tmp_path, x):
     hub.organisation("org", trusted=False)
     hub.repository("org/toy").commit(variant_files(scale_files(11)), branch="v1")
     trusting = LayerRepository("org/toy", layer_name="Scale", version=1, trust_remote_code=True)
@@ -91,7 +79,7 @@ def test_nobody_vouches_for_the_owner(hub, tmp_path, x):
         assert answer["imported"] == []
 
 
-def test_the_hub_vouches_only_for_what_it_lists(hub, wanted, tmp_path, x):
+def test_bundled_copy_that_the_hub_does_not_list_is_refused(hub, wanted, tmp_path, x):
     """A file can say that its kernels are a trusted publisher's."""
     program = exported(wanted)
     own = tmp_path / "cache"
@@ -99,7 +87,7 @@ def test_the_hub_vouches_only_for_what_it_lists(hub, wanted, tmp_path, x):
     save(program, tmp_path / "a.pt2", bundle=True)
     commit = hub.repository("org/toy").commit(variant_files(scale_files(12)), branch="v1")
 
-    # The other commit's name on this one's content, as one could write it with a tool of one's own.
+    # The content of this commit under the name of the other, as another tool could write it.
     def renamed(data: Any) -> None:
         (kernel,) = data["kernels"].values()
         kernel["revision"] = commit
@@ -119,8 +107,8 @@ def test_the_hub_vouches_only_for_what_it_lists(hub, wanted, tmp_path, x):
     assert layers.exists()
 
 
-def test_the_listing_is_part_of_what_was_noted(hub, wanted, tmp_path, monkeypatch):
-    """Another variant than the one that the program was exported with, which it did not see."""
+def test_listing_that_differs_from_the_manifest_is_refused(hub, wanted, tmp_path, monkeypatch):
+    """The manifest has a digest of the listing of each variant, also of those not used here."""
     repository = hub.repository("org/toy")
     both = {
         **variant_files(scale_files(13), variant="torch-cuda"),
@@ -146,7 +134,7 @@ def test_the_listing_is_part_of_what_was_noted(hub, wanted, tmp_path, monkeypatc
         load(with_manifest(tmp_path / "a.pt2", forget))
 
 
-def test_a_kernel_that_uses_another(hub, tmp_path, x):
+def test_kernel_that_uses_another_gets_the_one_of_the_export(hub, tmp_path, x):
     hub.organisation("org", trusted=True)
     helper = {"__init__.py": "def more(x):\n    return x + 14\n"}
     hub.repository("org/helper").commit(variant_files(helper), branch="v1")
@@ -167,7 +155,7 @@ class Scale(nn.Module):
     program, want = exported(repository), expected(repository, x)
     save(program, tmp_path / "bundled.pt2", bundle=True)
     save(program, tmp_path / "beside.pt2")
-    # The helper that is loaded is the one of then, not the newest of its branch.
+    # The helper of the export is loaded, not the newest of its branch.
     other = {"__init__.py": "def more(x):\n    return x + 99\n"}
     hub.repository("org/helper").commit(variant_files(other), branch="v1")
     loads = [
@@ -178,7 +166,7 @@ class Scale(nn.Module):
         torch.testing.assert_close(torch.tensor(answer["result"]), want)
 
 
-def test_no_build_that_fits_and_no_hub(hub, wanted, tmp_path, monkeypatch):
+def test_references_replace_kernels_that_cannot_be_fetched(hub, wanted, tmp_path, monkeypatch):
     program = exported(wanted)
     save(program, tmp_path / "a.pt2")
     monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "empty"))

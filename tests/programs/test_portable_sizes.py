@@ -1,4 +1,4 @@
-"""Sizes of results as data, held against running the function itself on tensors of those sizes."""
+"""Sizes of results as data, against running the function itself on tensors of those sizes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kernelgraph.programs.portable_sizes import Sizes
 
 
 def source(function: Callable[..., Any]) -> Callable[[Sequence[Any]], OutputSpec]:
-    """What a function returns, told by running it on whatever it is given."""
+    """Return a source that runs ``function`` on the operands."""
 
-    def tell(operands: Sequence[Any]) -> OutputSpec:
+    def infer(operands: Sequence[Any]) -> OutputSpec:
         results = function(*operands)
         results = [results] if isinstance(results, Tensor) else results
-        told = tuple(TensorSpec(tuple(t.shape), t.dtype, t.device) for t in results)
-        return OutputSpec(told, Leaf(0), (), "fake")
+        specs = tuple(TensorSpec(tuple(t.shape), t.dtype, t.device) for t in results)
+        return OutputSpec(specs, Leaf(0), (), "fake")
 
-    return tell
+    return infer
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     rows=st.integers(1, 9), columns=st.integers(1, 9), others=st.tuples(*[st.integers(1, 9)] * 2)
 )
 @settings(max_examples=10)
-def test_sizes_are_those_of_the_function(name, rows, columns, others):
+def test_recorded_sizes_are_those_of_the_function(name, rows, columns, others):
     """Whatever the sizes, the recorded ones are the function's own, or a condition is not met."""
     function = FUNCTIONS[name]
     sizes, _ = record_sizes(
@@ -57,42 +57,40 @@ def test_sizes_are_those_of_the_function(name, rows, columns, others):
     for shape in ((rows, columns), others):
         operands = [torch.randn(shape), torch.randn(shape[1])]
         expected = source(function)(operands).results
-        told = refused = None
+        computed = refused = None
         try:
-            told = sizes(operands)
+            computed = sizes(operands)
         except ValueError as error:
             refused = error
         if refused:
             assert shape != (rows, columns), refused
             continue
-        # A size of 0 or 1 broadcasts; that is found when the op runs, and not told here.
-        assert told == expected or min(*shape, rows, columns) < 2
+        # A size of 0 or 1 broadcasts, which shows when the op runs and not here.
+        assert computed == expected or min(*shape, rows, columns) < 2
 
 
-def test_only_what_is_dynamic():
-    """Where a kernel cannot be asked of other sizes, each static size is a condition."""
+def test_static_sizes_are_conditions_where_only_symbolic_ones_may_vary():
+    """A kernel that has to run for real, for example, is not tried at other sizes."""
     sizes, _ = record_sizes(
         source(lambda x, w: x * w), [torch.randn(3, 4), torch.randn(4)], everything=False
     )
     assert sizes([torch.randn(3, 4), torch.randn(4)])[0].shape == (3, 4)
-    with pytest.raises(
-        ValueError, match=r"only where operand 0's size 0 == 3, which is not so"
-    ):
+    with pytest.raises(ValueError, match=r"only where operand 0's size 0 == 3, which is not so"):
         sizes([torch.randn(5, 4), torch.randn(4)])
 
 
-def test_a_number_is_taken_as_it_is():
+def test_number_among_the_operands_is_a_condition():
     sizes, _ = record_sizes(source(lambda x, n: x[:n]), [torch.randn(7), 4], everything=True)
     assert sizes([torch.randn(9), 4])[0].shape == (4,)
     with pytest.raises(ValueError, match=r"where operand 1's size 0 == 4"):
         sizes([torch.randn(9), 5])
 
 
-def test_a_size_that_has_no_form_as_data():
+def test_size_that_is_no_expression_is_refused():
     def odd(x: Tensor) -> Tensor:
         return x.new_empty(torch.sym_int(x.shape[0] ** 0.5))
 
-    with pytest.raises(UnknownShape, match="has no form as data"):
+    with pytest.raises(UnknownShape, match="cannot be written as data"):
         record_sizes(source(odd), [torch.randn(9)], everything=True)
 
 
@@ -106,6 +104,6 @@ def test_a_size_that_has_no_form_as_data():
         {"results": [], "conditions": [["operand", -1, 0]]},
     ],
 )
-def test_other_data_is_refused(data: Any):
+def test_malformed_sizes_are_refused(data: Any):
     with pytest.raises((ValueError, RuntimeError)):
         Sizes.from_json(data)

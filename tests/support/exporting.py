@@ -1,7 +1,8 @@
-"""What tests of exported programs share: kernels that are in repositories, and fresh processes."""
+"""Helpers for tests of exported programs: their ops, kernels in repositories, fresh processes."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,12 +12,55 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import nn
+from torch.export import ExportedProgram
 
-from kernelgraph import LocalLayerRepository, use_kernel_mapping
-from tests.support.toy_repository import METADATA, write_repository
+from kernelgraph import (
+    LocalLayerRepository,
+    Mode,
+    kernelize,
+    last_report,
+    use_kernel_mapping,
+)
+from kernelgraph.programs.program_ops import ops_in
+from kernelgraph.report import Reason
+from tests.support.toy_repository import write_repository
 
-# In numpy: nothing can trace it, nor run it on fakes.
+BOTH = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+INFERENCE, TRAINING = Mode.INFERENCE, Mode.TRAINING
+
+
+# --- an export and its model --------------------------------------------------------------------
+
+
+def ops(program: ExportedProgram) -> list[str]:
+    """Return the names of the kernels' ops in a program, in the order of their calls."""
+    return [name for name, _ in ops_in(program)]
+
+
+def reasons() -> dict[str, Reason]:
+    """Return the reasons in the last report, by path."""
+    report = last_report()
+    assert report is not None
+    return {d.path: d.reason for d in report.decisions}
+
+
+def kernelized(model: nn.Module, x: Any, mode: Mode = INFERENCE) -> Any:
+    """Return the result of a kernelized copy of a model."""
+    with torch.no_grad():
+        return kernelize(copy.deepcopy(model), mode=mode, device="cpu")(*x)
+
+
+def untouched(model: nn.Module) -> bool:
+    """Return whether no layer of a model has a forward of its own."""
+    return not [m for m in model.modules() if "forward" in vars(m)]
+
+
+# --- kernels in repositories --------------------------------------------------------------------
+
+# In numpy, so that it can neither be traced nor run on fakes.
 SCALE = """
 import torch
 from torch import nn
@@ -31,7 +75,7 @@ class Scale(nn.Module):
 
 
 def scale_files(result: int = 10, backward: bool = True) -> dict[str, str | bytes]:
-    """A kernel for `tests.support.toy_models.Scale`, which adds ``result`` to it."""
+    """Return a kernel for `tests.support.toy_models.Scale`, which adds ``result`` to it."""
     return {
         "__init__.py": "from . import layers\n",
         "layers.py": SCALE.format(result=result, backward=backward),
@@ -39,17 +83,19 @@ def scale_files(result: int = 10, backward: bool = True) -> dict[str, str | byte
 
 
 def write_scale(path: Path, result: int = 10, **more: Any) -> LocalLayerRepository:
-    """A repository with such a kernel."""
+    """Write a repository with such a kernel."""
     write_repository(path, scale_files(result), **more)
     return LocalLayerRepository(path, layer_name="Scale")
 
 
 @contextmanager
 def scales(repository: Any) -> Iterator[None]:
-    """Nothing is registered but a kernel for ``Scale``."""
+    """Use a mapping with one kernel, for ``Scale``."""
     with use_kernel_mapping({"Scale": {"cpu": repository}}, inherit_mapping=False):
         yield
 
+
+# --- fresh processes ----------------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
@@ -78,8 +124,17 @@ for path, function, options in given["loads"]:
 def in_fresh_process(
     inputs: torch.Tensor, loads: list[tuple[Path, str, dict[str, Any]]], cwd: Path, **env: str
 ) -> list[dict[str, Any]]:
-    """Load programs, one after the other, in a process that has neither the model's code nor any
-    kernel, and call each with ``inputs``."""
+    """Load programs in a process that has neither the model's code nor any kernel.
+
+    Args:
+        inputs: The argument that each program is called with.
+        loads: For each program its path, the function that loads it, and the function's options.
+        cwd: The directory of the process.
+        env: More variables of its environment.
+
+    Returns:
+        For each program its result or error, and what was imported.
+    """
     torch.save(inputs, cwd / "inputs.pt")
     given = {
         "inputs": str(cwd / "inputs.pt"),
@@ -106,6 +161,3 @@ def in_fresh_process(
     answers = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert len(answers) == len(loads), run.stderr[-4000:]
     return answers
-
-
-__all__ = ["METADATA", "in_fresh_process", "scale_files", "scales", "write_scale"]
