@@ -123,11 +123,11 @@ def export(
     """
     mode = _checked(model, mode, strict, policy, lowering)
     options = Options(Policy(policy), kernel_mode=mode)
-    choices = _Choices(options, current_mapping(), training=Mode.TRAINING in mode)
-    choices.target = None if device is None else target_of(device)
+    decisions = _ExportDecisions(options, current_mapping(), training=Mode.TRAINING in mode)
+    decisions.target = None if device is None else target_of(device)
     ops = ExportedOps()
-    exporter = _Exporter(choices, ops, mode, strict, lowering == "native")
-    token = exporting.set(Trace(choices, uses_mapping=True, op_for=ops.op_for))
+    exporter = _Exporter(decisions, ops, mode, strict, lowering == "native")
+    token = exporting.set(Trace(decisions, uses_mapping=True, op_for=ops.op_for))
     try:
         with _layers_calling_ops(model, exporter):
             program = torch.export.export(
@@ -137,8 +137,7 @@ def export(
         exporting.reset(token)
     _add_references(program, ops.calls)
     add_advice(program)
-    decisions = (d._replace(path=d.path.removeprefix(EXPORT_ROOT)) for d in choices.decisions)
-    publish(Report("export", tuple(dict.fromkeys(decisions))))
+    _publish(decisions)
     return program
 
 
@@ -160,7 +159,7 @@ def _checked(
 
 
 @dataclass
-class _Choices(GraphDecisions):
+class _ExportDecisions(GraphDecisions):
     """The decisions of an export, which may be for another device than that of the tensors."""
 
     target: Target | None = None
@@ -192,6 +191,12 @@ def _trace_references(installed: InstalledOp, calls: Sequence[ExportedCall]) -> 
     installed.references, installed.untraced = found, untraced
 
 
+def _publish(decisions: GraphDecisions) -> None:
+    """Publish the report of an export, with equal rows only once."""
+    rows = (d._replace(path=d.path.removeprefix(EXPORT_ROOT)) for d in decisions.decisions)
+    publish(Report("export", tuple(dict.fromkeys(rows))))
+
+
 # --- the model, while it is exported ------------------------------------------------------------
 
 
@@ -221,7 +226,7 @@ def _prepare(site: Site, exporter: _Exporter) -> None:
         _set_forward(module, own)
     exporter.own_forwards[module] = own
     if own is not None and not isinstance(own, BoundForward):
-        exporter.choices.decisions.append(KeepReference(site, Reason.OWN_FORWARD).decision)
+        exporter.decisions.decisions.append(KeepReference(site, Reason.OWN_FORWARD).decision)
     elif not exporter.strict:
         forward = _ExportForward(exporter.call, site)
         forward.mode, forward.gradients = exporter.mode, Gradients(verify=False)
@@ -281,7 +286,7 @@ class _OpCall(NamedTuple):
 class _Exporter:
     """Decides and makes the calls of a model's layers while it is exported."""
 
-    choices: GraphDecisions
+    decisions: GraphDecisions
     ops: ExportedOps
     mode: Mode
     strict: bool
@@ -297,7 +302,7 @@ class _Exporter:
             try:
                 chosen = self._op_call(site, args, kwargs)
             except KeepReference as kept:
-                self.choices.decisions.append(kept.decision)
+                self.decisions.decisions.append(kept.decision)
                 return site.layer.reference(module, *args, **kwargs)
         if isinstance(chosen, Kernel):
             return chosen.forward(module, *args, **kwargs)
@@ -322,18 +327,18 @@ class _Exporter:
             KeepReference: If the layer keeps its reference.
         """
         tensors = _torch.tensor_leaves((args, kwargs))
-        site, kernel, state = self.choices.kernel_for(site, tensors)
+        site, kernel, state = self.decisions.kernel_for(site, tensors)
         if self.native and (namespace := _own_namespace(kernel, site)):
             detail = f"traced into its own ops, {namespace}::*"
-            self.choices.decisions.append(site.decision(Reason.KERNEL, str(kernel), detail))
+            self.decisions.decisions.append(site.decision(Reason.KERNEL, str(kernel), detail))
             return kernel
         values = [read(site.module, path) for path in state.tensors]
         try:
             call, operands = Call.of(state, values, site.layer, args, kwargs)
-            op, gradient = self.ops.op_for(site, kernel, call, operands, self.choices.options)
+            op, gradient = self.ops.op_for(site, kernel, call, operands, self.decisions.options)
         except UnsupportedValue as error:
             raise KeepReference(site, Reason.NOT_AN_OP, str(error)) from None
-        self.choices.decisions.append(decision_of(site, kernel, op, gradient))
+        self.decisions.decisions.append(decision_of(site, kernel, op, gradient))
         return _OpCall(op, operands, call.first_state)
 
 
