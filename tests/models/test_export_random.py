@@ -13,8 +13,8 @@ from torch.export import Dim
 
 from kernelgraph import Mode, export
 from kernelgraph.programs.program_ops import ops_in
-from tests.models.test_random_models import assert_kernels, assert_same, eager, examples, mapping
 from tests.support.random_layers import Model, build, inputs_of, models
+from tests.support.random_models import assert_kernels, assert_same, eager, examples, mapping
 
 
 @contextlib.contextmanager
@@ -29,9 +29,11 @@ def guards_may_fail(may: bool) -> Iterator[None]:
 
 @examples(10)
 @given(models(training=False), st.booleans())
-def test_exported_with_kernels_is_eager_with_kernels(spec: Model, strict: bool) -> None:
-    """A program gives what its model gives eagerly with its kernels, and changes the same, also
-    for other sizes than those that it was exported with, or says that it is not for them."""
+def test_exported_model_equals_eager_model(spec: Model, strict: bool) -> None:
+    """A program returns and changes the same as the eager model with its kernels.
+
+    It does so for other sizes than those of the export too, or raises for them.
+    """
     note(spec.text())
     torch.manual_seed(0)
     model = build(spec)

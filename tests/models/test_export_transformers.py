@@ -13,10 +13,10 @@ transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("kernels")
 
 from kernelgraph import LocalLayerRepository, Mode, export, last_report, save, use_kernel_mapping  # noqa: E402
-from tests.support.exporting import in_fresh_process  # noqa: E402
+from tests.support.exporting import BOTH, TRUSTED, in_fresh_process  # noqa: E402
 from tests.support.toy_repository import write_repository  # noqa: E402
 
-# In numpy, and off by 1 so that it shows.
+# In numpy, and off by 1, so that it shows which norm ran.
 NORM = """
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ class Logits(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_llama_travels(tmp_path, strict):
+@BOTH
+def test_llama_runs_in_a_fresh_process(tmp_path, strict):
     torch.manual_seed(0)
     model = Logits().eval()
     ids = torch.randint(61, (2, 9))
@@ -73,9 +73,7 @@ def test_llama_travels(tmp_path, strict):
     other = torch.randint(61, (3, 5))
     with torch.no_grad():
         want = _with_ones(model)(other)
-    (answer,) = in_fresh_process(
-        other, [(tmp_path / "llama.pt2", "load", {"trust_remote_code": True})], tmp_path
-    )
+    (answer,) = in_fresh_process(other, [(tmp_path / "llama.pt2", "load", TRUSTED)], tmp_path)
     assert len(answer["kernels"]) == 5
     torch.testing.assert_close(torch.tensor(answer["result"]), want, rtol=1e-4, atol=1e-5)
 
