@@ -349,7 +349,9 @@ class Loading:
             self._note_missing(op.kernel, error)
             return None
         check_hub_layer(layer, layer.forward, repository)
-        return Kernel(layer, checked.origin, Selection(LoadedLayer(layer), op.mode, Device(op.device)))
+        return Kernel(
+            layer, checked.origin, Selection(LoadedLayer(layer), op.mode, Device(op.device))
+        )
 
     # --- registering the ops --------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ Invariants:
 from kernelgraph.programs.baked_kernels import (
     Baked,
     Build,
+    KernelRecords,
     LoadedLayer,
     blobs_of,
     hex_of,
@@ -51,6 +52,7 @@ __all__ = [
     "Build",
     "InstalledOp",
     "Json",
+    "KernelRecords",
     "LoadedLayer",
     "ProgramOp",
     "ProgramOpSpec",

@@ -13,7 +13,8 @@ transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("kernels")
 
 from kernelgraph import LocalLayerRepository, Mode, export, last_report, save, use_kernel_mapping  # noqa: E402
-from tests.support.exporting import BOTH, TRUSTED, in_fresh_process  # noqa: E402
+from tests.support.archives import TRUSTED  # noqa: E402
+from tests.support.exporting import BOTH, in_fresh_process  # noqa: E402
 from tests.support.toy_repository import write_repository  # noqa: E402
 
 # In numpy, and off by 1, so that it shows which norm ran.
