@@ -20,24 +20,7 @@ from tests.support.sources import EXAMPLES
 from tests.support.toy_repository import METADATA, variant_files
 
 WITHOUT_EXAMPLE = {
-    "FuncRepository": "written in its own wing",
-    "LayerRepository": "written in its own wing",
-    "LocalFuncRepository": "written in its own wing",
-    "LocalLayerRepository": "written in its own wing",
-    "LockedLayerRepository": "written in its own wing",
-    "Tracer": "written in its own wing",
-    "aot_compile": "written in its own wing",
-    "aot_load": "written in its own wing",
-    "export": "written in its own wing",
-    "get_kernel": "written in its own wing",
     "get_kernel_dep": "only the code of a kernel can call it",
-    "get_local_kernel": "written in its own wing",
-    "get_locked_kernel": "written in its own wing",
-    "has_kernel": "written in its own wing",
-    "kernelize": "written in its own wing",
-    "load": "written in its own wing",
-    "rewrite": "written in its own wing",
-    "save": "written in its own wing",
 }
 """The names that need no example, with the reason."""
 
