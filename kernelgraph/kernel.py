@@ -46,7 +46,7 @@ class Kernel:
 
 
 class Gradients(NamedTuple):
-    """What a user demands of the gradients of kernels."""
+    """The demands of a user on the gradients of kernels."""
 
     verify: bool = True
     """Whether they are compared with the reference's."""

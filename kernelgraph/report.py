@@ -84,7 +84,7 @@ class Reason(enum.Enum):
 
 
 class Decision(NamedTuple):
-    """What was decided for one extensible layer.
+    """The decision for one extensible layer.
 
     It is a tuple and not a frozen dataclass because ``kernelize`` makes one for each layer of
     models that have tens of thousands, and a tuple is created three times as fast.

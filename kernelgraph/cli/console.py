@@ -1,4 +1,4 @@
-"""What a command gives back: an exit status, and rows printed for people or as JSON."""
+"""The result of a command: an exit status, and rows printed for people or as JSON."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class GradientFlow(NamedTuple):
 
 @dataclass(frozen=True)
 class ProgramOpSpec:
-    """What an op is made from, besides its kernel."""
+    """The plain data that an op is made from, besides its kernel."""
 
     layer_name: str
     """The name of the layer that the kernel replaces."""

@@ -1,4 +1,4 @@
-"""What is fastest here: for each call of a layer, the kernel or the layer's own forward.
+"""Choosing what is fastest for each call of a layer: a kernel, or the layer's own forward.
 
 While a graph is traced, `tuning_key` names a call and `known_winner` says what is known for that
 key, in the process or on disk (`records`). A call without a winner becomes an op for now, and an

@@ -31,7 +31,7 @@ _errors: dict[object, str] = {}
 
 
 class Output(NamedTuple):
-    """What a forward returned: its structure, and the tensors and numbers in it."""
+    """The output of a forward: its structure, and the tensors and numbers in it."""
 
     template: Template
     leaves: Sequence[object]

@@ -34,7 +34,7 @@ class CannotCompare(Exception):
 
 
 class Run(NamedTuple):
-    """What the forward and the backward of a run returned."""
+    """The results of the forward and the backward of a run."""
 
     template: Template
     """The structure of what the forward returned."""
