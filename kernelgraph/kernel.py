@@ -46,12 +46,12 @@ class Kernel:
 
 
 class Gradients(NamedTuple):
-    """The demands of a user on the gradients of kernels."""
+    """The arguments about gradients that ``kernelize`` and the other paths take."""
 
     verify: bool = True
     """Whether they are compared with the reference's."""
     wrong: str = "recompute"
-    """What replaces a wrong one: ``"recompute"``, the reference's gradient after the kernel's
+    """The replacement for a wrong one: ``"recompute"``, the reference's gradient after the kernel's
     forward; or ``"reference"``, the reference as a whole."""
 
     @classmethod
@@ -178,10 +178,10 @@ def _select(
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
     """Load the hub layer that was selected."""
     from kernelgraph.builds import load_foreign
-    from kernelgraph.hub import KernelRepository
+    from kernelgraph.hub import Repository
 
     repository = selection.repository
-    if isinstance(repository, KernelRepository):  # it has builds for several devices
+    if isinstance(repository, Repository):  # it has builds for several devices
         return repository.load(target)
     return load_foreign(repository)
 

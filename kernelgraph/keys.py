@@ -5,7 +5,7 @@ a kernel may train, and `graph.autotune` keeps which program is fastest.
 
 - `versions` is part of every key, so that another kernelgraph, torch or triton finds nothing.
 - `kernel_key` identifies a kernel: its repository, revision and build, and its code.
-- `layer_key` identifies the layer that a kernel stands in for: its name and its code.
+- `layer_key` identifies the layer that a kernel replaces: its name and its code.
 - `source_of` is a hash of the file that the layer is in. `graph.verify` writes no verdict to the
   disk without it, and `graph.autotune` traces no kernel for training without it.
 """

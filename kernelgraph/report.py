@@ -103,12 +103,12 @@ class Decision(NamedTuple):
     kernel: str = ""
     """The kernel that is used: repository, layer and resolved revision; empty for the reference."""
     detail: str = ""
-    """Where the reference is kept, what was registered instead; the times of both, if measured."""
+    """The kernels registered instead, if the reference is kept; the times of both, if measured."""
     op: str = ""
     """The custom op in the compiled graph; empty in eager mode."""
     gradient: str = ""
-    """Where a gradient comes from, if one can flow through the call: ``kernel``, from the kernel's
-    own backward; or ``reference`` and the reason, from running the layer again in the backward."""
+    """The origin of a gradient, if one can flow through the call: ``kernel``, the kernel's own
+    backward; or ``reference`` and the reason, the layer's own, which the backward runs again."""
 
     @property
     def uses_kernel(self) -> bool:

@@ -1,4 +1,4 @@
-"""The result of a command: an exit status, and rows printed for people or as JSON."""
+"""The output of a command: an exit status, and rows printed for people or as JSON."""
 
 from __future__ import annotations
 

@@ -92,10 +92,10 @@ class Verified:
     revision: str
     variant: str
     problem: str = ""
-    """What is wrong with the files; empty if nothing is."""
+    """The first problem with the files; empty if there is none."""
     by: str = ""
-    """What the files were compared with: the Hub's ``listing``, the ``lock``, the ``digest`` in the
-    variant's own metadata."""
+    """The lists that the files agree with: the Hub's ``listing``, the ``lock``, and the ``digest``
+    in the variant's own metadata."""
 
 
 def verify_on_disk(path: Path, shown: str) -> Iterator[Verified]:
@@ -127,7 +127,7 @@ def verify_in_cache(hub: Hub, wanted: Wanted, locks: Locks | None = None) -> Ite
         if not path.is_dir() or [inside.name for inside in path.iterdir()] != [METADATA]
     ]
     if not names:
-        yield Verified(wanted.repo_id, kernel.commit, "", "nothing of it is in the cache")
+        yield Verified(wanted.repo_id, kernel.commit, "", "no file of it is in the cache")
         return
     for name in names:
         problem, by = _compared_with_hub(hub, kernel, build / name, lock)
@@ -163,7 +163,7 @@ def _verified(
             metadata = read_metadata(directory)
             verify(directory, metadata, digest_files(directory))
             by = ", ".join(filter(None, [by, "digest" if metadata.digest else ""]))
-            problem = "" if by else "nothing to hold its files against"
+            problem = "" if by else "nothing to compare its files with"
         except (ValueError, OSError) as error:
             problem = str(error)
     return Verified(repository, revision, directory.name, problem, by)

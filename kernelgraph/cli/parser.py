@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 from kernelgraph.cli.console import STATUS_HELP
+
+Add: TypeAlias = Callable[[str, str], argparse.ArgumentParser]
+"""Adds a command, by its name and description, and returns its parser."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17,14 +21,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, description: str, *, as_json: bool = True) -> argparse.ArgumentParser:
-        added = commands.add_parser(
+    def add(name: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
             name, help=description, description=description, epilog=STATUS_HELP
         )
-        if as_json:
-            added.add_argument("--json", action="store_true", help="print JSON")
-        return added
 
+    def add_with_json(name: str, description: str) -> argparse.ArgumentParser:
+        command = add(name, description)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        return command
+
+    _add_hub_commands(add_with_json)
+    _add_local_commands(add_with_json)
+    add("demo", "compile a small decoder with the example kernels, and time it")
+    return parser
+
+
+def _add_hub_commands(add: Add) -> None:
     command = add("versions", "which versions a repository on the Hub has, and which fit here")
     command.add_argument("repo", metavar="REPO", type=_repo_id)
     _add_backend(command)
@@ -48,20 +61,19 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("lock", "write kernels.lock for what a project's pyproject.toml depends on")
     command.add_argument("project", metavar="PROJECT", nargs="?", default=".", type=Path)
 
-    command = add("verify", "hold what is on this machine against its digests, listing and lock")
+    command = add("verify", "compare kernels on this machine with their digests, listing and lock")
     command.add_argument("target", metavar="REPO|PATH|PROJECT", type=_target)
     _add_revision(command)
 
+
+def _add_local_commands(add: Add) -> None:
     command = add("inspect", "what a saved program has baked in, and whether it would load here")
     command.add_argument("file", metavar="FILE", type=Path)
 
     add("explain", "what was measured to be fastest on this machine, and how long it took")
 
-    command = add("cache", "what is kept on this machine of what was found out about kernels")
+    command = add("cache", "what the cache of this machine has of findings about kernels")
     command.add_argument("action", nargs="?", choices=["show", "clear"], default="show")
-
-    add("demo", "compile a small decoder with the example kernels, and time it", as_json=False)
-    return parser
 
 
 def _add_revision(command: argparse.ArgumentParser) -> None:

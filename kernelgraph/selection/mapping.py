@@ -33,8 +33,8 @@ class LayerSource(Protocol):
 # The keys are Any because a Mapping is invariant in its keys: with ``str | Device`` here a
 # caller's ``dict[str, ...]`` would be a type error. ``KernelMapping.parse`` checks them.
 MappingLike: TypeAlias = Mapping[str, Mapping[Any, LayerSource | Mapping[Any, LayerSource]]]
-"""What users register: layer name -> ``Device`` or device type -> a repository, or a dict from
-``Mode`` to one. The objects of the ``kernels`` package that have these names are taken as well."""
+"""The argument of the public functions: layer name -> ``Device`` or device type -> a repository, or
+a dict from ``Mode`` to one. The ``kernels`` package's objects of these names are taken as well."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class TestVerify:
         write_repository(tmp_path, digest=False)
         status, out, _ = run("verify", tmp_path)
         assert status == 1
-        assert "nothing to hold its files against" in out
+        assert "nothing to compare its files with" in out
 
     def test_the_cache_is_compared_with_the_listing(self, run, hub, toy):
         assert run("verify", "org/toy", "--version", "2")[0] == 1

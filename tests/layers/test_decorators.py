@@ -24,7 +24,7 @@ class TestDecoratedClass:
 
         forward, members = Layer.forward, set(vars(Layer))
         assert use_kernel_forward_from_hub("Layer")(Layer) is Layer
-        assert reference_of(Layer) is forward  # a backend of ours wraps it, where one is in use
+        assert reference_of(Layer) is forward  # which the backend wraps where it is in use
         assert str(inspect.signature(Layer.forward)) == (
             "(self, x: 'Tensor', *, twice: 'bool' = False) -> 'Tensor'"
         )
