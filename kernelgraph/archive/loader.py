@@ -259,7 +259,7 @@ class Loading:
         for name, op in self.manifest.ops.items():
             error = self._missing.get(name)
             reason = Reason.CANNOT_LOAD if error else Reason.KERNEL
-            kernel = "" if error else f"{self._kernels[op.kernel]}: {op.member[1]}"
+            kernel = "" if error else f"{self._kernels[op.kernel]}: {op.member.name}"
             qualname = "" if error else f"{NAMESPACE}::{name}"
             rest = (op.layer, op.device, str(op.mode), reason, kernel, str(error or ""), qualname)
             decisions += [Decision(call.path, *rest) for call in op.calls]

@@ -12,17 +12,22 @@ import enum
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kernelgraph.archive.compatibility import release_of
-from kernelgraph.programs import Baked
+from kernelgraph.programs import (
+    Baked,
+    Json,
+    KernelMember,
+    as_array,
+    as_object,
+    as_pair,
+    as_text,
+)
 from kernelgraph.selection import Mode
 
 FORMAT = "kernelgraph program"
 VERSION = 1
-
-Json = Any
-"""A value that `json` has read, or can write."""
 
 
 class ProgramKind(enum.Enum):
@@ -61,7 +66,7 @@ class Op:
     """The key of its kernel."""
     stem: str
     """The name that follows from ``kernel`` and ``form``; ``name`` may add ``_training``."""
-    form: Json
+    form: Mapping[str, Json]
     """The signature, see `kernelgraph.programs.program_ops.ProgramOpSpec`."""
     references: tuple[Json, ...]
     """See `kernelgraph.programs.references.Reference`."""
@@ -83,10 +88,9 @@ class Op:
         return str(self.form["layer"])
 
     @property
-    def member(self) -> tuple[str, str]:
-        """The member of the kernel: ``layer_name`` or ``func_name``, and its name."""
-        kind, name = self.form["take"]
-        return kind, name
+    def member(self) -> KernelMember:
+        """The layer or function of the kernel."""
+        return KernelMember.from_json(self.form["take"])
 
     @property
     def mode(self) -> Mode:
@@ -118,20 +122,25 @@ class Op:
         Raises:
             ValueError, KeyError, TypeError: If it is not such JSON.
         """
-        texts = [data[key] for key in ("kernel", "stem", "untraced", "device", "schema")]
-        if not all(isinstance(text, str) for text in (name, *texts)) or not name.isidentifier():
+        parts = as_object(data)
+        if not name.isidentifier():
             raise ValueError(f"{name!r} is no op")
         return cls(
             name,
-            data["kernel"],
-            data["stem"],
-            data["form"],
-            tuple(data["references"]),
-            data["untraced"],
-            data["device"],
-            data["schema"],
-            tuple(RecordedCall(str(path), tuple(map(str, ops))) for path, ops in data["calls"]),
+            as_text(parts["kernel"]),
+            as_text(parts["stem"]),
+            as_object(parts["form"]),
+            tuple(as_array(parts["references"])),
+            as_text(parts["untraced"]),
+            as_text(parts["device"]),
+            as_text(parts["schema"]),
+            tuple(map(_recorded_call, as_array(parts["calls"]))),
         )
+
+
+def _recorded_call(data: Json) -> RecordedCall:
+    path, operands = as_pair(data)
+    return RecordedCall(as_text(path), tuple(map(as_text, as_array(operands))))
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class Manifest:
     members: Mapping[str, str] = field(default_factory=dict)
     """The hex sha256 of each part of the archive but the manifest."""
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, Json]:
         """Return the manifest as JSON."""
         return {
             "format": FORMAT,
@@ -182,20 +191,21 @@ class Manifest:
                 f"kernelgraph {data.get('kernelgraph')}"
             )
         try:
-            kernels = {key: Baked.from_json(v, source) for key, v in data["kernels"].items()}
-            ops = {name: Op.from_json(name, op) for name, op in data["ops"].items()}
-            traced = data["traced"].items()
-            traced = {str(name): KernelOnDevice(str(k), str(d)) for name, (k, d) in traced}
+            records = as_object(data["kernels"]).items()
+            kernels = {key: Baked.from_json(record, source) for key, record in records}
+            ops = {name: Op.from_json(name, op) for name, op in as_object(data["ops"]).items()}
+            pairs = {name: as_pair(pair) for name, pair in as_object(data["traced"]).items()}
+            traced = {n: KernelOnDevice(as_text(k), as_text(d)) for n, (k, d) in pairs.items()}
             _check_keys(kernels, ops.values(), traced.values())
-            release_of(data["torch"])
+            release_of(as_text(data["torch"]))
             return cls(
                 _kind_of(data["kind"]),
-                data["torch"],
-                data["kernelgraph"],
+                as_text(data["torch"]),
+                as_text(data["kernelgraph"]),
                 ops,
                 kernels,
                 traced,
-                dict(data["members"]),
+                {name: as_text(sha256) for name, sha256 in as_object(data["members"]).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(

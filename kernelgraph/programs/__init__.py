@@ -32,9 +32,10 @@ from kernelgraph.programs.baked_kernels import (
     with_listing,
 )
 from kernelgraph.programs.exporter import export
-from kernelgraph.programs.portable_json import Json
+from kernelgraph.programs.portable_json import Json, as_array, as_object, as_pair, as_text
 from kernelgraph.programs.program_ops import (
     InstalledOp,
+    KernelMember,
     ProgramOp,
     ProgramOpSpec,
     add_advice,
@@ -52,12 +53,17 @@ __all__ = [
     "Build",
     "InstalledOp",
     "Json",
+    "KernelMember",
     "KernelRecords",
     "LoadedLayer",
     "ProgramOp",
     "ProgramOpSpec",
     "Reference",
     "add_advice",
+    "as_array",
+    "as_object",
+    "as_pair",
+    "as_text",
     "blobs_of",
     "export",
     "hex_of",
