@@ -178,10 +178,10 @@ def _select(
 def _load(selection: Selection, target: Target) -> type[nn.Module]:
     """Load the hub layer that was selected."""
     from kernelgraph.builds import load_foreign
-    from kernelgraph.hub import Repository
+    from kernelgraph.hub import KernelRepository
 
     repository = selection.repository
-    if isinstance(repository, Repository):  # it has builds for several devices
+    if isinstance(repository, KernelRepository):  # it has builds for several devices
         return repository.load(target)
     return load_foreign(repository)
 
