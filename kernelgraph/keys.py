@@ -26,7 +26,7 @@ from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
 
-def versions() -> tuple[str, str, str]:
+def software_versions() -> tuple[str, str, str]:
     """The versions of kernelgraph, torch and triton: under others a finding may be wrong."""
     return _version.__version__, torch.__version__, _triton_version()
 

@@ -22,7 +22,7 @@ from kernelgraph.graph.calls import (
     read,
     stable_text,
     tuple_of,
-    write,
+    write_function,
 )
 
 V = TypeVar("V")
@@ -93,8 +93,8 @@ class _StateLayout(Generic[V]):
     def __init__(self, module: nn.Module, state: State) -> None:
         paths = (*state.tensors, *(path for path, _ in state.values))
         values = tuple_of(_quick_access(module, path) for path in paths)
-        self._read: Callable[[nn.Module], tuple[object, ...]] = write(
-            ["module"], [f"return {values}"], {}
+        self._read: Callable[[nn.Module], tuple[object, ...]] = write_function(
+            ["module"], [f"return {values}"], {}, title=f"read the state of {type(module).__name__}"
         )
         self._types = [(path, type(read(module, path))) for path in state.types]
         self._checks = state.checks

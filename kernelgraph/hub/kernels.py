@@ -77,7 +77,7 @@ def get_kernel(
         >>> kernel.silu_and_mul(torch.ones(2, 8)).shape
         torch.Size([2, 4])
     """
-    return load(
+    return load_from_hub(
         Wanted(repo_id, revision, version),
         _target(backend),
         trust_remote_code=parse_trust(trust_remote_code),
@@ -168,7 +168,7 @@ def get_locked_kernel(
     """
     check_repo_id("repo_id", repo_id)
     locks = find_locks(lockfile)
-    return load(
+    return load_from_hub(
         locks.of(repo_id).wanted,
         default_target(),
         trust_remote_code=parse_trust(trust_remote_code),
@@ -215,7 +215,7 @@ def has_kernel(
         return False
 
 
-def load(
+def load_from_hub(
     wanted: Wanted,
     target: Target,
     *,

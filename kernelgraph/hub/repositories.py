@@ -16,7 +16,7 @@ from kernelgraph.builds import (
     take_function,
     take_layer,
 )
-from kernelgraph.hub.kernels import load, load_from_disk
+from kernelgraph.hub.kernels import load_from_disk, load_from_hub
 from kernelgraph.hub.lockfile import Locks, find_locks
 from kernelgraph.hub.trust import Trust, parse_trust
 from kernelgraph.selection import Target, type_name
@@ -112,7 +112,7 @@ class _HubRepository(KernelRepository):
         return Wanted(self.repo_id, self.revision, self.version)
 
     def _load_kernel(self, target: Target) -> ModuleType:
-        return load(self._wanted(), target, trust_remote_code=self.trust_remote_code)
+        return load_from_hub(self._wanted(), target, trust_remote_code=self.trust_remote_code)
 
     def _source(self) -> str:
         return str(self._wanted())
@@ -162,7 +162,7 @@ class LockedLayerRepository(KernelRepository):
         object.__setattr__(self, "_locks", locks)
 
     def _load_kernel(self, target: Target) -> ModuleType:
-        return load(
+        return load_from_hub(
             self._locks.of(self.repo_id).wanted,
             target,
             trust_remote_code=self.trust_remote_code,

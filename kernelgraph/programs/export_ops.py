@@ -18,8 +18,8 @@ from kernelgraph.graph.calls import Call, Runner, State
 from kernelgraph.graph.gradients import Gradient, wanted_of
 from kernelgraph.graph.infer import (
     Effects,
+    InferOutput,
     OutputSpec,
-    Source,
     UnknownShape,
     differentiable,
     effects,
@@ -169,7 +169,7 @@ def _member_of(kernel: Kernel) -> KernelMember:
     return KernelMember("layer_name", kernel.layer.__name__)
 
 
-def _sizes(source: Source, output_spec: OutputSpec, operands: Sequence[object]) -> Sizes:
+def _sizes(source: InferOutput, output_spec: OutputSpec, operands: Sequence[object]) -> Sizes:
     # A kernel that has to run for real is not run at sizes that it may not support.
     if output_spec.source != "probe":
         try:
@@ -213,7 +213,7 @@ class _NotExpressible(Exception):
 
 
 def record_sizes(
-    source: Source, operands: Sequence[object], *, everything: bool
+    source: InferOutput, operands: Sequence[object], *, everything: bool
 ) -> tuple[Sizes, OutputSpec]:
     """Find the sizes of the results of calls like one with ``operands``.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Template
-from kernelgraph.graph.infer import OutputSpec, Source, TensorSpec
+from kernelgraph.graph.infer import InferOutput, OutputSpec, TensorSpec
 from kernelgraph.programs.portable_json import Json, as_array, as_object, as_text, is_index, is_int
 
 # --- expressions --------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Sizes:
             for result in self.results
         )
 
-    def source(self, output: Template, written: tuple[int, ...]) -> Source:
+    def source(self, output: Template, written: tuple[int, ...]) -> InferOutput:
         """Return a function from operands to output specs, as
         `kernelgraph.graph.infer.infer_output` does.
 

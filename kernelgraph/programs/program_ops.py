@@ -26,7 +26,7 @@ from kernelgraph.builds import Origin
 from kernelgraph.fingerprint import digest
 from kernelgraph.graph import _torch, ops
 from kernelgraph.graph.calls import Call, Path, Template
-from kernelgraph.graph.infer import Effects, OutputSpec, Source, TensorSpec
+from kernelgraph.graph.infer import Effects, InferOutput, OutputSpec, TensorSpec
 from kernelgraph.graph.ops import Body, ByReference
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -156,7 +156,7 @@ class ProgramOpSpec:
         return OutputSpec(results, self.output, self.writes.kernel, "recorded")
 
     @property
-    def source(self) -> Source:
+    def source(self) -> InferOutput:
         """The function that infers the output of a call."""
         return self.sizes.source(self.output, self.writes.kernel)
 

@@ -78,7 +78,7 @@ class UntunedCall:
         return [*map(now, values)] == [*map(now, self.operands)]
 
 
-class StandIn(nn.Module):
+class InlinedCall(nn.Module):
     """Computes a call in the place of its op, in Python that a compiler traces."""
 
     def __init__(self, forward: Callable[..., object], untuned: UntunedCall) -> None:
@@ -107,7 +107,7 @@ def program(region: Region, untuned: UntunedCall, candidate: Candidate) -> fx.Gr
         return made
     forward = _forward_of(untuned, candidate)
     node = next(n for n in graph.nodes if n.name == region.node.name)
-    made.add_submodule("kernelgraph_stand_in", StandIn(forward, untuned))
+    made.add_submodule("kernelgraph_stand_in", InlinedCall(forward, untuned))
     with graph.inserting_before(node):
         stand_in = graph.call_module("kernelgraph_stand_in", node.args, node.kwargs)
     stand_in.meta = dict(node.meta)

@@ -13,7 +13,7 @@ from kernelgraph.graph.calls import State, UnsupportedValue, describe, flatten, 
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.lowering import Options, Site
 from kernelgraph.kernel import Kernel
-from kernelgraph.keys import kernel_key, layer_key, source_of, versions
+from kernelgraph.keys import kernel_key, layer_key, software_versions, source_of
 from kernelgraph.selection import device_name, driver_version
 
 _VERSION = 1
@@ -50,7 +50,7 @@ def tuning_key(
     assert site.target is not None
     return repr(
         (
-            (_VERSION, *versions()),
+            (_VERSION, *software_versions()),
             sorted({device_name(v.device) for v in (*tensors, *held)}),
             torch.get_num_threads() if site.target.type == "cpu" else _toolkit(),
             layer_key(layer),

@@ -18,7 +18,7 @@ Invariants:
 
 from kernelgraph.graph.calls.attribute_reads import CALL, uses
 from kernelgraph.graph.calls.call import Call, constants_in
-from kernelgraph.graph.calls.codegen import access, expression, literal, tuple_of, write
+from kernelgraph.graph.calls.codegen import access, expression, literal, tuple_of, write_function
 from kernelgraph.graph.calls.constants import (
     class_text,
     field_names,
@@ -81,5 +81,5 @@ __all__ = [
     "stable_text",
     "tuple_of",
     "uses",
-    "write",
+    "write_function",
 ]

@@ -25,12 +25,12 @@ Bind = Callable[[object], str]
 """Makes a value available in a function that is written; returns the expression for it."""
 
 
-def write(
+def write_function(
     parameters: Sequence[str],
     lines: Sequence[str],
     names: dict[str, object],
     *,
-    title: str = "generated",
+    title: str,
 ) -> Any:
     """Return a generated function.
 

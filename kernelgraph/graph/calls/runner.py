@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernelgraph.graph.calls.call import Call
-from kernelgraph.graph.calls.codegen import expression, tuple_of, write
+from kernelgraph.graph.calls.codegen import expression, tuple_of, write_function
 from kernelgraph.graph.calls.stand_in import new_stand_in
 from kernelgraph.graph.calls.trees import UnsupportedValue, flatten_tensors
 
@@ -74,7 +74,7 @@ class Runner:
 
     def _write(self, lines: Sequence[str], names: dict[str, Any]) -> Callable[..., Any]:
         title = f"call {getattr(self.forward, '__qualname__', 'forward')}"
-        made: Callable[..., Any] = write(
+        made: Callable[..., Any] = write_function(
             self.operands, lines, {**self._namespace, **names}, title=title
         )
         return made

@@ -16,7 +16,7 @@ _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom")
 _DESCRIPTIONS = (*VALUES, "tensor_meta")
 
 
-def origin_of(node: fx.Node) -> dict[str, object]:
+def place_in_model(node: fx.Node) -> dict[str, object]:
     """Return the metadata that tells where in the model a node comes from."""
     return {key: node.meta[key] for key in _ORIGIN if key in node.meta}
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from kernelgraph.graph.calls import Call, Path, flatten, path_text, read
-from kernelgraph.graph.fx.node_metadata import copy_value, origin_of, set_values
+from kernelgraph.graph.fx.node_metadata import copy_value, place_in_model, set_values
 from kernelgraph.graph.fx.pickling import save_op
 from kernelgraph.graph.fx.planner import PlannedCall, Replacement, plan, plan_from_inputs
 from kernelgraph.graph.infer import VALUES, TensorSpec, plain
@@ -219,7 +219,7 @@ def _type_of(tensor: Tensor | TensorSpec) -> str:
 def _replace(planned: PlannedCall, replacement: Replacement) -> fx.Node:
     """Write an op in the place of a layer's node, and return the op's node."""
     node, graph, lowered = planned.node, planned.graph_module.graph, replacement.lowered
-    origin = origin_of(node)
+    origin = place_in_model(node)
     # The op, in front of the node, and a node for each of its results if it returns several.
     with graph.inserting_before(node):
         arguments = pack(_arguments(graph, node, replacement.call, origin), lowered.packed)

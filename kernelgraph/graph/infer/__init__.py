@@ -33,11 +33,11 @@ from kernelgraph.graph.infer.output_specs import (
     observe,
 )
 from kernelgraph.graph.infer.probe import Probe
-from kernelgraph.graph.infer.sample_inputs import Form
+from kernelgraph.graph.infer.sample_inputs import StridedSpec
 from kernelgraph.graph.infer.shapes import (
     Effects,
+    InferOutput,
     ShapeFunction,
-    Source,
     differentiable,
     effects,
     infer_output,
@@ -49,13 +49,13 @@ __all__ = [
     "ALIGNMENT",
     "VALUES",
     "Effects",
-    "Form",
+    "InferOutput",
     "NoValue",
     "Operands",
     "OutputSpec",
     "Probe",
     "ShapeFunction",
-    "Source",
+    "StridedSpec",
     "TensorSpec",
     "UnknownShape",
     "check_unwritten",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, flatten_tensors, read
 from kernelgraph.graph.infer import sample_inputs
-from kernelgraph.graph.infer.sample_inputs import Form
+from kernelgraph.graph.infer.sample_inputs import StridedSpec
 from kernelgraph.selection import device_name
 
 
@@ -77,9 +77,9 @@ class Operands:
         return differ
 
     @property
-    def tensors(self) -> list[Form | Tensor]:
+    def tensors(self) -> list[StridedSpec | Tensor]:
         """The forms of the sample inputs, and the weights."""
-        return [*(v for v in self._made_up if isinstance(v, Form)), *self._weights.values()]
+        return [*(v for v in self._made_up if isinstance(v, StridedSpec)), *self._weights.values()]
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class Operands:
         for i, bound in self.bounds.items():
             made[i] = indices(self._made_up[i], bound, seed)
         for i, form in enumerate(self._made_up[self._first :], self._first):
-            if isinstance(form, Form) and len(form.sizes) > 1 and _is_float(form.dtype):
+            if isinstance(form, StridedSpec) and len(form.sizes) > 1 and _is_float(form.dtype):
                 made[i].mul_(
                     max(form.sizes[-1], 1) ** -0.5
                 )  # about the scale of initialised weights
@@ -116,7 +116,7 @@ class Operands:
         gradient is wanted.
         """
         arguments = list(enumerate(self._made_up[: self._first]))
-        forms = [(i, v) for i, v in arguments if isinstance(v, Form) and not wanted[i]]
+        forms = [(i, v) for i, v in arguments if isinstance(v, StridedSpec) and not wanted[i]]
         return [i for i, v in forms if _is_float(v.dtype) and v.sizes and v.sizes[-1] % 2 == 0]
 
     def index_bounds(self, run: Callable[[Sequence[Any]], object]) -> dict[int, int]:
@@ -131,7 +131,9 @@ class Operands:
         must also be sorted.
         """
         forms = [
-            Form(tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v
+            StridedSpec(tuple(v.shape), v.stride(), v.dtype, v.device)
+            if isinstance(v, Tensor)
+            else v
             for v in (self._weights.get(i, v) for i, v in enumerate(self._made_up))
         ]
         sizes = sorted({n for f in forms for n in _sizes(f) if n > 0}, reverse=True)
@@ -148,7 +150,7 @@ class Operands:
                 return None
 
         for i, form in enumerate(self._made_up[: self._first]):
-            if not (isinstance(form, Form) and form.dtype in _INDICES and form.reach):
+            if not (isinstance(form, StridedSpec) and form.dtype in _INDICES and form.reach):
                 continue
             at = functools.partial(returned, i)
             try:
@@ -182,7 +184,7 @@ def _kind(value: Any) -> tuple[Any, ...]:
 def _sizes(value: Any) -> tuple[int, ...]:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    return value.sizes if isinstance(value, Form) else ()
+    return value.sizes if isinstance(value, StridedSpec) else ()
 
 
 def _is_float(dtype: torch.dtype) -> bool:
@@ -200,7 +202,7 @@ def disturbed(weight: Tensor, seed: int) -> Tensor:
     return weight.add_(noise, alpha=0.3 * size or 0.1)
 
 
-def indices(form: Form, bound: int, seed: int) -> Tensor:
+def indices(form: StridedSpec, bound: int, seed: int) -> Tensor:
     """Return random indices below ``bound`` that include ``bound - 1``; distinct in each row, where
     the row is not too long."""
     made: Tensor = sample_inputs.make([form], seed)[0]
@@ -227,7 +229,7 @@ def _base(tensor: Tensor) -> Tensor:
 
 def _on_cpu(value: object) -> Any:
     """Return a CPU tensor like ``value``, with values that do not make results zero."""
-    if not isinstance(value, Form):
+    if not isinstance(value, StridedSpec):
         return value
     if not _is_float(value.dtype):
         return torch.zeros(value.sizes, dtype=value.dtype)
@@ -247,7 +249,7 @@ def reduced(operands: Sequence[Any], fixed: Collection[int]) -> list[Any]:
     and in order; broadcast dimensions stay broadcast. A number that equals such a size changes with
     it.
     """
-    forms = [v for v in operands if isinstance(v, Form)]
+    forms = [v for v in operands if isinstance(v, StridedSpec)]
     kept = {n for f in forms for n in f.sizes[-1:]} | set(fixed)
     free = sorted({n for f in forms for n in f.sizes if n > _SMALL and n not in kept})
     smaller: dict[int, int] = {}
@@ -261,7 +263,7 @@ def reduced(operands: Sequence[Any], fixed: Collection[int]) -> list[Any]:
 
 
 def _smaller(value: Any, smaller: Mapping[int, int]) -> Any:
-    if not isinstance(value, Form):
+    if not isinstance(value, StridedSpec):
         return smaller.get(value, value) if type(value) is int else value
     sizes = tuple(smaller.get(n, n) for n in value.sizes)
     return value._replace(sizes=sizes, strides=rescaled(value.sizes, value.strides, sizes))

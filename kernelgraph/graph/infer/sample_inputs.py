@@ -67,7 +67,7 @@ def sizes_now(operands: Sequence[object]) -> dict[object, int]:
     return {symbol: UNKNOWN if hint is None else hint for symbol, hint in hints.items()}
 
 
-class Form(NamedTuple):
+class StridedSpec(NamedTuple):
     """Sizes, strides, dtype and device of a strided tensor."""
 
     sizes: tuple[int, ...]
@@ -84,7 +84,7 @@ class Form(NamedTuple):
 
 
 def forms(operands: Sequence[object], size: Callable[[object], int]) -> list[Any]:
-    """Return ``operands`` with a `Form` for each tensor and a number for each symbol.
+    """Return ``operands`` with a `StridedSpec` for each tensor and a number for each symbol.
 
     Args:
         operands: Tensors and numbers.
@@ -104,11 +104,11 @@ def _form(value: Any, size: Callable[[object], int]) -> object:
         kind = f"{str(value.layout)[6:]} {type(value).__name__}"
         raise TypeError(f"no values can be made up for a {kind}")
     sizes, strides = (tuple(map(size, numbers)) for numbers in (value.shape, value.stride()))
-    return Form(sizes, strides, value.dtype, value.device)
+    return StridedSpec(sizes, strides, value.dtype, value.device)
 
 
 def make(operands: Sequence[object], seed: int, *, bools: bool = False) -> list[Any]:
-    """Return ``operands`` with a tensor for each `Form`.
+    """Return ``operands`` with a tensor for each `StridedSpec`.
 
     Floats are normally distributed. Integers are zeros, the one index that is always in range.
     Bools are random with ``bools``, else False.
@@ -124,7 +124,7 @@ def make(operands: Sequence[object], seed: int, *, bools: bool = False) -> list[
     generators: dict[torch.device, torch.Generator] = {}
     made: list[Any] = []
     for value in operands:
-        if isinstance(value, Form):
+        if isinstance(value, StridedSpec):
             if value.device not in generators:
                 generator = torch.Generator(value.device)
                 generators[value.device] = generator.manual_seed(seed)
@@ -135,7 +135,7 @@ def make(operands: Sequence[object], seed: int, *, bools: bool = False) -> list[
     return made
 
 
-def _memory(form: Form, generator: torch.Generator, bools: bool) -> Tensor:
+def _memory(form: StridedSpec, generator: torch.Generator, bools: bool) -> Tensor:
     extent, dtype, device = form.reach, form.dtype, form.device
     if dtype in _FILLED or dtype.is_complex:
         return torch.randn(extent, dtype=dtype, device=device, generator=generator)

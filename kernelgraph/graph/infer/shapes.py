@@ -22,7 +22,7 @@ from kernelgraph.graph.infer.probe import Probe
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
-Source = Callable[[Sequence[object]], OutputSpec]
+InferOutput = Callable[[Sequence[object]], OutputSpec]
 """Returns the spec of a call's output, given its operands; one for each call signature."""
 
 
@@ -76,7 +76,7 @@ def _like(tensor: Tensor) -> Tensor:
 class ShapeFunction:
     """Returns the specs of a call's results; one object for each call signature."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: InferOutput) -> None:
         self._source = source
         self._known: dict[object, tuple[TensorSpec, ...]] = {}
 
@@ -109,7 +109,7 @@ def static_key(operands: Sequence[object]) -> tuple[object, ...] | None:
 
 def infer_output(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object]
-) -> tuple[Source, OutputSpec]:
+) -> tuple[InferOutput, OutputSpec]:
     """Infer the output of a call.
 
     Only the layer's ``fake`` is used where it has one. Else the first of these that works:
@@ -128,7 +128,7 @@ def infer_output(
         AttributeError: If the kernel reads an attribute that the layer does not have.
     """
     if layer.fake is not None:
-        source: Source = _on_fakes("fake", layer.fake, call)
+        source: InferOutput = _on_fakes("fake", layer.fake, call)
         try:
             return source, source(operands)
         except UnsupportedValue:
@@ -138,7 +138,7 @@ def infer_output(
                 f"fake= of layer {layer.layer_name} raised {_text(error)}"
             ) from error
     _check_annotated(kernel, layer, call)
-    attempts: list[tuple[str, Source]] = [
+    attempts: list[tuple[str, InferOutput]] = [
         ("the kernel", _on_fakes("kernel", kernel.forward, call)),
         ("the reference", _on_fakes("reference", layer.reference, call)),
         ("the kernel on sample inputs", Probe(Runner(kernel.forward, call))),
@@ -166,7 +166,7 @@ def infer_output(
     )
 
 
-def _at_hints(source: Source, operands: Sequence[object]) -> OutputSpec:
+def _at_hints(source: InferOutput, operands: Sequence[object]) -> OutputSpec:
     """Call ``source`` with the values that symbols have in the traced call, without guards."""
     known = sample_inputs.sizes_now(operands)
 
@@ -192,7 +192,7 @@ def _text(error: Exception) -> str:
     )
 
 
-def _on_fakes(source: str, forward: Callable[..., object], call: Call) -> Source:
+def _on_fakes(source: str, forward: Callable[..., object], call: Call) -> InferOutput:
     return functools.partial(run_on_fakes, Runner(forward, call), source=source)
 
 

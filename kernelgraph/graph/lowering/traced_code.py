@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from kernelgraph.graph.calls import Path, Step, access, expression, literal, tuple_of, write
+from kernelgraph.graph.calls import (
+    Path,
+    Step,
+    access,
+    expression,
+    literal,
+    tuple_of,
+    write_function,
+)
 from kernelgraph.graph.ops import Lowered, pack
 
 StateReader = Callable[[nn.Module], tuple[object, ...]]
@@ -25,7 +33,7 @@ _ARGUMENTS: dict[Step, str] = {(0,): "args", (1,): "kwargs"}
 def state_reader(paths: Sequence[Path]) -> StateReader:
     """Write the function from a layer to its values at ``paths``."""
     values = tuple_of(access("module", path) for path in paths)
-    made: StateReader = write(["module"], [f"return {values}"], {})
+    made: StateReader = write_function(["module"], [f"return {values}"], {}, title="read the state")
     return made
 
 
@@ -71,5 +79,6 @@ def op_caller(
     one = lowered.returns == 1
     results = ["results"] if one else [f"results[{i}]" for i in range(count)]
     lines.append(f"return {expression(lowered.output, results, constant)}")
-    function: OpCaller = write(["op", "args", "kwargs", "state", "constants"], lines, {})
+    parameters = ["op", "args", "kwargs", "state", "constants"]
+    function: OpCaller = write_function(parameters, lines, {}, title=f"call {lowered.name}")
     return function, tuple(constants)

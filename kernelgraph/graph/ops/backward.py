@@ -28,7 +28,14 @@ from kernelgraph.graph.gradients import (
     bypassing_forward,
     handle,
 )
-from kernelgraph.graph.infer import Effects, OutputSpec, Source, contiguous_copy, owned, versions
+from kernelgraph.graph.infer import (
+    Effects,
+    InferOutput,
+    OutputSpec,
+    contiguous_copy,
+    owned,
+    versions,
+)
 from kernelgraph.graph.ops.fast_path import CheckedCall, Operand, OpResult
 from kernelgraph.graph.ops.forward import Body, TensorType, like
 from kernelgraph.kernel import Kernel
@@ -67,7 +74,7 @@ class Differentiable(Body):
         kernel: Kernel,
         layer: Extensible,
         call: Call,
-        shapes: Source,
+        shapes: InferOutput,
         spec: OutputSpec,
         effects: Effects,
     ) -> None:

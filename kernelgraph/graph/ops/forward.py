@@ -21,9 +21,9 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.infer import (
     Effects,
+    InferOutput,
     OutputSpec,
     ShapeFunction,
-    Source,
     check_unwritten,
     contiguous_copy,
     make_fakes,
@@ -75,7 +75,7 @@ class Body:
         kernel: Kernel,
         layer: Extensible,
         call: Call,
-        shapes: Source,
+        shapes: InferOutput,
         spec: OutputSpec,
         effects: Effects,
     ) -> None:

@@ -25,8 +25,8 @@ from kernelgraph.fingerprint import code_hash, digest
 from kernelgraph.graph.calls import Call, Template
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import (
+    InferOutput,
     OutputSpec,
-    Source,
     TensorSpec,
     differentiable,
     effects,
@@ -141,7 +141,7 @@ def _body(
     layer: Extensible,
     call: Call,
     operands: Sequence[Operand],
-    shapes: Source,
+    shapes: InferOutput,
     spec: OutputSpec,
     gradient: Gradient | None,
 ) -> Body:

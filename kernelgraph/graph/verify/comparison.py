@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernelgraph.graph.verify.deviation import agree, find_deviation
+from kernelgraph.graph.verify.deviation import all_agree, find_deviation
 from kernelgraph.graph.verify.tolerance import EXACT, Closeness
 from kernelgraph.graph.verify.trial_runs import CannotCompare, Run, TapedRun, Trial
 
@@ -82,7 +82,7 @@ class Comparison:
         for seed, run in zip(self.trial.seeds, self.runs, strict=True):
             with self.trial.samples.apart(0):
                 taped_run = TapedRun(self.trial, seed, hidden_saves=hidden_saves)
-                if not agree(taped_run.results, run.results, self.allowed):
+                if not all_agree(taped_run.results, run.results, self.allowed):
                     return "it returns something else where gradients are wanted"
                 gradients.append(taped_run.gradients())
         errors, finite = [], []
@@ -124,7 +124,7 @@ class Comparison:
 
     def _is_random(self) -> bool:
         other = self.trial.reference(0, draw=1)
-        return not agree(other.results, self.references[0].results, self.allowed)
+        return not all_agree(other.results, self.references[0].results, self.allowed)
 
 
 def _mismatch(run: Run, reference: Run) -> str:

@@ -148,7 +148,7 @@ def find_deviation(
     return found
 
 
-def agree(
+def all_agree(
     made: Sequence[Tensor | None], wanted: Sequence[Tensor | None], allowed: Closeness
 ) -> bool:
     """Whether tensors of two runs are the same but for rounding; None counts as zeros."""

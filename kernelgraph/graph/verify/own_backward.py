@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source
-from kernelgraph.graph.verify.deviation import agree, same_bits
+from kernelgraph.graph.verify.deviation import all_agree, same_bits
 from kernelgraph.graph.verify.tolerance import Closeness
 from kernelgraph.graph.verify.trial_runs import TapedRun, Trial
 from kernelgraph.report import error_text
@@ -116,7 +116,7 @@ class _Examination:
         return TapedRun(self.trial, 0, hidden_saves=self.hidden_saves, sources=sources)
 
     def _agree(self, made: Gradients, expected: Gradients) -> bool:
-        return agree(made, expected, self.allowed)
+        return all_agree(made, expected, self.allowed)
 
     def _runs_again_with_copies(self, expected: Gradients) -> bool:
         """Whether the backward can run twice if it receives copies of the kernel's own tensors.

@@ -42,7 +42,7 @@ from kernelgraph.graph.verify.tolerance import Closeness, closeness_of
 from kernelgraph.graph.verify.trial_runs import CannotCompare, Run, Trial
 from kernelgraph.graph.verify.verdict import Verdict
 from kernelgraph.kernel import Kernel
-from kernelgraph.keys import kernel_key, layer_key, source_of, versions
+from kernelgraph.keys import kernel_key, layer_key, software_versions, source_of
 from kernelgraph.layers import Extensible
 from kernelgraph.report import error_text
 
@@ -110,7 +110,7 @@ def _key(
     """Return text that is the same in every process in which the verdict is the same."""
     return repr(
         (
-            (TRIAL_VERSION, *versions()),
+            (TRIAL_VERSION, *software_versions()),
             *kernel_key(kernel),
             layer_key(layer),
             call.describe(),

@@ -23,7 +23,7 @@ from kernelgraph.graph.calls import (
     flatten_tensors,
 )
 from kernelgraph.graph.gradients import Source, SourceKind, Tape
-from kernelgraph.graph.infer import Form, Operands, contiguous_copy, owned, versions
+from kernelgraph.graph.infer import Operands, StridedSpec, contiguous_copy, owned, versions
 from kernelgraph.graph.verify.deviation import same_bits
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -240,7 +240,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _memory(tensor: Tensor) -> Tensor:
     """The memory of a tensor from the first element to the last; autograd does not see it."""
-    form = Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    form = StridedSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
     return tensor.data.as_strided((form.reach,), (1,))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelgraph.graph.calls.codegen import access, expression, literal, write
+from kernelgraph.graph.calls.codegen import access, expression, literal, write_function
 from kernelgraph.graph.calls.trees import Path, flatten, read
 from tests.graph.calls.test_call import VALUES, same
 
 
 def evaluated(text: str, names: dict[str, Any]) -> Any:
-    return write([], [f"return {text}"], names)()
+    return write_function([], [f"return {text}"], names, title="test")()
 
 
 class Constants(dict[str, Any]):
@@ -63,3 +65,12 @@ def test_access_evaluates_to_what_read_returns(path: Path, text: str) -> None:
     inner = SimpleNamespace(b=1, **{"0": SimpleNamespace(**{"class": 2})})
     value = SimpleNamespace(a=[{"k'": 3}] if (0,) in path else inner)
     assert evaluated(text, {"x": value}) is read(value, path)
+
+
+def test_generated_function_shows_its_source_in_a_traceback() -> None:
+    function = write_function(["x"], ["return 1 / x"], {}, title="divide Toy")
+    with pytest.raises(ZeroDivisionError) as caught:
+        function(0)
+    *_, frame = traceback.extract_tb(caught.value.__traceback__)
+    assert frame.line == "return 1 / x"
+    assert re.fullmatch(r"<kernelgraph divide Toy [0-9a-f]{8}>", frame.filename)

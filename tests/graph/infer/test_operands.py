@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kernelgraph.graph.infer.operands import Operands, reduced, rescaled
-from kernelgraph.graph.infer.sample_inputs import Form
+from kernelgraph.graph.infer.sample_inputs import StridedSpec
 from tests.support.op_calls import call_of
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def form(sizes, strides=None, dtype=torch.float32):
     strides = torch.empty(sizes, device="meta").stride() if strides is None else strides
-    return Form(tuple(sizes), tuple(strides), dtype, CPU)
+    return StridedSpec(tuple(sizes), tuple(strides), dtype, CPU)
 
 
 shapes = st.lists(
