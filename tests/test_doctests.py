@@ -20,7 +20,8 @@ from tests.support.sources import EXAMPLES
 from tests.support.toy_repository import METADATA, variant_files
 
 WITHOUT_EXAMPLE = {
-    "get_kernel_dep": "only the code of a kernel can call it",
+    "aot_compile": "it compiles for 24 s; tests/programs/test_export_compiled.py does the same",
+    "aot_load": "torch 2.11 may crash in it; tests/programs/test_export_compiled.py does the same",
 }
 """The names that need no example, with the reason."""
 

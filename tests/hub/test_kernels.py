@@ -12,7 +12,7 @@ from kernelgraph import get_kernel, get_kernel_dep, get_local_kernel, get_locked
 from kernelgraph.builds.importer import module_origin
 from kernelgraph.builds.wanted import Wanted
 from kernelgraph.hub.client import Hub
-from kernelgraph.hub.kernels import load
+from kernelgraph.hub.kernels import load_from_hub
 from kernelgraph.hub.lockfile import lock
 from kernelgraph.selection.devices import Target
 from tests.support.toy_repository import METADATA, layer_files, variant_files, write_repository
@@ -91,9 +91,9 @@ class TestGet:
         hub.repository("org/toy").commit(files, branch="v1")
         wanted, old = Wanted("org/toy", version=1), Target("cuda", 80)
         with pytest.raises(ValueError, match=r"org/toy, variant torch-cuda: built for 9\.0, and"):
-            load(wanted, old, trust_remote_code=False)
-        assert load(wanted, old, trust_remote_code=False, check_arch=False).RESULT == 1
-        assert load(wanted, Target("cuda", 90), trust_remote_code=False).RESULT == 1
+            load_from_hub(wanted, old, trust_remote_code=False)
+        assert load_from_hub(wanted, old, trust_remote_code=False, check_arch=False).RESULT == 1
+        assert load_from_hub(wanted, Target("cuda", 90), trust_remote_code=False).RESULT == 1
 
     def test_build_that_differs_from_its_metadata_is_refused(self, hub):
         files = variant_files()
