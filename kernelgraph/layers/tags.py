@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,7 +74,7 @@ def extensible(cls: type) -> Extensible | None:
             if not isinstance(name, str) or not name or getattr(owner, "forward", None) != forward:
                 return None
             condition, fake = _plain(members.get(CONDITION)), _plain(members.get(FAKE))
-            return Extensible(owner, name, None if _always(condition) else condition, fake)
+            return Extensible(owner, name, None if _is_default(condition) else condition, fake)
         if "forward" in members:
             return None
     return None
@@ -88,22 +85,16 @@ def _plain(member: Any) -> Any:
     return member.__func__ if isinstance(member, staticmethod) else member
 
 
-def _always(condition: object) -> bool:
-    """Whether ``condition`` accepts every instance, by its code alone: ``lambda module: True``.
+_DEFAULT_CONDITION = "replace_kernel_forward_from_hub.<locals>.<lambda>"
+"""The condition that the ``kernels`` package gives to a class that is tagged without one."""
 
-    The ``kernels`` package gives such a condition to each class that is tagged without one. A
-    condition that has to be called ties a compiled graph to the instance it was called with.
+
+def _is_default(condition: object) -> bool:
+    """Whether the ``kernels`` package made ``condition``, which accepts every instance.
+
+    It is not called, because a call ties a compiled graph to the instance that was passed.
     """
-    code = getattr(condition, "__code__", None)
-    return isinstance(code, CodeType) and code.co_argcount == 1 and _returns_true(code)
-
-
-@functools.lru_cache(maxsize=256)
-def _returns_true(code: CodeType) -> bool:
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
-    if [step.opname for step in steps] not in (["LOAD_CONST", "RETURN_VALUE"], ["RETURN_CONST"]):
-        return False  # so it is called; also if a later Python returns constants differently
-    return bool(steps[0].argval)
+    return getattr(condition, "__qualname__", "") == _DEFAULT_CONDITION
 
 
 # --- listeners: what is called with each extensible class -----------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -182,7 +182,7 @@ class TestForeignTag:
 
 
 class TestCondition:
-    """A condition counts unless its code alone says that it refuses no instance."""
+    """A condition counts unless the ``kernels`` package made it for a class without one."""
 
     @staticmethod
     def counts(condition: Any) -> bool:
@@ -194,32 +194,18 @@ class TestCondition:
         assert layer is not None
         return layer.condition is not None
 
-    def test_one_that_returns_a_true_constant_does_not_count(self) -> None:
-        def documented(module: nn.Module) -> bool:
-            """Every one of them."""
-            return True
-
-        def a_name(module: nn.Module) -> str:
-            return "true too"
-
-        for condition in (lambda module: True, documented, a_name):
-            assert not self.counts(condition)
-
-    def test_any_other_counts(self) -> None:
-        yes = True
-
-        def refuses(module: nn.Module) -> bool:
-            return False
-
-        def returns_nothing(module: nn.Module) -> None:
+    def test_default_of_the_kernels_package_does_not_count(self, theirs: Any) -> None:
+        @theirs.use_kernel_forward_from_hub("Tagged")
+        class Tagged(Plain):
             pass
 
-        def generator(module: nn.Module) -> Iterator[None]:
-            return True
-            yield
+        layer = extensible(Tagged)
+        assert layer is not None
+        assert layer.condition is None
 
-        async def coroutine(module: nn.Module) -> bool:
-            return True
+    def test_condition_of_the_user_counts(self) -> None:
+        def refuses(module: nn.Module) -> bool:
+            return False
 
         class Callable_:  # noqa: N801
             def __call__(self, module: nn.Module) -> bool:
@@ -230,17 +216,11 @@ class TestCondition:
 
         for condition in (
             refuses,
-            returns_nothing,
-            generator,
-            coroutine,
             Callable_(),
             Callable_().method,
             functools.partial(lambda module, wanted: True, wanted=1),
-            lambda module: yes,
-            lambda module: pytest,
-            lambda module: module,
-            lambda module, wanted=True: wanted,
-            lambda module: True if module.training else False,  # noqa: SIM210
+            lambda module: module.training,
+            lambda module: True,
         ):
             assert self.counts(condition), condition
 

@@ -107,11 +107,15 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
+def replace_kernel_forward_from_hub(cls: Any, layer_name: str) -> None:
+    cls.kernel_layer_name = layer_name
+    cls.kernel_condition = staticmethod(lambda module: True)
+
+
 def use_kernel_forward_from_hub(layer_name: str) -> Callable[[Any], Any]:
     def decorate(target: Any) -> Any:
         cls = target if isinstance(target, type) else _function_class(target)
-        cls.kernel_layer_name = layer_name
-        cls.kernel_condition = staticmethod(lambda module: True)
+        replace_kernel_forward_from_hub(cls, layer_name)
         return cls if cls is target else cls()
 
     return decorate
