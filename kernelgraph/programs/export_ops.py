@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from kernelgraph.graph.infer import (
     OutputSpec,
     UnknownShape,
     differentiable,
-    effects,
     infer_output,
     run_on_fakes,
     static_key,
@@ -62,7 +62,7 @@ class ExportedOps:
     def __init__(self) -> None:
         self.calls: dict[str, list[ExportedCall]] = {}
         """For each op, by name, the calls that it was made for."""
-        self._names: dict[tuple[object, ...], str] = {}
+        self._made: dict[tuple[object, ...], _MadeOp] = {}
 
     def op_for(
         self, site: Site, kernel: Kernel, call: Call, operands: Sequence[object], options: Options
@@ -74,20 +74,28 @@ class ExportedOps:
 
         Raises:
             UnsupportedValue: As `ops.lower` raises, and if the call depends on the model's code.
-            UnknownShape, AttributeError, RuntimeError: As `ops.lower` raises.
+            AttributeError, RuntimeError: As `ops.lower` raises.
         """
         layer, training = site.layer, site.grad
         symbolic, _, _ = _torch.symbolic_like(operands, everything=False)
         operands_key = _operands_key(symbolic)
         key = (kernel.layer, kernel.origin, layer, call.describe(), operands_key, training)
-        if key not in self._names:
+        if key not in self._made:
             with _torch.out_of_export():
-                self._names[key] = _make_op(kernel, layer, call, symbolic, site.module, training)
-        name = self._names[key]
+                self._made[key] = _make_op(kernel, layer, call, symbolic, site.module, training)
+        name, aliases = self._made[key]
         self.calls.setdefault(name, []).append(ExportedCall(layer, call, symbolic))
         installed = installed_ops()[name]
         installed.body.places.add(site.module, site.path.removeprefix(EXPORT_ROOT))
-        return _lowered(name, installed.spec, operands, installed.body.returns)
+        lowered, gradient = _lowered(name, installed.spec, operands, installed.body.returns)
+        return replace(lowered, aliases=aliases), gradient
+
+
+class _MadeOp(NamedTuple):
+    """The name of an op, and the `Lowered.aliases` of its calls."""
+
+    name: str
+    aliases: tuple[tuple[int, int], ...]
 
 
 def _operands_key(operands: Sequence[object]) -> tuple[object, ...]:
@@ -122,12 +130,12 @@ def _make_op(
     operands: Sequence[object],
     module: nn.Module,
     training: bool,
-) -> str:
-    """Register the op for a call, made from data that was through JSON; return its name."""
+) -> _MadeOp:
+    """Register the op for a call, made from data that was through JSON."""
     check_needs_no_code(module, kernel.forward)
     source, output_spec = infer_output(kernel, layer, call, operands)
     sizes = _sizes(source, output_spec, operands)
-    writes = effects(kernel, layer, call, operands, output_spec)
+    writes = Effects.of(output_spec)
     spec = ProgramOpSpec(
         layer.layer_name,
         _member_of(kernel),
@@ -144,7 +152,8 @@ def _make_op(
             run_on_fakes(Runner(kernel.forward, call_from_json(data["call"])), operands)
         except AttributeError as error:
             raise NotPortable(f"the kernel needs the layer's class: {error}") from error
-    return install(ProgramOp.of(data, kernel.origin), kernel).op.name
+    name = install(ProgramOp.of(data, kernel.origin), kernel).op.name
+    return _MadeOp(name, output_spec.aliases)
 
 
 def _flow(
@@ -171,7 +180,7 @@ def _member_of(kernel: Kernel) -> KernelMember:
 
 def _sizes(source: InferOutput, output_spec: OutputSpec, operands: Sequence[object]) -> Sizes:
     # A kernel that has to run for real is not run at sizes that it may not support.
-    if output_spec.source != "probe":
+    if not output_spec.source.startswith("probe"):
         try:
             return record_sizes(source, operands, everything=True)[0]
         except Exception:  # it branches on sizes, for example, in a way that is no expression
@@ -239,6 +248,7 @@ def record_sizes(
                 tuple(_from_sympy(_torch.expression(size), places, new) for size in result.shape),
                 result.dtype,
                 result.device.type,
+                result.order,
             )
             for result in spec.results
         )

@@ -279,6 +279,8 @@ class _OpCall(NamedTuple):
             # Detached, so that no gradient flows between calls through the state of a layer.
             value = results[number]
             operands[i].copy_(value.detach() if i >= self.first_state else value)
+        for number, i in op.aliases:
+            results[number] = operands[i]
         return op.output.unflatten(results)
 
 

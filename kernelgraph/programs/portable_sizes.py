@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Template
-from kernelgraph.graph.infer import InferOutput, OutputSpec, TensorSpec
+from kernelgraph.graph.infer import InferOutput, Order, OutputSpec, TensorSpec
 from kernelgraph.programs.portable_json import Json, as_array, as_object, as_text, is_index, is_int
 
 # --- expressions --------------------------------------------------------------------------------
@@ -182,11 +182,14 @@ class ResultSizes:
     dtype: torch.dtype
     device: str
     """The type of device."""
+    order: Order = ()
+    """The order of its dimensions in memory."""
 
     def to_json(self) -> Json:
         """Return the result as JSON."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return [[size.to_json() for size in self.size], dtype, self.device]
+        made: list[Json] = [[size.to_json() for size in self.size], dtype, self.device]
+        return [*made, list(self.order)] if self.order else made
 
     @classmethod
     def from_json(cls, data: Json) -> ResultSizes:
@@ -195,12 +198,15 @@ class ResultSizes:
         Raises:
             ValueError, RuntimeError: If it is not such JSON.
         """
-        size, dtype_name, device = as_array(data)
+        size, dtype_name, device, *order = as_array(data)
         dtype = getattr(torch, as_text(dtype_name), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{dtype_name!r} is no dtype")
         expressions = tuple(map(expression_from_json, as_array(size)))
-        return cls(expressions, dtype, torch.device(as_text(device)).type)
+        dims = tuple(dim for dim in (as_array(order[0]) if order else []) if is_index(dim))
+        if order and (len(order) > 1 or sorted(dims) != [*range(len(expressions))]):
+            raise ValueError(f"{order!r} is no order of {len(expressions)} dimensions")
+        return cls(expressions, dtype, torch.device(as_text(device)).type, dims)
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,7 @@ class Sizes:
                 tuple(size.evaluate(operands, new) for size in result.size),
                 result.dtype,
                 _device_like(operands, result.device),
+                result.order,
             )
             for result in self.results
         )

@@ -150,7 +150,7 @@ class ProgramOpSpec:
     def output_spec(self) -> OutputSpec:
         """The part of the output's spec that all calls have in common, with None for each size."""
         results = tuple(
-            TensorSpec((None,) * len(r.size), r.dtype, torch.device(r.device))
+            TensorSpec((None,) * len(r.size), r.dtype, torch.device(r.device), r.order)
             for r in self.sizes.results
         )
         return OutputSpec(results, self.output, self.writes.kernel, "recorded")

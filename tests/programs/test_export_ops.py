@@ -220,7 +220,7 @@ def test_layer_that_cannot_be_traced_is_not_exported_for_training():
         kernel_layer_name = "Scale"
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight if x.sum().item() > 0 else x
+            return x * self.weight if x.sum().item() > 0 else -x
 
     model = nn.Sequential(Busy())
     with only(Scale=TraceableScale):

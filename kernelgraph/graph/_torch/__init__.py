@@ -26,7 +26,13 @@ from kernelgraph.graph._torch.autograd import (
     transforming,
     version_of,
 )
-from kernelgraph.graph._torch.dispatch import TorchDispatchMode, is_higher_order, schema_text
+from kernelgraph.graph._torch.dispatch import (
+    TorchDispatchMode,
+    arguments_of,
+    is_higher_order,
+    schema_text,
+    storage_of,
+)
 from kernelgraph.graph._torch.distributed import store_of_group
 from kernelgraph.graph._torch.dynamo import (
     F,
@@ -91,6 +97,7 @@ __all__ = [
     "any_autocast",
     "aot_compile",
     "aot_load",
+    "arguments_of",
     "at_trace_time",
     "autocast_regions",
     "begin_recording",
@@ -134,6 +141,7 @@ __all__ = [
     "schema_text",
     "set_grad_enabled",
     "splits_forward",
+    "storage_of",
     "store_of_group",
     "symbolic_like",
     "tensor_leaves",

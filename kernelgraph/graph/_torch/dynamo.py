@@ -18,7 +18,7 @@ from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
-from torch._dynamo.variables import ConstantVariable
+from torch._dynamo.variables import ConstantVariable, TensorVariable
 from torch._dynamo.variables.builder import SourcelessBuilder
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._guards import Guard, TracingContext
@@ -142,6 +142,25 @@ class Frame:
                 source = GetItemSource(source, step[0])
             value = read(value, (step,))
         return source
+
+    def is_pending(self, item: object, attribute: str | None = None) -> bool:
+        """Whether the traced code has changed an object, which the real one does not show yet.
+
+        Dynamo makes such changes once the graph has run. Tried on 2.13.
+
+        Args:
+            item: A module, another object, or a container.
+            attribute: The name of an attribute, which may be pending if it is a tensor; None for
+                anything in ``item``.
+        """
+        effects = self._tx.output.side_effects
+        variable = effects.id_to_variable.get(id(item))
+        if variable is None or variable.mutation_type is None:
+            return False
+        if attribute is None:
+            return bool(effects.is_modified(variable))
+        pending = effects.store_attr_mutations.get(variable, {}).get(attribute)
+        return pending is not None and not isinstance(pending.realize(), TensorVariable)
 
     def peek(self, name: str) -> Any:
         """Return the value of a local variable without making Dynamo realize it.

@@ -75,9 +75,9 @@ def fakes_apart(like: list[torch.Tensor]) -> Iterator[None]:
     mode: Any = detect_fake_mode(like)
     # Fakes of other layouts cannot be recreated in another mode.
     if all(tensor.layout is torch.strided for tensor in like):
-        mode = FakeTensorMode(
-            allow_non_fake_inputs=True, shape_env=getattr(mode, "shape_env", None)
-        )
+        # An environment of its own is for sizes that depend on values.
+        env = getattr(mode, "shape_env", None) or ShapeEnv()
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
     with for_real(), running_on(mode), no_data_pointers():
         yield
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import keyword
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.codegen import expression, tuple_of, write_function
 from kernelgraph.graph.calls.stand_in import new_stand_in
-from kernelgraph.graph.calls.trees import UnsupportedValue, flatten_tensors
+from kernelgraph.graph.calls.trees import UnsupportedValue, flatten, flatten_tensors
 
 
 class Runner:
@@ -36,6 +37,8 @@ class Runner:
         self.operands = [f"a{i}" for i in range(len(call.types))]
         """The names of the operands in generated functions."""
         self._namespace: dict[str, object] = {"forward": self.forward}
+        self._written: list[dict[str, Any]] = []
+        """The namespaces of the functions that were generated."""
         self._namespace |= {"pool": [], "new": functools.partial(_module_and_containers, call)}
         self.run = self._write([*self._call_lines(), "return result"], {})
         """The generated function: takes the operands, and returns what the forward returns."""
@@ -77,7 +80,14 @@ class Runner:
         made: Callable[..., Any] = write_function(
             self.operands, lines, {**self._namespace, **names}, title=title
         )
+        self._written.append(made.__globals__)
         return made
+
+    def replace_forward(self, forward: Callable[..., object]) -> None:
+        """Call another forward from now on, in the functions that were generated too."""
+        self.forward = _in_autocast(forward, self.call.autocast)
+        for namespace in self._written:
+            namespace["forward"] = self.forward
 
     def _call_lines(self, on_error: str = "", always: Sequence[str] = ()) -> list[str]:
         """Return the lines of the call. For a norm with a weight and an eps::
@@ -125,10 +135,11 @@ class Runner:
         return name
 
     def observe(self, operands: Sequence[object]) -> object:
-        """Call, and check that the call sets no attribute of the layer.
+        """Call, and check that the call changes only tensors.
 
         Raises:
-            UnsupportedValue: If it sets one; an op has no such effect.
+            UnsupportedValue: If it sets an attribute of the layer, or changes a container that is
+                an argument; an op has no such effect.
         """
         stand_in = new_stand_in(self.call.state)
         count = len(operands) - len(stand_in.slots)
@@ -138,10 +149,21 @@ class Runner:
         args, kwargs = self.call.arguments.unflatten(operands)
         result = self.forward(stand_in.module, *args, **kwargs)
         changed = {name for (_, name), _ in before.items() ^ stand_in.contents().items()}
+        where = getattr(self.forward, "__qualname__", self.forward)
         if changed:
-            where = getattr(self.forward, "__qualname__", self.forward)
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
+        if not self._holds((args, kwargs), operands[:count]):
+            raise UnsupportedValue(f"{where} changes a container that is an argument")
         return result
+
+    def _holds(self, arguments: object, operands: Sequence[object]) -> bool:
+        """Whether arguments still consist of these operands."""
+        try:
+            leaves, template = flatten(arguments)
+        except UnsupportedValue:
+            return False
+        same = all(map(operator.is_, leaves, operands))
+        return template == self.call.arguments and same
 
 
 def _in_autocast(

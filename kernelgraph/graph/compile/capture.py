@@ -21,7 +21,7 @@ import itertools
 import re
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from kernelgraph.graph.autotune import (
     session_of,
     tuning_key,
 )
-from kernelgraph.graph.calls import Call, Path, State, UnsupportedValue
+from kernelgraph.graph.calls import Call, Path, State, UnsupportedValue, read
 from kernelgraph.graph.compile.trace import BegunCall, Trace
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.lowering import (
@@ -170,6 +170,7 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
             frame.guard_identity("module")
         arguments = frame.peek("args"), frame.peek("kwargs")
         site, kernel, state = trace.decisions.kernel_for(site, _torch.tensors_in(arguments))
+        _check_settled(frame, site, state)
         key, winner = _known_winner(trace, site, state, arguments)
         if winner is not None:
             if winner.implementation is Implementation.REFERENCE:
@@ -205,6 +206,42 @@ def _known_winner(
     kernels = trace.decisions.kernels(site)
     key = tuning_key(site, kernels, state, arguments, options)
     return key, known_winner(key, len(kernels), session)
+
+
+def _check_settled(frame: Frame, site: Site, state: State) -> None:
+    """Check that the real layer has the state that the traced code would find.
+
+    Raises:
+        KeepReference: If that code has set an attribute that the call depends on, or changed a
+            container.
+    """
+    for item, attribute in _holders(site.module, state):
+        if frame.is_pending(item, attribute):
+            what = f"self.{attribute}" if attribute else f"a {type(item).__name__} of the layer"
+            why = f"{what} is set in the graph, before the call"
+            raise KeepReference(site, Reason.NOT_AN_OP, why)
+    if site.layer.condition is not None and frame.is_pending(site.module):
+        raise KeepReference(site, Reason.CONDITION, "the layer is changed in the graph")
+
+
+def _holders(module: nn.Module, state: State) -> Iterator[tuple[object, str | None]]:
+    """Yield the objects that a call's state is read from, each with the name of an attribute, or
+    None where the call depends on the object as a whole."""
+    paths = [*state.operands, *(path for path, _ in (*state.constants, *state.nodes))]
+    for path in (*paths, *state.absent, *(path for path, _ in state.untaken)):
+        if path:
+            owner, step = read(module, path[:-1]), path[-1]
+            yield (owner, step) if isinstance(step, str) else (owner, None)
+    yield from ((read(module, path), None) for path, _ in state.whole)
+    for path, _ in state.constants:
+        yield from _containers(read(module, path))
+
+
+def _containers(value: object) -> Iterator[tuple[object, None]]:
+    if isinstance(value, (list, tuple, set, dict)):
+        yield value, None
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _containers(part)
 
 
 def _guard(frame: Frame, state: State) -> None:

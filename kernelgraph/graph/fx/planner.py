@@ -196,6 +196,9 @@ def _replacement(planned: PlannedCall, value_of: ValueOf, choices: GraphDecision
     if lowered.written:
         names = ", ".join(call.names[i] for i in lowered.written)
         raise UnsupportedValue(f"{layer.reference.__qualname__} writes into {names}")
+    if lowered.aliases:
+        names = ", ".join(call.names[i] for _, i in lowered.aliases)
+        raise UnsupportedValue(f"{layer.reference.__qualname__} returns {names}")
     return Replacement(kernel, call, operands, lowered, gradient)
 
 

@@ -164,9 +164,11 @@ class BypassedCall:
         if len(results) != len(spec.results) or len(outputs) != len(results):
             return None
         ranges = []
-        for result, output, expected in zip(results, outputs, spec.results, strict=True):
+        for result, output, expected, strides in zip(
+            results, outputs, spec.results, spec.result_strides, strict=True
+        ):
             fits = result is output and type(result) is Tensor and result.shape == expected.shape
-            if not (fits and result.dtype is expected.dtype and result.is_contiguous()):
+            if not (fits and result.dtype is expected.dtype and result.stride() == strides):
                 return None
             first = result.data_ptr()
             if result.storage_offset() or first % ALIGNMENT:
@@ -233,8 +235,10 @@ class BypassedCall:
         assert context is not None
         if context.materialize_grads and [g for g in grads if g is None]:
             grads = [
-                torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-                for gradient, (shape, dtype, device) in zip(grads, spec.results, strict=True)
+                torch.zeros(r.shape, dtype=r.dtype, device=r.device)
+                if gradient is None
+                else gradient
+                for gradient, r in zip(grads, spec.results, strict=True)
             ]
         context.saved_tensors = self._saved_tensors(given)
         was = torch.is_grad_enabled()

@@ -80,6 +80,8 @@ class FunctionCallSpec:
     """The arguments whose gradients are wanted, in the order of the operands."""
     results: tuple[TensorSpec, ...]
     """The shapes, dtypes and devices of the results."""
+    result_strides: tuple[tuple[int, ...], ...]
+    """The strides of the results."""
     spans: tuple[int, ...]
     """For each operand, the length of its memory in bytes; 0 for a number."""
     sources: tuple[Source, ...]
@@ -129,6 +131,7 @@ def describe_function_call(
         node.needs_input_grad,
         _arguments(node, differentiated, operands),
         tuple(TensorSpec(v.shape, v.dtype, v.device) for v in made),
+        tuple(v.stride() for v in made),
         tuple(reach(v) if isinstance(v, Tensor) else 0 for v in operands),
         tuple(sources),
         tuple(tensors[source].stride() for source in sources),

@@ -1,28 +1,34 @@
 """Facts about a call that are found before it runs, or by running it aside.
 
 `shapes` infers the output of a call: from a ``fake=``, from runs on fake tensors, or from `probe`,
-which runs the kernel on `sample_inputs`. `output_specs` has the results. `operands` makes inputs to
-try and time kernels with. `aliasing` compares and copies memory. `node_values` finds the fake
-values of FX nodes.
+which runs a forward on `sample_inputs`. `output_specs` has the results, and `effects` what a run
+writes and draws. `operands` makes inputs to try and time kernels with. `aliasing` compares and
+copies memory. `node_values` finds the fake values of FX nodes.
 
 Invariants:
 
 - The caller's tensors are never written into, nor their values read: runs get fakes or copies.
 - Random generators, the grad mode and the trace are afterwards as they were before.
 - Native code never receives a fake tensor's memory: asking for it raises.
-- `owned` returns contiguous tensors that share no memory with inputs or each other.
+- `owned` returns dense tensors that share no memory with inputs or each other.
 - Nothing here registers ops or knows the backend.
 """
 
 from kernelgraph.graph.infer.aliasing import (
     ALIGNMENT,
+    Order,
     check_unwritten,
     contiguous_copy,
+    dense_strides,
     extent,
+    memory_of,
+    order_of,
     owned,
     reach,
+    same_bits,
     versions,
 )
+from kernelgraph.graph.infer.effects import Snapshot, watching
 from kernelgraph.graph.infer.node_values import VALUES, NoValue, plain, propagate, value_of
 from kernelgraph.graph.infer.operands import Operands, indices
 from kernelgraph.graph.infer.output_specs import (
@@ -39,7 +45,7 @@ from kernelgraph.graph.infer.shapes import (
     InferOutput,
     ShapeFunction,
     differentiable,
-    effects,
+    explain_attribute,
     infer_output,
     run_on_fakes,
     static_key,
@@ -52,27 +58,34 @@ __all__ = [
     "InferOutput",
     "NoValue",
     "Operands",
+    "Order",
     "OutputSpec",
     "Probe",
     "ShapeFunction",
+    "Snapshot",
     "StridedSpec",
     "TensorSpec",
     "UnknownShape",
     "check_unwritten",
     "contiguous_copy",
+    "dense_strides",
     "differentiable",
-    "effects",
+    "explain_attribute",
     "extent",
     "indices",
     "infer_output",
     "make_fakes",
+    "memory_of",
     "observe",
+    "order_of",
     "owned",
     "plain",
     "propagate",
     "reach",
     "run_on_fakes",
+    "same_bits",
     "static_key",
     "value_of",
     "versions",
+    "watching",
 ]

@@ -1,12 +1,13 @@
-"""Memory of tensors: results that an op may return, and writes into operands.
+"""Memory of tensors: its order, what shares it, and results that an op may return.
 
-An op returns tensors that are contiguous and share no memory with its operands or each other. It
-writes into no operand that its schema does not declare.
+An op returns dense tensors that share no memory with its operands or each other. It writes into no
+operand that its schema does not declare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +17,65 @@ from kernelgraph.graph import _torch
 ALIGNMENT = 16
 """The alignment in bytes that Inductor assumes for the results of an op."""
 
+Order = tuple[int, ...]
+"""The dimensions of a dense tensor from the outermost to the innermost in memory. Empty for a
+contiguous one."""
 
-def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+
+# --- the order of dimensions --------------------------------------------------------------------
+
+
+def order_of(tensor: Tensor) -> Order:
+    """Return the order in which a tensor has its dimensions in memory.
+
+    The order of symbolic strides is that of the traced call. A tensor with gaps has the order that
+    it would have without them. One that overlaps itself counts as contiguous.
+    """
+    sizes, strides = ([_torch.hint(n) for n in ns] for ns in (tensor.shape, tensor.stride()))
+    longer = [d for d, n in enumerate(sizes) if n > 1]
+    if any(strides[d] == 0 for d in longer):
+        return ()
+    ordered = iter(sorted(longer, key=lambda d: (-strides[d], d)))
+    # Dimensions of size 1 stay where they are: their strides say nothing.
+    order = tuple(d if sizes[d] <= 1 else next(ordered) for d in range(len(sizes)))
+    return () if order == tuple(range(len(sizes))) else order
+
+
+def dense_strides(shape: Sequence[Any], order: Order) -> tuple[Any, ...]:
+    """Return the strides of a dense tensor of this shape and order."""
+    strides: list[Any] = [1] * len(shape)
+    step: Any = 1
+    for dim in reversed(order or range(len(shape))):
+        strides[dim] = step
+        step = step * (shape[dim] if type(shape[dim]) is not int else max(shape[dim], 1))
+    return tuple(strides)
+
+
+# --- results that an op may return --------------------------------------------------------------
+
+
+def owned(
+    tensors: Sequence[Tensor], inputs: Sequence[Tensor], orders: Sequence[Order] = ()
+) -> list[Tensor]:
     """Return ``tensors`` in a form that an op may return.
 
-    Each result is contiguous, aligned, at the start of its storage, and shares no memory with
+    Each result is dense, aligned, at the start of its storage, and shares no memory with
     ``inputs`` or another result. A tensor is copied only where it is not so. Compilers assume the
     first three because fake tensors have them. Empty tensors are always copied: their address is
     0, so it does not show whose memory they share, and autograd tracks writes into them too.
+
+    Args:
+        tensors: The results.
+        inputs: The tensors whose memory they may not have.
+        orders: The order of each result; all are contiguous where it is left out.
     """
     taken = [extent(t) for t in inputs]
     made = []
-    for tensor in tensors:
+    for number, tensor in enumerate(tensors):
         start, end = extent(tensor)
+        strides = dense_strides(tensor.shape, orders[number] if orders else ())
         fits = (
-            tensor.is_contiguous()
+            tensor.stride() == strides
             and start < end
             and start % ALIGNMENT == 0
             and not tensor.storage_offset()
@@ -39,7 +84,7 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
             and not any(start < e and s < end for s, e in taken)
         )
         if not fits:
-            tensor = contiguous_copy(tensor)
+            tensor = _copy(tensor, strides)
         elif tensor.requires_grad or tensor._is_view():
             tensor = tensor.detach()
         taken.append(extent(tensor))
@@ -50,6 +95,14 @@ def owned(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 def contiguous_copy(tensor: Tensor) -> Tensor:
     """Return a contiguous copy."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _copy(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor.detach())
+
+
+# --- who shares memory with whom ----------------------------------------------------------------
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
@@ -69,6 +122,64 @@ def reach(tensor: Tensor) -> int:
     """Return the number of bytes from the first to the last element of ``tensor``."""
     start, end = extent(tensor)
     return end - start
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage, fakes for example, may have an element in common."""
+    (start, end), (first, last) = map(_span, (one, other))
+    if start >= last or first >= end:
+        return False
+    alike = one.dtype is other.dtype and one.stride() == other.stride()
+    if not alike:
+        return True
+    # Slices side by side, such as the chunks of a last dimension, differ by a step that none of
+    # them can take.
+    step = abs(first - start)
+    strides, sizes, others = (map(_torch.hint, ns) for ns in (one.stride(), one.shape, other.shape))
+    steps = sorted(zip(strides, map(max, sizes, others), strict=True), reverse=True)
+    return _reachable(step // one.itemsize, steps)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the bytes of its storage at which a tensor begins and ends."""
+    sizes, strides = (map(_torch.hint, ns) for ns in (tensor.shape, tensor.stride()))
+    start = _torch.hint(tensor.storage_offset())
+    last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
+
+
+def _reachable(distance: int, steps: Sequence[tuple[int, int]]) -> bool:
+    """Whether sums of fewer than ``count`` steps of each ``size`` come to ``distance``."""
+    if not steps:
+        return distance == 0
+    (size, count), *smaller = steps
+    if size == 0 or count <= 1:
+        return _reachable(distance, smaller)
+    nearest = distance // size
+    return any(
+        abs(taken) < count and _reachable(abs(distance - taken * size), smaller)
+        for taken in (nearest, nearest + 1)
+    )
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor, from its first element to its last, in one dimension.
+
+    Writes into it do not count in the version of ``tensor``.
+    """
+    plain = tensor.data
+    if plain.is_contiguous():
+        return plain.view(-1)
+    return plain.as_strided((reach(plain) // plain.itemsize,), (1,))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same shape and dtype have the same bits."""
+    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(*flat)
+
+
+# --- writes that autograd counts ----------------------------------------------------------------
 
 
 def versions(operands: Sequence[object]) -> list[int]:

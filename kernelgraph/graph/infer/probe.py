@@ -1,6 +1,7 @@
-"""Infers shapes by running a kernel on real tensors, where nothing runs on fake ones.
+"""Infers shapes by running a forward on real tensors, where it does not run on fake ones.
 
-The kernel gets sample inputs like the operands of the call, but small:
+The forward, that of the reference or else of the kernel, gets sample inputs like the operands of
+the call, but small:
 
 1. The sizes of a call are numbers and expressions over symbols. A number stays: it usually is the
    size of a weight, and a kernel may be built for it. A symbol that equals, in the traced call,
@@ -8,7 +9,7 @@ The kernel gets sample inputs like the operands of the call, but small:
    does for sizes that are equal when it first sees them. A native kernel with sizes that do not
    fit together may read beyond its tensors. (A kernel that checks nothing and needs another
    relation between two dynamic sizes needs a ``fake``.)
-2. The kernel runs at a first choice of values for the symbols, and again with other values in the
+2. The forward runs at a first choice of values for the symbols, and again with other values in the
    tensors; then with each symbol changed alone, and with all of them changed at once. Where it
    refuses such sizes, multiples of the call's own sizes are tried: it may need multiples of its
    block size.
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from kernelgraph.cache import remember
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Runner, Template, UnsupportedValue
+from kernelgraph.graph.calls import Runner, UnsupportedValue
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape, observe
 
@@ -96,9 +97,10 @@ class _Explained(NamedTuple):
 
     sizes: tuple[Any, ...]
     """Numbers, and expressions that stand for any number."""
-    results: tuple[tuple[tuple[Formula, ...], torch.dtype, torch.device], ...]
-    output: Template
-    written: tuple[int, ...]
+    results: tuple[tuple[tuple[Formula, ...], TensorSpec], ...]
+    """The formulas for the sizes of each result, and the result of one run."""
+    run: OutputSpec
+    """The output of one run, with all that was written in any."""
 
     def fits(self, sizes: Sequence[object]) -> bool:
         """Whether ``sizes`` have the same numbers and the same relations between expressions."""
@@ -119,17 +121,23 @@ class _Explained(NamedTuple):
     def spec(self, sizes: Sequence[Any]) -> OutputSpec:
         """Return the spec of the output of a call with these sizes."""
         results = tuple(
-            TensorSpec(tuple(formula(sizes) for formula in formulas), dtype, device)
-            for formulas, dtype, device in self.results
+            spec._replace(shape=tuple(formula(sizes) for formula in formulas))
+            for formulas, spec in self.results
         )
-        return OutputSpec(results, self.output, self.written, "probe")
+        return self.run._replace(results=results)
 
 
 class Probe:
-    """Infers the output of calls with one signature by running the kernel on real tensors."""
+    """Infers the output of calls with one signature by running a forward on real tensors.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        runner: Runs the forward, of the reference or of the kernel.
+        source: The ``source`` of the specs.
+    """
+
+    def __init__(self, runner: Runner, source: str) -> None:
         self._runner = runner
+        self._source = source
         self._known: dict[Any, _Explained] = {}
 
     def __call__(self, operands: Sequence[object]) -> OutputSpec:
@@ -199,7 +207,8 @@ class Probe:
     ) -> OutputSpec:
         with sample_inputs.apart(operands):
             forms = sample_inputs.forms(operands, lambda n: _torch.evaluate(n, values))
-            return observe(self._runner, sample_inputs.make(forms, seed))[0]
+            spec, _ = observe(self._runner, sample_inputs.make(forms, seed))
+            return spec._replace(source=self._source)
 
 
 def _form_of(value: object) -> object:
@@ -273,9 +282,9 @@ def _explained(
     terms = [i for i, e in enumerate(tied) if isinstance(e, _torch.Expression)]
     terms = [i for i in terms if tied.index(tied[i]) == i]
     results = []
-    for number, (shape, dtype, device) in enumerate(one.results):
+    for number, spec in enumerate(one.results):
         formulas = []
-        for dim in range(len(shape)):
+        for dim in range(len(spec.shape)):
             values = [run.results[number].shape[dim] for run in runs]
             formula = explain(values, sizes, terms)
             if formula is None:
@@ -284,10 +293,12 @@ def _explained(
                     f"{len(runs)} runs, which the sizes of its inputs do not explain"
                 )
             formulas.append(formula)
-        results.append((tuple(formulas), dtype, device))
+        results.append((tuple(formulas), spec))
     written = tuple(sorted({i for run in runs for i in run.written}))
-    return _Explained(tuple(tied), tuple(results), one.output, written)
+    no_op = next((run.no_op for run in runs if run.no_op), "")
+    return _Explained(tuple(tied), tuple(results), one._replace(written=written, no_op=no_op))
 
 
-def _structure(spec: OutputSpec) -> tuple[Template, list[tuple[int, torch.dtype, torch.device]]]:
-    return spec.output, [(len(r.shape), r.dtype, r.device) for r in spec.results]
+def _structure(spec: OutputSpec) -> object:
+    results = [(len(r.shape), r.dtype, r.device, r.order) for r in spec.results]
+    return spec.output, results, spec.aliases

@@ -29,6 +29,14 @@ InferOutput = Callable[[Sequence[object]], OutputSpec]
 class _DependsOnValues(UnsupportedValue):
     """The size of an output depends on the values of tensors."""
 
+    def __init__(self, spec: OutputSpec) -> None:
+        super().__init__(
+            "the size of what the layer returns depends on values of tensors; pass fake= where "
+            "the layer is made extensible, a shape function that takes such a size from "
+            "torch.library.get_ctx().new_dynamic_size()"
+        )
+        self.spec = spec
+
 
 def run_on_fakes(runner: Runner, operands: Sequence[object], source: str = "") -> OutputSpec:
     """Run a forward on new fakes that are like ``operands``.
@@ -57,13 +65,10 @@ def run_on_fakes(runner: Runner, operands: Sequence[object], source: str = "") -
         spec, tensors = observe(runner, fakes)
     known = {symbol for v in operands for symbol in _torch.free_unbacked_symbols(v)}
     fresh = any(_torch.free_unbacked_symbols(t) - known for t in tensors)
+    spec = spec._replace(source=source, fresh=fresh)
     if fresh and source != "fake":
-        raise _DependsOnValues(
-            "the size of what the layer returns depends on values of tensors; pass fake= where "
-            "the layer is made extensible, a shape function that takes such a size from "
-            "torch.library.get_ctx().new_dynamic_size()"
-        )
-    return spec._replace(source=source, fresh=fresh)
+        raise _DependsOnValues(spec)
+    return spec
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -110,60 +115,92 @@ def static_key(operands: Sequence[object]) -> tuple[object, ...] | None:
 def infer_output(
     kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object]
 ) -> tuple[InferOutput, OutputSpec]:
-    """Infer the output of a call.
+    """Infer the output of a call, and what the layer does besides returning it.
 
-    Only the layer's ``fake`` is used where it has one. Else the first of these that works:
-
-    1. the kernel on fakes, whose results are what the graph will get;
-    2. the reference on fakes, which usually works where the kernel is native code;
-    3. the kernel on small real inputs that are made up (`kernelgraph.graph.infer.probe`).
+    The results have to be the layer's, so its reference is asked: on fakes, or where it does not
+    run on fakes, on small real inputs that are made up (`kernelgraph.graph.infer.probe`). The
+    kernel is asked in the same two ways only where the reference raises in both. A ``fake`` of
+    the layer's tells the results alone.
 
     Returns:
         A function that infers the output of other calls with this signature, and the spec of this
         call's output.
 
     Raises:
-        UnknownShape: If none of them works, or the ``fake`` raises.
-        UnsupportedValue: If the kernel or the reference does something that no op can do.
+        UnsupportedValue: If the layer does something that no op can do, or none of them works
+            (`UnknownShape`).
         AttributeError: If the kernel reads an attribute that the layer does not have.
+        RuntimeError: If the ``fake`` raises.
     """
-    if layer.fake is not None:
-        source: InferOutput = _on_fakes("fake", layer.fake, call)
-        try:
-            return source, source(operands)
-        except UnsupportedValue:
-            raise
-        except Exception as error:
-            raise UnknownShape(
-                f"fake= of layer {layer.layer_name} raised {_text(error)}"
-            ) from error
     _check_annotated(kernel, layer, call)
     attempts: list[tuple[str, InferOutput]] = [
-        ("the kernel", _on_fakes("kernel", kernel.forward, call)),
         ("the reference", _on_fakes("reference", layer.reference, call)),
-        ("the kernel on sample inputs", Probe(Runner(kernel.forward, call))),
+        ("the reference on sample inputs", _probe("the reference", layer.reference, call)),
+    ]
+    if layer.fake is not None:
+        return _of_fake(layer, call, operands, attempts[0][1])
+    attempts += [
+        ("the kernel", _on_fakes("kernel", kernel.forward, call)),
+        ("the kernel on sample inputs", _probe("the kernel", kernel.forward, call)),
     ]
     errors = []
     for what, source in attempts:
         try:
-            if what == "the kernel" and static_key(operands) is None:
+            if not what.endswith("inputs") and static_key(operands) is None:
                 # First at fixed sizes: a run that fails on symbolic ones leaves useless guards.
                 _at_hints(source, operands)
-            return source, source(operands)
+            spec = source(operands)
         except Exception as error:
             if isinstance(error, AttributeError):
-                _explain_attribute(error, what, kernel, layer, call)
+                explain_attribute(error, what, kernel, layer, call)
             # What a kernel does on fakes it may not do on real tensors, so only the others count.
-            if isinstance(error, _DependsOnValues) or (
-                isinstance(error, UnsupportedValue) and what != "the kernel"
-            ):
+            known = isinstance(error, UnsupportedValue) and not isinstance(error, UnknownShape)
+            if isinstance(error, _DependsOnValues) or (known and what != "the kernel"):
                 raise
             errors.append(f"{what}: {_text(error)}")
+        else:
+            _check_possible(spec, layer)
+            return source, spec
     raise UnknownShape(
         f"cannot infer the shape of what kernel {kernel} returns for layer {layer.layer_name}: "
-        "neither it nor the layer runs on fake tensors, and probing it fails; pass fake= where the "
-        f"layer is made extensible ({'; '.join(errors)})"
+        "neither it nor the layer runs on fake tensors, and probing them fails; pass fake= where "
+        f"the layer is made extensible ({'; '.join(errors)})"
     )
+
+
+def _of_fake(
+    layer: Extensible, call: Call, operands: Sequence[object], reference: InferOutput
+) -> tuple[InferOutput, OutputSpec]:
+    """Infer an output by the layer's ``fake``, and the rest by its reference where that runs on
+    fakes."""
+    assert layer.fake is not None
+    source = _on_fakes("fake", layer.fake, call)
+    try:
+        spec = source(operands)
+    except UnsupportedValue:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"fake= of layer {layer.layer_name} raised {_text(error)}") from error
+    try:
+        told = reference(operands) if static_key(operands) else _at_hints(reference, operands)
+    except _DependsOnValues as error:
+        told = error.spec
+    except UnsupportedValue:
+        raise
+    except Exception:  # that it does not run on fakes is what a ``fake`` is for
+        return source, spec
+    _check_possible(told, layer)
+    return source, spec._replace(written=told.written, aliases=told.aliases, source="reference")
+
+
+def _check_possible(spec: OutputSpec, layer: Extensible) -> None:
+    """Raise `UnsupportedValue` if no op can do what the layer did in a run."""
+    if spec.of_layer and spec.no_op:
+        raise UnsupportedValue(f"{layer.reference.__qualname__}: {spec.no_op}")
+
+
+def _probe(who: str, forward: Callable[..., object], call: Call) -> Probe:
+    return Probe(Runner(forward, call), f"probe of {who}")
 
 
 def _at_hints(source: InferOutput, operands: Sequence[object]) -> OutputSpec:
@@ -210,10 +247,22 @@ def _annotations(cls: type) -> frozenset[str]:
     return frozenset(getattr(cls, "__annotations__", {}))
 
 
-def _explain_attribute(
+def explain_attribute(
     error: AttributeError, what: str, kernel: Kernel, layer: Extensible, call: Call
 ) -> None:
-    """Raise a clearer error for an attribute that the stand-in for the layer does not have."""
+    """Raise a clearer error for an attribute that the stand-in for the layer does not have.
+
+    Args:
+        error: The error that a run has raised.
+        what: What ran: the reference, or the kernel.
+        kernel: The kernel.
+        layer: The layer.
+        call: The signature of the call.
+
+    Raises:
+        UnsupportedValue: If the layer has the attribute, and it is one that no op takes.
+        AttributeError: If the layer does not have it.
+    """
     if type(error.obj) not in [cls for _, cls in call.state.nodes]:
         return
     for path, kind in call.state.untaken:
@@ -237,42 +286,14 @@ class Effects(NamedTuple):
     """The operands that a call writes into, by number."""
 
     kernel: tuple[int, ...]
-    """The operands that the kernel writes into."""
+    """The operands that the kernel is known to write into."""
     layer: tuple[int, ...]
     """The operands that the reference writes into. Their new values are part of the result."""
 
-
-def effects(
-    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object], spec: OutputSpec
-) -> Effects:
-    """Find the operands that kernel and reference write into, as far as runs on fakes or the
-    probe show.
-
-    Args:
-        kernel: The kernel.
-        layer: The layer that it stands in for.
-        call: The signature of the call.
-        operands: The operands of the call.
-        spec: The result of `infer_output` for this call; its run is not repeated.
-
-    Raises:
-        UnsupportedValue: If the reference does something that no op can do.
-        RuntimeError: If the two do not return the same structure.
-    """
-    kernels: OutputSpec | None = spec
-    references: OutputSpec | None = spec
-    if spec.source != "kernel":
-        kernels = _attempt("kernel", kernel.forward, call, operands)
-    if spec.source != "reference":
-        references = _attempt("reference", layer.reference, call, operands)
-    if kernels and references and references.output != kernels.output:
-        raise RuntimeError(
-            f"kernel {kernel} returns {kernels.output.describe()} for layer "
-            f"{layer.layer_name}, which returns {references.output.describe()}"
-        )
-    if kernels is None and spec.source == "probe":
-        kernels = spec
-    return Effects(kernels.written if kernels else (), references.written if references else ())
+    @classmethod
+    def of(cls, spec: OutputSpec) -> Effects:
+        """Return what the run that a spec comes from has shown."""
+        return cls((), spec.written) if spec.of_layer else cls(spec.written, ())
 
 
 def differentiable(
@@ -313,17 +334,3 @@ def differentiable(
     except Exception:  # native code, for example
         return None
     return tuple(result.requires_grad for result in results)
-
-
-def _attempt(
-    what: str, forward: Callable[..., Any], call: Call, operands: Sequence[Any]
-) -> OutputSpec | None:
-    source = _on_fakes(what, forward, call)
-    try:
-        return source(operands) if static_key(operands) else _at_hints(source, operands)
-    except _DependsOnValues:
-        return None
-    except UnsupportedValue:
-        raise
-    except Exception:  # native code, for example
-        return None

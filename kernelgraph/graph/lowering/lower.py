@@ -40,7 +40,7 @@ def op_for(
 
     Raises:
         KeepReference: If the kernel does not compute what the layer does.
-        UnknownShape, UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
+        UnsupportedValue, AttributeError, RuntimeError: As `lower` raises.
     """
     own = site.module.__dict__.get("forward")
     if isinstance(own, BoundForward):  # the arguments of `kernelize` come before the options

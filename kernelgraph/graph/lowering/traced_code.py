@@ -71,13 +71,15 @@ def op_caller(
     if lowered.packed:
         given[0] = f"[{', '.join(given[0])}]"
     lines = [f"results = op({', '.join(given)})"]
-    count = len(lowered.results)
-    for number, i in enumerate(lowered.written, count):
+    results = [f"results[{i}]" for i in range(lowered.returns)]
+    if lowered.returns == 1:
+        results = ["results"]
+    for number, i in enumerate(lowered.written, len(lowered.results)):
         # No gradient goes from one call to the next through what a layer counts.
-        value = f"results[{number}]" + (".detach()" if i >= first_state else "")
+        value = results[number] + (".detach()" if i >= first_state else "")
         lines.append(f"{operands[i]}.copy_({value})")
-    one = lowered.returns == 1
-    results = ["results"] if one else [f"results[{i}]" for i in range(count)]
+    for i, operand in lowered.aliases:  # as they are now, written
+        results[i] = operands[operand]
     lines.append(f"return {expression(lowered.output, results, constant)}")
     parameters = ["op", "args", "kwargs", "state", "constants"]
     function: OpCaller = write_function(parameters, lines, {}, title=f"call {lowered.name}")

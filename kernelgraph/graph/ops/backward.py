@@ -32,11 +32,11 @@ from kernelgraph.graph.infer import (
     Effects,
     InferOutput,
     OutputSpec,
+    Snapshot,
     contiguous_copy,
     owned,
-    versions,
 )
-from kernelgraph.graph.ops.fast_path import CheckedCall, Operand, OpResult
+from kernelgraph.graph.ops.fast_path import Operand, OpResult
 from kernelgraph.graph.ops.forward import Body, TensorType, like
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
@@ -139,8 +139,9 @@ class ByReference(Differentiable):
     def returns(self) -> int:
         return self.count + len(self.returned)
 
-    def _copying(self, *operands: Any) -> Any:
-        return self._with_originals(super()._copying(*operands), contiguous_copy, operands)
+    def _check_call(self, key: object, operands: tuple[Operand, ...]) -> Any:
+        made = super()._check_call(key, operands)
+        return self._with_originals(made, contiguous_copy, operands)
 
     def fake(self, *operands: Any) -> Any:
         return self._with_originals(super().fake(*operands), like, operands)
@@ -150,7 +151,7 @@ class ByReference(Differentiable):
     ) -> Any:
         if not self.returned:
             return made
-        return (*made, *(copy(operands[i]) for i in self.returned))
+        return (*_as_tuple(made), *(copy(operands[i]) for i in self.returned))
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> SavedForBackward:
         if self.returned:
@@ -235,28 +236,38 @@ class ByKernel(Differentiable):
             hidden_saves=self._own.hidden_saves,
         )
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
-        before = versions(operands) if sizes not in self._checked_calls else None
+        snapshot = self._snapshot(operands) if sizes not in self._checked_calls else None
         try:
             result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
-        if before is not None:
-            self._check_unwritten(before, operands)
-            remember(self._checked_calls, sizes, CheckedCall(self._result_sizes(operands)))
+        if sizes not in self._checked_calls:
+            remember(self._checked_calls, sizes, self._checked(operands))
         tensors = self._tensors(result, self._checked_calls[sizes], operands)
         if self._own.hidden_saves:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
-            made = owned(tensors, [operands[i] for i in self._unshared])
+            made = owned(tensors, [operands[i] for i in self._call.tensors], self._orders)
         try:
             tape.close(tensors, made, self._flows)
         except NoGradient as error:
             raise self._lost_gradient(error, operands) from None
+        if snapshot is not None and not self._leaves_no_trace(snapshot, operands):
+            return self._call_on_tape(key, operands)
         if key not in self._bypassed and not (
             self._own.hidden_saves or self._own.overwrites.private
         ):
             remember(self._bypassed, key, bypass_spec(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
+
+    def _leaves_no_trace(self, snapshot: Snapshot, operands: Sequence[Operand]) -> bool:
+        written = snapshot.written()
+        if not written:
+            return super()._leaves_no_trace(snapshot, operands)
+        snapshot.restore(written)  # but what the kernel has kept for its backward is not
+        names = ", ".join(self._call.names[i] for i in sorted(written))
+        self._use_reference(f"it writes into {names} where gradients are wanted", operands)
+        return False
 
     def _returned_tensors(self, result: object) -> Sequence[Tensor] | None:
         """The tensors in what the kernel returned; None if the layer returns another structure."""

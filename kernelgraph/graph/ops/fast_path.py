@@ -13,10 +13,10 @@ the signature of the call. For a norm whose one result does not go through autog
         checked = table.get(key)
         if checked is None:
             return check(key, (a0, a1, a2, ))
-        (s0, ), (n0, n1, ), (m0, ) = checked
+        (s0, ), (q0, ), (n0, n1, ), (m0, ) = checked
         ...  # the call, see `Runner`
         if (type(result) is Tensor and result.shape == s0 and result.dtype is t0
-                and result.is_contiguous() and not result.storage_offset()
+                and result.stride() == q0 and not result.storage_offset()
                 and not result.requires_grad):
             p0 = result.data_ptr()
             if p0 and not (
@@ -54,6 +54,8 @@ class CheckedCall(NamedTuple):
 
     sizes: tuple[torch.Size | None, ...]
     """The sizes of the results; None where they cannot be inferred."""
+    strides: tuple[tuple[int, ...], ...] = ()
+    """The strides of the results; empty where their sizes cannot be inferred."""
     spans: tuple[int, ...] = ()
     """The number of bytes that each operand reaches over, of those that no result may share
     memory with."""
@@ -127,7 +129,7 @@ if checked is None:
 """
 
 _RETURN_CONFORMING = """\
-{sizes}, {spans}, {lengths} = checked
+{sizes}, {strides}, {spans}, {lengths} = checked
 if {conforming}:
 {addresses}
     if {present} and not ({misplaced}):
@@ -156,6 +158,7 @@ def _quick_return(
     results = [f"r{k}" for k in range(count)] if several else ["result"]
     code = _RETURN_CONFORMING.format(
         sizes=tuple_of(f"s{k}" for k in range(count)),
+        strides=tuple_of(f"q{k}" for k in range(count)),
         spans=tuple_of(f"n{i}" for i in range(len(unshared))),
         lengths=tuple_of(f"m{k}" for k in range(count)),
         conforming=" and ".join(_conforming_tests(results, differentiable)),
@@ -176,7 +179,7 @@ def _conforming_tests(results: Sequence[str], differentiable: bool) -> list[str]
     for k, r in enumerate(results):
         tests += [f"type({r}) is Tensor", f"{r}.shape == s{k}", f"{r}.dtype is t{k}"]
         # Imaginary parts, which may be yet to be negated, are never the first in their storage.
-        tests += [f"{r}.is_contiguous()", f"not {r}.storage_offset()", f"not {r}.requires_grad"]
+        tests += [f"{r}.stride() == q{k}", f"not {r}.storage_offset()", f"not {r}.requires_grad"]
         tests += [f"not {r}._is_view()"] if differentiable else []
     return tests
 

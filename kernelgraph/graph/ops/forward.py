@@ -1,9 +1,11 @@
 """The body of an op: it runs the kernel, and checks and returns the results as a graph needs them.
 
-A kernel may return views, memory that it shares with an operand, or the wrong shape; an op may
-not. `Body` stands between the two. The first call with operands of some sizes goes through
-`Body._check_call`; the later ones take the fast path (`kernelgraph.graph.ops.fast_path`), and come
-back to `Body._conform` only where a result does not conform.
+A kernel may return views, memory that it shares with an operand, or the wrong shape, and may write
+into its arguments; an op may not. `Body` stands between the two. The first call with operands of
+some sizes goes through `Body._check_call`; the later ones take the fast path
+(`kernelgraph.graph.ops.fast_path`), and come back to `Body._conform` only where a result does not
+conform. An operand that the kernel writes into and the layer does not is restored, and the kernel
+receives a copy of it from then on.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from kernelgraph.graph.infer import (
     InferOutput,
     OutputSpec,
     ShapeFunction,
-    check_unwritten,
+    Snapshot,
     contiguous_copy,
+    dense_strides,
+    explain_attribute,
     make_fakes,
     owned,
     reach,
-    versions,
 )
 from kernelgraph.graph.ops.fast_path import (
     CheckedCall,
@@ -40,6 +43,11 @@ from kernelgraph.graph.ops.fast_path import (
 )
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
+from kernelgraph.report import warn_once
+
+WATCHED_CALLS = 4
+"""The number of calls of an op, with operands of other sizes each, in which it is compared what
+the kernel has written and drawn. Those with sizes that are new in each call would take too long."""
 
 
 class TensorType(NamedTuple):
@@ -67,8 +75,8 @@ class Body:
     """Whether the results go through autograd, which forbids views."""
 
     forward: OpFunction
-    """The op: the kernel, below autograd. Its results own their memory, are contiguous and have
-    the shapes that `fake` gives."""
+    """The op: the kernel, below autograd. Its results own their memory, and have the shapes and
+    strides that `fake` gives."""
 
     def __init__(
         self,
@@ -91,11 +99,13 @@ class Body:
         self._run_kernel = Runner(kernel.forward, call)
         self._output = spec.output
         self._expected = [TensorType(r.dtype, r.device.type, len(r.shape)) for r in spec.results]
+        self._orders = [r.order for r in spec.results]
         self._copied = {*effects.kernel, *effects.layer}
-        # The kernel may return the copies themselves.
-        self._unshared = [i for i in call.tensors if i not in self._copied]
+        """The operands of which the kernel receives copies, since it writes into them."""
         self._checked_calls: dict[object, CheckedCall] = {}
-        self.forward = self._copying if self._copied else self._write_fast_path()
+        self._watched = 0
+        """The number of calls that were watched."""
+        self.forward = self._write_fast_path()
 
     @property
     def returns(self) -> int:
@@ -109,7 +119,7 @@ class Body:
             self._run_kernel,
             self._output,
             [expected.dtype for expected in self._expected],
-            self._unshared,
+            self._call.tensors,
             differentiable=self.differentiable,
             table=self._checked_calls,
             check=self._check_call,
@@ -117,45 +127,87 @@ class Body:
             fail=self._fail,
         )
 
-    def _copying(self, *operands: Operand) -> OpResult:
-        """The forward op of a kernel that writes into its operands: the kernel receives copies."""
-        copies = tuple(
+    def _check_call(self, key: object, operands: tuple[Operand, ...]) -> OpResult:
+        """Call the kernel and check all that it can do wrong.
+
+        The call is recorded under ``key``, unless that is None or the kernel receives copies.
+        """
+        with torch.no_grad():
+            made = self._try_call(key, operands)
+            while made is None:
+                made = self._try_call(key, operands)
+            return made
+
+    def _try_call(self, key: object, operands: tuple[Operand, ...]) -> OpResult | None:
+        """Make a call as `_check_call` does; return None if it is to be made again."""
+        given = tuple(
             contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
         )
-        with torch.no_grad():
-            return self._check_call(None, copies)
-
-    def _check_call(self, key: object, operands: tuple[Operand, ...]) -> OpResult:
-        """Call the kernel and check all that it can do wrong; record the call under ``key``,
-        unless that is None."""
-        before = versions(operands)
+        snapshot = self._snapshot(given)
         try:
-            result = self._run_kernel(operands)
+            result = (self._run_kernel if snapshot is None else self._run_kernel.observe)(given)
         except Exception as error:
+            if snapshot is not None and isinstance(error, UnsupportedValue):
+                snapshot.restore(snapshot.written())
+                self._use_reference(str(error), operands)
+                return None
             self._fail(error, operands)
-        self._check_unwritten(before, operands)
-        sizes = self._result_sizes(operands)
-        checked = CheckedCall(
-            sizes,
-            tuple(reach(operands[i]) for i in self._unshared),
-            tuple(
-                0 if size is None else size.numel() * expected.dtype.itemsize
-                for size, expected in zip(sizes, self._expected, strict=True)
-            ),
-        )
-        made = self._conform(result, checked, operands)
-        if key is not None:
+        checked = self._checked(given)
+        made = self._conform(result, checked, given)
+        if snapshot is not None and not self._leaves_no_trace(snapshot, operands):
+            return None
+        if key is not None and not self._copied:
             remember(self._checked_calls, key, checked)
         return made
+
+    def _snapshot(self, operands: Sequence[Operand]) -> Snapshot | None:
+        """Return what the first calls of an op are compared with; None for the later ones."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._watched >= WATCHED_CALLS or capturing:
+            return None
+        self._watched += 1
+        return Snapshot(operands)
+
+    def _leaves_no_trace(self, snapshot: Snapshot, operands: Sequence[Operand]) -> bool:
+        """Undo what a call has done besides returning results, and see to it that it does so no
+        more.
+
+        Returns:
+            Whether the results may be used. They may not if the kernel drew random numbers.
+        """
+        snapshot.restore(written := snapshot.written() - self._copied)
+        self._copied |= written
+        if not snapshot.generators.changed():
+            return True
+        snapshot.generators.restore()
+        self._use_reference("it draws random numbers, and the layer does not", operands)
+        return False
+
+    def _use_reference(self, why: str, operands: Sequence[Operand]) -> None:
+        """Run the reference from now on, and warn of the kernel."""
+        name, path = self._layer.layer_name, self.places.describe(operands).removeprefix(" at ")
+        warn_once(str(self._kernel), name, path, why, "the layer runs on its own forward")
+        self._run_kernel.replace_forward(self._layer.reference)
+
+    def _checked(self, operands: Sequence[Operand]) -> CheckedCall:
+        sizes = self._result_sizes(operands)
+        strides, lengths = [], []
+        for size, order, expected in zip(sizes, self._orders, self._expected, strict=True):
+            strides.append(() if size is None else dense_strides(size, order))
+            lengths.append(0 if size is None else size.numel() * expected.dtype.itemsize)
+        spans = [reach(operands[i]) for i in self._call.tensors]
+        return CheckedCall(sizes, tuple(strides), tuple(spans), tuple(lengths))
 
     def _conform(
         self, result: object, checked: CheckedCall, operands: Sequence[Operand]
     ) -> OpResult:
-        """Return the results of a call; copy those that are not contiguous in memory of their
-        own."""
+        """Return the results of a call; copy those that are not as `fake` says, or not in memory
+        of their own."""
         tensors = self._tensors(result, checked, operands)
         tensors += [operands[i] for i in self.returned]
-        made = owned(tensors, [operands[i] for i in self._unshared])
+        # The kernel may return the copies that it received.
+        shared = [operands[i] for i in self._call.tensors if i not in self._copied]
+        made = owned(tensors, shared, [*self._orders, *[()] * len(self.returned)])
         return made[0] if self.count == 1 else tuple(made)
 
     def _tensors(
@@ -194,23 +246,22 @@ class Body:
                 operands,
             )
 
-    def _check_unwritten(self, before: Sequence[int], operands: Sequence[Operand]) -> None:
-        """Raise if the kernel wrote into an operand that it did not receive a copy of."""
-        who = f"kernel {self._kernel}, called for {self._where(operands)},"
-        check_unwritten(before, operands, self._call.names, who, self._copied)
-
     def _result_sizes(self, operands: Sequence[Operand]) -> tuple[torch.Size | None, ...]:
         """The sizes that the results must have; None where they cannot be inferred."""
         try:
-            return tuple(torch.Size(r.shape) for r in self._shapes(operands))
+            shapes = [result.shape for result in self._shapes(operands)]
         except Exception:
             return (None,) * len(self._expected)
+        return tuple(
+            torch.Size(shape) if all(type(n) is int for n in shape) else None for shape in shapes
+        )
 
     # --- its fake -----------------------------------------------------------------------
 
     def fake(self, *operands: Operand) -> OpResult:
         """Return fakes of the results of `forward`."""
-        made = make_fakes(self._shapes(operands))
+        results = zip(self._shapes(operands), self._orders, strict=True)
+        made = make_fakes([result._replace(order=order) for result, order in results])
         _torch.bind_unbacked_symbols(made, operands)
         made += [like(operands[i]) for i in self.returned]
         return made[0] if len(made) == 1 else tuple(made)
@@ -224,6 +275,8 @@ class Body:
         """Raise the error of a kernel again, with the names of kernel, layer and place."""
         if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
             raise error
+        if isinstance(error, AttributeError):
+            explain_attribute(error, "the kernel", self._kernel, self._layer, self._call)
         raise RuntimeError(
             f"kernel {self._kernel}, called for {self._where(operands)}, raised "
             f"{type(error).__name__}: {error}"

@@ -25,12 +25,14 @@ from kernelgraph.fingerprint import code_hash, digest
 from kernelgraph.graph.calls import Call, Template
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import (
+    Effects,
     InferOutput,
+    Order,
     OutputSpec,
     TensorSpec,
     differentiable,
-    effects,
     infer_output,
+    order_of,
     static_key,
 )
 from kernelgraph.graph.ops.backward import ByKernel, ByReference
@@ -40,7 +42,7 @@ from kernelgraph.graph.ops.forward import Body
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
-LOWERING_VERSION = "3"
+LOWERING_VERSION = "4"
 """The version of the bodies: increase it when this package gives an op name another body."""
 
 _lock = threading.Lock()
@@ -65,6 +67,9 @@ class Lowered:
     """The operands that the op takes as one list, where it would have too many arguments."""
     returns: int = 1
     """The number of tensors that the op returns: one by itself, several in a tuple."""
+    aliases: tuple[tuple[int, int], ...] = ()
+    """The numbers of results that the layer does not compute, but returns as they were given to
+    it, with the numbers of these operands. What the op returns for them is not to be used."""
 
     @property
     def qualname(self) -> str:
@@ -95,11 +100,12 @@ def lower(
         place: The instance that is called and its path in the model, for errors.
 
     Raises:
-        UnknownShape: If the shapes of the results cannot be inferred (see `infer_output`).
-        UnsupportedValue: If the layer sets attributes, or returns anything but tensors in tuples,
-            lists and dicts; or in sizes that depend on values without a ``fake`` that says so.
+        UnsupportedValue: If the shapes of the results cannot be inferred (see `infer_output`), or
+            the layer does what no op can: it sets attributes, draws random
+            numbers, returns views of its arguments, or anything but tensors in tuples, lists and
+            dicts; or in sizes that depend on values without a ``fake`` that says so.
         AttributeError: If the kernel reads an attribute that the layer does not have.
-        RuntimeError: If the kernel does not return the structure that the layer does.
+        RuntimeError: If the layer's ``fake`` raises.
     """
     lowered = _lower(kernel, layer, call, operands, gradient)
     if place is not None:
@@ -130,7 +136,8 @@ def _lower(
             _bodies[name] = body
         body = _bodies[name]
         packed = packed_operands(call)
-        lowered = Lowered(name, spec.output, spec.results, body.returned, packed, body.returns)
+        written, returns = body.returned, body.returns
+        lowered = Lowered(name, spec.output, spec.results, written, packed, returns, spec.aliases)
         if sizes is not None and not spec.fresh:
             remember(_lowered, key, lowered)
     return lowered
@@ -146,7 +153,7 @@ def _body(
     gradient: Gradient | None,
 ) -> Body:
     """Make the body of an op; for training, choose the source of its gradient."""
-    written = effects(kernel, layer, call, operands, spec)
+    written = Effects.of(spec)
     parts = (kernel, layer, call, shapes, spec, written)
     if gradient is None:
         return Body(*parts)
@@ -177,10 +184,17 @@ def _base_name(
         code_hash(layer.reference),
         code_hash(layer.fake) if layer.fake else "",
         signature,
-        repr([(str(r.dtype), r.device.type, len(r.shape)) for r in spec.results]),
+        repr([(str(r.dtype), r.device.type, len(r.shape), r.order) for r in spec.results]),
+        # A kernel may write into operands of some layouts only: its first calls show that.
+        repr([*map(_order, operands)]),
         spec.output.text(),
         repr((gradient.wanted, gradient.own, [*map(_type_text, operands)])) if gradient else "",
     )
+
+
+def _order(value: Operand) -> Order:
+    strided = isinstance(value, Tensor) and value.layout is torch.strided
+    return order_of(value) if strided else ()
 
 
 def _type_text(value: Operand) -> object:

@@ -173,7 +173,7 @@ def test_inputs_of_any_layout_give_right_results() -> None:
     for x in (base.transpose(0, 1), base[::2], base[:, :1].expand(4, 6, 4), base[:0]):
         out = f(x)
         assert_same(out, model(x) + 10)
-        assert out.is_contiguous()
+        assert out.stride() == model(x).stride()
 
 
 @torch.no_grad()

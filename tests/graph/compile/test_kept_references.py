@@ -72,8 +72,6 @@ def locks(self, x):
     [
         (sets, "sets sets self.last, which a custom op cannot"),
         (sets_in_a_method, "Remembers.remember sets self.last, which a custom op cannot"),
-        (sets_by_name, "sets_by_name sets last of the layer"),
-        (appends, "appends sets history of the layer"),
         (locks, "self.opaque is a lock, which is neither a tensor, a module, a constant nor made"),
     ],
 )
@@ -83,6 +81,26 @@ def test_kernel_that_cannot_be_an_op_is_not_used(forward: Callable[..., Any], wh
     assert made.tolist() == [2, 2, 2]
     assert why in reason
     assert (layer.last, layer.history) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (sets_by_name, "sets_by_name sets last of the layer"),
+        (appends, "appends sets history of the layer"),
+    ],
+)
+def test_kernel_that_sets_an_attribute_when_it_runs_gives_way_to_the_reference(
+    forward: Callable[..., Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = Remembers()
+    replace_kernel_forward_from_hub(Remembers, "Layer")
+    f = torch.compile(layer, backend="hubkernels", fullgraph=True, options={"inner": "eager"})
+    with use_kernel_mapping(on_cpu(Layer=hub_layer_of(forward)), inherit_mapping=False):
+        for _ in range(2):
+            assert f(torch.ones(3)).tolist() == [2, 2, 2]
+    assert (layer.last, layer.history) == (None, [])
+    assert why in caplog.text
 
 
 def test_dynamic_number_as_a_result_keeps_the_reference() -> None:

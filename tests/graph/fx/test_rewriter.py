@@ -371,12 +371,11 @@ def test_state_that_no_op_takes_keeps_the_reference(factor, why):
     assert detail.startswith(why)
 
 
-def test_results_of_another_dtype_keep_the_reference():
-    assert kept(nn.Sequential(Unregistered()), mapping=on_cpu(Unregistered=Doubles)) == (
-        Reason.NOT_AN_OP,
-        "the kernel returns a 1-d torch.float64 tensor on cpu, and the layer a 1-d torch.float32 "
-        "tensor on cpu",
-    )
+def test_result_of_another_dtype_is_an_error_of_the_first_call():
+    graph_module = traced(nn.Sequential(Unregistered()), X)
+    assert replaced(graph_module, choices(on_cpu(Unregistered=Doubles))) == 1
+    with pytest.raises(RuntimeError, match=r"Doubles returned a torch.float64 tensor of shape"):
+        graph_module(X)
 
 
 def test_reference_that_writes_into_its_argument_is_kept():

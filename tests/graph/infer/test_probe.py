@@ -46,7 +46,7 @@ class Probed:
 
         self.module = layer(observed, **attributes)
         self.call, self.operands = call_of(self.module, *args)
-        self.probe = Probe(Runner(observed, self.call))
+        self.probe = Probe(Runner(observed, self.call), "probe of the kernel")
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env)
 

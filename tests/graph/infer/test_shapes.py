@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,9 +39,8 @@ def compiled(
     module: nn.Module, toy: Any, inner: str = "eager", **kwargs: Any
 ) -> Callable[..., Any]:
     """``module`` compiled with kernel ``toy``."""
-    f = torch.compile(
-        module, backend="hubkernels", fullgraph=True, options={"inner": inner}, **kwargs
-    )
+    kwargs = {"fullgraph": True, **kwargs}
+    f = torch.compile(module, backend="hubkernels", options={"inner": inner}, **kwargs)
 
     def run(*args: Any) -> Any:
         with use_kernel_mapping(on_cpu(Layer=kernel(toy)), inherit_mapping=False):
@@ -59,8 +59,9 @@ def without_gradients() -> Iterator[None]:
 # --- the order ----------------------------------------------------------------------------------
 
 
-def told_by(*works: str, fake: bool = False) -> list[str]:
-    """What runs, in its order, to tell a shape, where only ``works`` run on fakes."""
+def told_by(*works: str, fake: bool = False, raises: str = "") -> list[str]:
+    """What runs, in its order, to tell a shape, where only ``works`` run on fakes, and ``raises``
+    raises on real tensors too."""
     ran: list[str] = []
 
     def forward(name: str) -> Any:
@@ -68,6 +69,8 @@ def told_by(*works: str, fake: bool = False) -> list[str]:
             ran.append(name if isinstance(x, FakeTensor) else f"{name} for real")
             if isinstance(x, FakeTensor) and name not in works:
                 x.numpy()
+            if name == raises:
+                raise ValueError("never")
             return x + 1
 
         return body
@@ -82,19 +85,36 @@ def told_by(*works: str, fake: bool = False) -> list[str]:
     return [*ran, result.source]
 
 
-def test_infer_output_tries_fake_then_kernel_then_reference_then_probe():
-    assert told_by("fake", "kernel", "reference", fake=True) == ["fake", "fake"]
-    assert told_by("kernel", "reference") == ["kernel", "kernel"]
-    assert told_by("reference") == ["kernel", "reference", "reference"]
-    ran = told_by()
-    assert ran == ["kernel", "reference", "kernel for real", "kernel for real", "probe"]
+def test_infer_output_asks_the_reference_first():
+    assert told_by("kernel", "reference") == ["reference", "reference"]
+    ran = told_by("kernel")
+    real = ["reference for real", "reference for real", "probe of the reference"]
+    assert ran == ["reference", *real]
+
+
+def test_infer_output_asks_the_kernel_only_where_the_reference_raises():
+    assert told_by("kernel", raises="reference") == [
+        "reference",
+        "reference for real",
+        "kernel",
+        "kernel",
+    ]
+    ran = told_by(raises="reference")
+    real = ["kernel for real", "kernel for real", "probe of the kernel"]
+    assert ran == ["reference", "reference for real", "kernel", *real]
+
+
+def test_infer_output_takes_shapes_from_a_fake_and_the_rest_from_the_reference():
+    ran = told_by("fake", "reference", fake=True)
+    assert ran == ["fake", "reference", "reference"]
+    assert told_by("fake", fake=True) == ["fake", "reference", "fake"]
 
 
 # --- one error ----------------------------------------------------------------------------------
 
 
 def branches(self, x):
-    return x if x.sum() > 0 else -x
+    return x + 1 if x.sum() > 0 else torch.cat([-x, x])
 
 
 def refuses(self, x):
@@ -104,9 +124,9 @@ def refuses(self, x):
 
 ERROR = (
     r"cannot infer the shape of what kernel tests@[0-9a-f]+: Toy returns for layer Layer: neither "
-    r"it nor the layer runs on fake tensors, and probing it fails; pass fake= where the layer is "
-    r"made extensible \(the kernel: RuntimeError: .*numpy.*; the reference: \w+: .*; the kernel on "
-    r"sample inputs: ValueError: a sum of zero\)"
+    r"it nor the layer runs on fake tensors, and probing them fails; pass fake= where the layer is "
+    r"made extensible \(the reference: \w+: .*; the reference on sample inputs: .*; the kernel: "
+    r"RuntimeError: .*numpy.*; the kernel on sample inputs: ValueError: a sum of zero\)"
 )
 
 
@@ -118,19 +138,22 @@ def test_infer_output_raises_one_error_with_every_reason():
     assert lowered(layer(branches, fake), kernel(native), torch.ones(4))()[0].item() == 2
 
 
-def test_compile_raises_the_error_of_infer_output():
-    with pytest.raises(Exception, match=r"UnknownShape: " + ERROR):
-        compiled(layer(branches), refuses)(torch.ones(4))
+def test_layer_whose_shape_cannot_be_inferred_keeps_its_reference():
+    f = compiled(layer(branches), refuses, fullgraph=False)
+    assert f(torch.ones(4)).tolist() == [2, 2, 2, 2]
+    report = last_report()
+    assert report is not None
+    [decision] = report.decisions
+    assert decision.reason is Reason.NOT_AN_OP
+    assert re.match(ERROR, decision.detail)
 
 
 def test_fake_that_raises_is_an_error_that_names_the_layer():
     def fake(self, x):
         raise TypeError("no")
 
-    with pytest.raises(UnknownShape, match=r"fake= of layer Layer raised TypeError: no"):
+    with pytest.raises(RuntimeError, match=r"fake= of layer Layer raised TypeError: no"):
         lowered(layer(branches, fake), kernel(refuses), torch.ones(4))
-    with pytest.raises(UnknownShape, match=r"new_dynamic_size\(\) needs fakes with a ShapeEnv"):
-        lowered(layer(positive, fake_positive), kernel(positive), torch.ones(4, 4))
 
 
 # --- a probe in a graph -------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+"""Watches a run: which operands it writes into, and whether it draws random numbers.
+
+The version counter of a tensor does not tell: batch norm writes its running statistics without
+raising it, and so do Triton kernels, native code and numpy. On fakes every op is seen, and its
+schema says what it writes. On real tensors the memory is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelgraph.graph import _torch
+from kernelgraph.graph.infer.aliasing import memory_of, same_bits
+
+
+class Watch:
+    """The result of watching a run."""
+
+    def __init__(self) -> None:
+        self.written: set[int] = set()
+        """The numbers of the operands that the run wrote into."""
+        self.drew = False
+        """Whether it drew random numbers."""
+
+
+@contextlib.contextmanager
+def watching(operands: Sequence[object]) -> Iterator[Watch]:
+    """Watch the run inside of the context; its result is complete behind it.
+
+    Args:
+        operands: The operands of the run, real tensors or fakes of an active mode.
+    """
+    watch = Watch()
+    if any(isinstance(v, Tensor) and _torch.is_fake(v) for v in operands):
+        python = Generators([])
+        ops = _OpWatch()
+        with ops:
+            yield watch
+        watch.drew = ops.drew or python.changed()
+        python.restore()
+        watch.written = {
+            i
+            for i, v in enumerate(operands)
+            if isinstance(v, Tensor)
+            and v.layout is torch.strided
+            and _torch.storage_of(v) in ops.written
+        }
+        return
+    snapshot = Snapshot(operands)
+    yield watch
+    watch.written = snapshot.written()
+    watch.drew = snapshot.generators.changed()
+
+
+# --- on fakes -----------------------------------------------------------------------------------
+
+_STATISTICS = ("running_mean", "running_var")
+"""The arguments that batch norms write into, whatever their schemas say."""
+_TRAINING = ("training", "train", "use_input_stats")
+"""The arguments that say whether they do."""
+
+
+class _OpWatch(_torch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the storages that ops write into, and whether one of them draws."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: set[object] = set()
+        self.drew = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> object:
+        given = _torch.arguments_of(func, args, kwargs or {})
+        written = [value for name, (value, writes) in given.items() if writes]
+        values = {name: value for name, (value, _) in given.items()}
+        if any(values.get(name) for name in _TRAINING):
+            written += [values[name] for name in _STATISTICS if name in values]
+        self.written.update(
+            _torch.storage_of(tensor)
+            for tensor in _torch.tensor_leaves(written)
+            if tensor.layout is torch.strided
+        )
+        draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        self.drew |= draws and values.get("dropout_p") != 0.0
+        return func(*args, **(kwargs or {}))
+
+
+# --- on real tensors ----------------------------------------------------------------------------
+
+
+class Snapshot:
+    """The memory of operands and the states of random generators before a run.
+
+    Args:
+        operands: The operands. Sparse tensors and tensors of subclasses are not watched.
+    """
+
+    def __init__(self, operands: Sequence[object]) -> None:
+        self._operands = operands
+        self._memory = {
+            i: memory_of(v).clone()
+            for i, v in enumerate(operands)
+            if type(v) in (Tensor, nn.Parameter, nn.Buffer)
+            and isinstance(v, Tensor)
+            and v.layout is torch.strided
+            and v.device.type != "meta"
+            and v.numel()
+        }
+        self.generators = Generators({v.device for v in operands if isinstance(v, Tensor)})
+
+    def written(self) -> set[int]:
+        """Return the numbers of the operands whose memory has changed."""
+        return {i for i, before in self._memory.items() if not same_bits(self._now(i), before)}
+
+    def restore(self, numbers: Iterable[int]) -> None:
+        """Give these operands the memory that they had."""
+        # Inference tensors can be written in this mode alone.
+        with torch.inference_mode():
+            for i in numbers:
+                self._now(i).copy_(self._memory[i])
+
+    def _now(self, number: int) -> Tensor:
+        operand = self._operands[number]
+        assert isinstance(operand, Tensor)
+        return memory_of(operand)
+
+
+class Generators:
+    """The states of torch's generators, and of Python's.
+
+    Args:
+        devices: The devices whose generators count, beside that of the CPU; none for a run on
+            fakes, which draws nothing of torch.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        modules = {"cuda": torch.cuda, "xpu": torch.xpu}
+        self._torch: list[tuple[Any, Any, Tensor]] = []
+        for device in devices:
+            if device.type in modules:
+                module: Any = modules[device.type]
+                self._torch.append((module, device, module.get_rng_state(device)))
+        self._cpu = torch.get_rng_state() if devices else None
+        self._python = random.getstate()
+
+    def changed(self) -> bool:
+        """Whether something was drawn."""
+        return (
+            any(not torch.equal(m.get_rng_state(d), state) for m, d, state in self._torch)
+            or (self._cpu is not None and not torch.equal(torch.get_rng_state(), self._cpu))
+            or random.getstate() != self._python
+        )
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        for module, device, state in self._torch:
+            module.set_rng_state(state, device)
+        if self._cpu is not None:
+            torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
