@@ -162,6 +162,37 @@ def _reachable(distance: int, steps: Sequence[tuple[int, int]]) -> bool:
     )
 
 
+def copies_of(values: Sequence[Any], numbers: Container[int]) -> list[Any]:
+    """Return ``values`` with copies of some of them, which share memory as the originals do.
+
+    Args:
+        values: Tensors, and other values, which stay.
+        numbers: The numbers of the tensors to copy. A tensor whose memory overlaps that of one of
+            them is copied too.
+    """
+    extents = {i: extent(v) for i, v in enumerate(values) if isinstance(v, Tensor)}
+    copied = {i for i in extents if i in numbers}
+    storages: dict[int, torch.UntypedStorage] = {}
+    made = list(values)
+    for i, (start, end) in extents.items():
+        beside = [j for j, (first, last) in extents.items() if start < last and first < end]
+        if not copied.intersection(beside):
+            continue
+        if beside == [i]:
+            made[i] = contiguous_copy(values[i])
+            continue
+        storage = values[i].untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone()
+        made[i] = torch.empty(0, dtype=values[i].dtype, device=values[i].device).set_(
+            storages[storage.data_ptr()],
+            values[i].storage_offset(),
+            values[i].size(),
+            values[i].stride(),
+        )
+    return made
+
+
 def memory_of(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor, from its first element to its last, in one dimension.
 

@@ -86,14 +86,14 @@ def observe(runner: Runner, operands: Sequence[Any]) -> tuple[OutputSpec, list[T
     with watching(operands) as watch:
         tensors, output = flatten_tensors(runner.observe(operands))
     written = tuple(sorted(watch.written))
-    for i, value in enumerate(operands):
-        if _form(value) != [*map(_torch.expression, forms[i])]:
-            raise UnsupportedValue(f"it changes the shape or strides of {names[i]} in place")
     if not (tensors or written):
         raise UnsupportedValue("the layer returns no tensor")
     results = tuple(TensorSpec(tuple(t.shape), t.dtype, t.device, _order(t)) for t in tensors)
     shared = _Shared.of(tensors, operands)
     no_op = "it draws random numbers" if watch.drew else shared.describe(names)
+    for i, value in enumerate(operands):
+        if _form(value) != [*map(_torch.expression, forms[i])]:
+            no_op = f"it changes the shape or strides of {names[i]} in place"
     if not no_op and not written and len(shared.aliases) == len(tensors):
         no_op = "it returns what it is given"
     return OutputSpec(results, output, written, aliases=shared.aliases, no_op=no_op), tensors

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from kernelgraph.graph import _torch
-from kernelgraph.graph.calls import Call
+from kernelgraph.graph.calls import Call, UnsupportedValue
 from kernelgraph.graph.gradients import RECOMPUTED, Gradient, wanted_of
+from kernelgraph.graph.infer import Effects
 from kernelgraph.graph.lowering.options import Options
 from kernelgraph.graph.lowering.sites import KeepReference, Site
-from kernelgraph.graph.ops import Lowered, lower
+from kernelgraph.graph.ops import Lowered, check_possible, lower
 from kernelgraph.graph.verify import judge, output_error
 from kernelgraph.kernel import BoundForward, Kernel
 from kernelgraph.report import Decision, Reason, warn_once
@@ -45,6 +49,7 @@ def op_for(
     own = site.module.__dict__.get("forward")
     if isinstance(own, BoundForward):  # the arguments of `kernelize` come before the options
         options = replace(options, gradients=own.gradients)
+    _, spec = check_possible(kernel, site.layer, call, operands)
     if options.verify:
         error = output_error(site.layer, site.module, site.path, kernel, call, operands)
         if error:
@@ -52,9 +57,21 @@ def op_for(
     gradient = None
     if site.grad:
         wanted = wanted_of(operands, every=every)
+        if Effects.of(spec).layer and _share_memory(operands):
+            raise UnsupportedValue("the layer writes, where a gradient flows, into shared memory")
         gradient = _gradient(site, kernel, call, operands, options, wanted)
+        if gradient.own and any(Effects.of(spec)):
+            # The kernel's own backward knows nothing of the values that are written.
+            gradient = Gradient(wanted, None, "the layer or the kernel writes into an operand")
     place = (site.module, site.path)
     return lower(kernel, site.layer, call, operands, gradient=gradient, place=place), gradient
+
+
+def _share_memory(operands: Sequence[object]) -> bool:
+    """Whether two operands have memory in common, other than as tied weights."""
+    tensors = {id(v): v for v in operands if isinstance(v, Tensor) and v.layout is torch.strided}
+    memories = [_torch.storage_of(tensor) for tensor in tensors.values()]
+    return len(set(memories)) < len(memories)
 
 
 def decision_of(

@@ -8,9 +8,10 @@ results (``forward``); from the second call on, a generated function does so wit
 reference (``backward``).
 
 Invariants:
-    - The results of an op are contiguous, aligned and at the start of their storage, and share no
-      memory with its operands or with each other.
-    - They have the shapes, dtypes and devices that the fake of the op gives them.
+    - The results of an op are dense, aligned and at the start of their storage, and share no memory
+      with its operands or with each other.
+    - They have the shapes, strides, dtypes and devices that the fake of the op gives them: those of
+      the layer's results.
     - An op writes into none of its operands. Where the layer does, the new contents are results.
     - A body never changes under a name: equal names mean equal bodies, in every process.
     - Equal calls of the instances of a layer share an op, which is registered once in a process.
@@ -30,13 +31,14 @@ from kernelgraph.graph.ops.definition import (
     unpack,
 )
 from kernelgraph.graph.ops.forward import Body
-from kernelgraph.graph.ops.registry import Lowered, lower, readable_name
+from kernelgraph.graph.ops.registry import Lowered, check_possible, lower, readable_name
 
 __all__ = [
     "NAMESPACE",
     "Body",
     "ByReference",
     "Lowered",
+    "check_possible",
     "lower",
     "overload",
     "pack",

@@ -27,7 +27,7 @@ from kernelgraph.graph.infer import (
     OutputSpec,
     ShapeFunction,
     Snapshot,
-    contiguous_copy,
+    copies_of,
     dense_strides,
     explain_attribute,
     make_fakes,
@@ -140,9 +140,7 @@ class Body:
 
     def _try_call(self, key: object, operands: tuple[Operand, ...]) -> OpResult | None:
         """Make a call as `_check_call` does; return None if it is to be made again."""
-        given = tuple(
-            contiguous_copy(v) if i in self._copied else v for i, v in enumerate(operands)
-        )
+        given = copies_of(operands, self._copied) if self._copied else operands
         snapshot = self._snapshot(given)
         try:
             result = (self._run_kernel if snapshot is None else self._run_kernel.observe)(given)

@@ -48,6 +48,7 @@ LOWERING_VERSION = "4"
 _lock = threading.Lock()
 _bodies: dict[str, Body] = {}
 _lowered: dict[object, Lowered] = {}
+_inferred: dict[object, tuple[InferOutput, OutputSpec]] = {}
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,24 @@ def lower(
     return lowered
 
 
+def check_possible(
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[Operand]
+) -> tuple[InferOutput, OutputSpec]:
+    """Infer the output of a call; see `infer_output` for what this returns and raises.
+
+    `lower` does this too, once for calls that are alike. To call it first spares a trial of a
+    kernel that no op can run.
+    """
+    sizes = static_key(operands)
+    key = (kernel.layer, kernel.origin, layer, call.describe(), sizes, torch.get_default_dtype())
+    if sizes is None or key not in _inferred:
+        found = infer_output(kernel, layer, call, operands)
+        if sizes is None or found[1].fresh:
+            return found
+        remember(_inferred, key, found)
+    return _inferred[key]
+
+
 def _lower(
     kernel: Kernel,
     layer: Extensible,
@@ -126,7 +145,7 @@ def _lower(
     key = (*which, gradient, torch.get_default_dtype())
     if sizes is not None and key in _lowered:
         return _lowered[key]
-    shapes, spec = infer_output(kernel, layer, call, operands)
+    shapes, spec = check_possible(kernel, layer, call, operands)
     base = _base_name(kernel, layer, signature, operands, spec, gradient)
     name = base if gradient is None else f"{base}_training"
     with _lock:
@@ -158,7 +177,7 @@ def _body(
     if gradient is None:
         return Body(*parts)
     own = gradient.own
-    if own is not None and not (written.kernel or written.layer):
+    if own is not None:
         return ByKernel(own, operands, gradient.wanted, own.flows, *parts)
     flows = differentiable(layer, call, operands, gradient.wanted, written.layer)
     count = len(spec.results) + len(written.layer)
