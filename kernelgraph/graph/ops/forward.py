@@ -105,6 +105,8 @@ class Body:
         self._checked_calls: dict[object, CheckedCall] = {}
         self._watched = 0
         """The number of calls that were watched."""
+        self.gave_way = ""
+        """Why the reference runs in the kernel's place; empty where the kernel runs."""
         self.forward = self._write_fast_path()
 
     @property
@@ -183,6 +185,7 @@ class Body:
 
     def _use_reference(self, why: str, operands: Sequence[Operand]) -> None:
         """Run the reference from now on, and warn of the kernel."""
+        self.gave_way = why
         name, path = self._layer.layer_name, self.places.describe(operands).removeprefix(" at ")
         warn_once(str(self._kernel), name, path, why, "the layer runs on its own forward")
         self._run_kernel.replace_forward(self._layer.reference)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kernelgraph.cache import remember
 from kernelgraph.fingerprint import code_hash, digest
-from kernelgraph.graph.calls import Call, Template
+from kernelgraph.graph.calls import Call, Template, UnsupportedValue
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.infer import (
     Effects,
@@ -104,13 +104,17 @@ def lower(
         UnsupportedValue: If the shapes of the results cannot be inferred (see `infer_output`), or
             the layer does what no op can: it sets attributes, draws random
             numbers, returns views of its arguments, or anything but tensors in tuples, lists and
-            dicts; or in sizes that depend on values without a ``fake`` that says so.
+            dicts; or in sizes that depend on values without a ``fake`` that says so. Also if the
+            kernel has shown, when an op ran it, that no op can.
         AttributeError: If the kernel reads an attribute that the layer does not have.
         RuntimeError: If the layer's ``fake`` raises.
     """
     lowered = _lower(kernel, layer, call, operands, gradient)
+    body = _bodies[lowered.name]
+    if body.gave_way:
+        raise UnsupportedValue(f"{kernel}: {body.gave_way}")
     if place is not None:
-        _bodies[lowered.name].places.add(*place)
+        body.places.add(*place)
     return lowered
 
 
