@@ -206,9 +206,7 @@ def test_missing_kernel_of_a_layer_that_could_not_be_traced_is_an_error(tmp_path
         kernel_layer_name = "Scale"
 
         def forward(self, x):
-            if x.sum().item() > 0:
-                x = x + 1
-            return x
+            return x + 1 if x.sum().item() > 0 else x + 2
 
     with scales(write_scale(tmp_path / "repo", 51)):
         program = export(torch.nn.Sequential(Busy()), (torch.randn(3, 4),), mode=Mode.INFERENCE)

@@ -131,8 +131,8 @@ RESULTS = {  # what a leaf of the output is
     "state": "self.weight",
     "view of state": "self.weight.expand(2, 3)",
     "integer": "(total.real * 4).to(torch.int64)",
-    "conjugate": "torch.complex(total.real.double(), total.real.double()).conj()",
-    "imaginary": "torch.complex(total.real.double(), total.real.double()).conj().imag",
+    "conjugate": "torch.complex(total.real.float(), total.real.float()).conj()",
+    "imaginary": "torch.complex(total.real.float(), total.real.float()).conj().imag",
     "empty": "total.reshape(-1)[:0]",
 }
 
@@ -199,6 +199,8 @@ class Layer:
         leaves = [RESULTS[name] for name in self.results]
         if who == "kernel" and self.opaque:
             leaves = [f"native({leaf})" for leaf in leaves]
+        if who == "reference":  # one whose results share memory is kept, and no op runs
+            leaves = [f"({leaf}).clone()" for leaf in leaves]
         lines.append(f"    return {OUTPUTS[self.output][0].format(*leaves)}")
         return "\n".join(f"    {line}" for line in lines)
 

@@ -199,15 +199,14 @@ def memory_of(tensor: Tensor) -> Tensor:
     Writes into it do not count in the version of ``tensor``.
     """
     plain = tensor.data
-    if plain.is_contiguous():
-        return plain.view(-1)
     return plain.as_strided((reach(plain) // plain.itemsize,), (1,))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of the same shape and dtype have the same bits."""
-    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(*flat)
+    # A contiguous tensor of one element may have any stride, with which it has no view as bytes.
+    flat = (t.detach().contiguous().as_strided((t.numel(),), (1,)) for t in (one, other))
+    return torch.equal(*(t.view(torch.uint8) for t in flat))
 
 
 # --- writes that autograd counts ----------------------------------------------------------------
