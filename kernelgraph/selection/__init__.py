@@ -2,8 +2,9 @@
 
 `devices` has what a kernel is registered for (`Device`) and what it is sought for (`Target`), and
 `modes` what a model is about to be used for (`Mode`). A `KernelMapping` (`mapping`) holds all that
-is registered, for the process or in a scope (`scopes`), and `matching` chooses among it. Nothing
-here loads a kernel, and torch is imported only to ask for its devices.
+is registered, for the process or in a scope (`scopes`), and `matching` chooses among it. `choices`
+tells whether another mapping chooses the same. Nothing here loads a kernel, and torch is imported
+only to ask for its devices.
 
 Invariants:
 
@@ -17,6 +18,7 @@ Invariants:
   taken wherever those of this package are.
 """
 
+from kernelgraph.selection.choices import Choices
 from kernelgraph.selection.devices import (
     DEVICE_TYPES,
     CUDAProperties,
@@ -41,6 +43,7 @@ from kernelgraph.selection.scopes import (
 __all__ = [
     "DEVICE_TYPES",
     "CUDAProperties",
+    "Choices",
     "Device",
     "KernelMapping",
     "KernelizeFallback",

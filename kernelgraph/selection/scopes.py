@@ -32,8 +32,8 @@ def register_kernel_mapping(mapping: MappingLike, inherit_mapping: bool = True) 
     """Register kernels in the innermost `use_kernel_mapping` or, outside any, for the process.
 
     The whole mapping is checked first: after an error nothing is registered. Models that are
-    kernelized already keep their kernels until the next ``kernelize``, and compiled graphs keep
-    theirs until ``torch.compiler.reset()``.
+    kernelized already keep their kernels until the next ``kernelize``. Compiled models are
+    compiled again at their next call, if their layers now have other kernels.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from
@@ -74,7 +74,8 @@ class use_kernel_mapping(contextlib.ContextDecorator):  # noqa: N801
 
     Scopes nest. A scope holds in its own thread or asyncio task, and in tasks created inside it.
     One object may be entered many times, and from several threads at once. A model that is
-    kernelized or compiled inside keeps its kernels outside, and the other way round.
+    kernelized inside keeps its kernels outside, and the other way round. A compiled model has the
+    kernels of the scope that it is called in.
 
     Args:
         mapping: layer name -> ``Device`` or device type -> a repository, or a dict from

@@ -15,7 +15,12 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, GuardManagerType, install_guard
-from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
+from torch._dynamo.source import (
+    AttrSource,
+    DictGetItemSource,
+    GetItemSource,
+    GlobalStateSource,
+)
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables import ConstantVariable, TensorVariable
@@ -126,6 +131,15 @@ class Frame:
             result.add_lambda_guard(bool, [text], guard.user_stack)
 
         install_guard(self._source(name, path).make_guard(KERNELGRAPH_CHECK))
+
+    def guard_condition(self, check: Callable[[], bool]) -> None:
+        """Recompile when ``check``, which is about no variable, returns False. Tried on 2.13."""
+
+        def KERNELGRAPH_CONDITION(builder: GuardBuilder, guard: Guard) -> None:  # noqa: N802
+            root = builder.guard_manager.root
+            root.add_lambda_guard(lambda _: check(), [f"{check}()"], guard.user_stack)
+
+        install_guard(GlobalStateSource().make_guard(KERNELGRAPH_CONDITION))
 
     def _source(self, name: str, path: Path) -> Any:
         variable = self._tx.symbolic_locals[name]

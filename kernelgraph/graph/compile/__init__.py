@@ -9,8 +9,8 @@ has the inner compiler compile the graph. Exports set a `Trace` of their own (`e
 Invariants:
     - Outside of Dynamo a wrapped forward only runs the forward that it wraps.
     - A layer that keeps its reference leaves the graph that there would be without kernelgraph.
-    - All Python values that a decision depends on are guarded, except for the mapping, which counts
-      as it is while the graph is traced.
+    - All that a decision depends on is guarded: Python values, and what the mapping in force has
+      for the layers of the graph.
     - Nothing that is captured depends on the instance, unless its layer has a condition: blocks of
       one class share a compiled graph.
     - Under other backends only layers that ``kernelize`` bound for compiling have kernels.

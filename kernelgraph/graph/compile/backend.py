@@ -30,8 +30,8 @@ def hubkernels(
     When Dynamo hands over the graph, the kernels of the layers that it inlined are in it, as custom
     ops (`kernelgraph.graph.compile.capture`). Layers that it left as modules are replaced here.
 
-    The mapping counts as it is while the graph is traced. The compiled graph keeps its decisions
-    when the mapping changes: after ``torch.compiler.reset()`` they are made anew.
+    A call has the kernels of the mapping in force where it is made. A graph is compiled again for a
+    mapping that has other kernels for its layers.
 
     The ``options`` are these:
 

@@ -9,8 +9,8 @@ a function that outside of Dynamo only runs what it wraps. Traced by Dynamo, the
 3. asks `kernelgraph_finish` for the op of a call with this signature, and calls it.
 
 These two run as ordinary Python at trace time, and see and set the traced frame's variables
-through `Frame`. The Python values that their answers depend on are guarded. The mapping is not: it
-counts as it is when the graph is traced.
+through `Frame`. The Python values that their answers depend on are guarded, and so is what the
+mapping has for the layers.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ class Trace:
             options = options_of_backend(*frame.backend)
             decisions = GraphDecisions(options or Options(), current_mapping())
             frame.notes["trace"] = cls(decisions, uses_mapping=options is not None)
+            if options is not None:
+                frame.guard_condition(decisions.choices.hold)
         trace: Trace = frame.notes["trace"]
         return trace
 

@@ -13,7 +13,15 @@ from kernelgraph.graph.lowering.options import Options, Policy
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_all
 from kernelgraph.layers import Extensible
 from kernelgraph.report import Decision, Reason
-from kernelgraph.selection import KernelMapping, Mode, Rejection, Target, first_device, target_of
+from kernelgraph.selection import (
+    Choices,
+    KernelMapping,
+    Mode,
+    Rejection,
+    Target,
+    first_device,
+    target_of,
+)
 
 KERNEL_ATTRIBUTE = "__kernelgraph_kernel__"
 """The attribute in which a forward that ``kernelize`` bound for compiling keeps its kernel."""
@@ -66,9 +74,14 @@ class GraphDecisions:
     """Whether a gradient can flow through the calls; None: that is found out for each call."""
     decisions: list[Decision] = field(default_factory=list)
     """The decisions so far, in the order of the calls."""
+    choices: Choices = field(init=False)
+    """What the mapping has for the layers that were decided."""
     _outcomes: dict[tuple[type, Target, Mode], tuple[Kernel, ...] | Rejection] = field(
         default_factory=dict
     )
+
+    def __post_init__(self) -> None:
+        self.choices = Choices(self.mapping)
 
     def kernel_for(self, site: Site, tensors: Iterable[Tensor]) -> tuple[Site, Kernel, State]:
         """Return the kernel for a call, with the completed site and the state that is read.
@@ -170,6 +183,7 @@ class GraphDecisions:
     def _select(
         self, layer: Extensible, target: Target, mode: Mode
     ) -> tuple[Kernel, ...] | Rejection:
+        self.choices.note(layer.layer_name, target, mode)
         if self.options.policy == Policy.FASTEST:
             return decide_all(layer, target, mode, self.mapping)
         outcome = decide(layer, target, mode, self.mapping)

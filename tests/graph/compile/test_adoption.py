@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,34 +206,52 @@ class TestDistributedDataParallel:
 
 
 class TestMappingChanges:
-    """A compiled graph keeps its decision, which ``torch.compiler.reset()`` has made anew."""
+    """A call has the kernels of the mapping in force where it is made."""
 
     @torch.no_grad()
-    def test_decision_is_kept_until_reset(self) -> None:
+    def test_call_decides_by_the_mapping_at_that_time(self) -> None:
         model, x = nn.Sequential(Scale()), torch.randn(3, 4)
         reference, counter = model(x), Counter()
         compiled = torch.compile(model, fullgraph=True, **ours(counter))
         torch.testing.assert_close(compiled(x), reference + 10)
         register_kernel_mapping(on_cpu(Scale=TraceableScale))
-        torch.testing.assert_close(compiled(x), reference + 10)
-        with use_kernel_mapping({}, inherit_mapping=False):
-            torch.testing.assert_close(compiled(x), reference + 10)
-        assert counter.graphs == 1
-        torch.compiler.reset()
         torch.testing.assert_close(compiled(x), reference + 20)
-        torch.compiler.reset()
         with use_kernel_mapping({}, inherit_mapping=False):
             torch.testing.assert_close(compiled(x), reference)
+        assert counter.graphs == 3
+        torch.testing.assert_close(compiled(x), reference + 20)
+        assert counter.graphs == 3
 
     @torch.no_grad()
-    def test_recompile_decides_by_the_mapping_at_that_time(self) -> None:
+    def test_models_of_one_class_have_the_kernels_of_their_own_scopes(self) -> None:
+        def adding(number: int) -> type[nn.Module]:
+            def forward(self: Any, x: Tensor) -> Tensor:
+                return x * self.weight + self.shift + self.eps + number
+
+            return type("Adding", (nn.Module,), {"forward": forward})
+
+        x = torch.randn(3, 4)
+        for number in range(3):
+            model = nn.Sequential(Scale())
+            compiled = torch.compile(model, fullgraph=True, **ours("eager"))
+            with use_kernel_mapping(on_cpu(Scale=adding(number))):
+                torch.testing.assert_close(compiled(x), model(x) + number)
+
+    @torch.no_grad()
+    def test_threads_have_the_kernels_of_their_own_scopes(self) -> None:
         model, x = nn.Sequential(Scale()), torch.randn(3, 4)
-        reference = model(x)
-        compiled = torch.compile(model, dynamic=False, **ours("eager"))
-        compiled(x)
-        register_kernel_mapping(on_cpu(Scale=TraceableScale))
-        torch.testing.assert_close(compiled(x[:2]), reference[:2] + 20)
-        torch.testing.assert_close(compiled(x), reference + 10)
+        compiled = torch.compile(model, fullgraph=True, **ours("eager"))
+        torch.testing.assert_close(compiled(x), model(x) + 10)
+        found = []
+
+        def run() -> None:  # a thread starts outside of all scopes
+            with use_kernel_mapping(on_cpu(Scale=TraceableScale)), torch.no_grad():
+                found.append(compiled(x))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(found, [model(x) + 20])
 
 
 class TestRecompiles:
