@@ -141,7 +141,7 @@ def stable_text(value: Any) -> str:
     if isinstance(value, (types.BuiltinFunctionType, type)):
         return _name(value)
     if isinstance(value, enum.Enum):
-        return f"{_name(type(value))}({value.value!r})"
+        return f"{_name(type(value))}.{value.name}"
     return repr(value)
 
 

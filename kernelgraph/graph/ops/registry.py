@@ -203,6 +203,7 @@ def _base_name(
     return f"{kernel_name(kernel)}_" + digest(
         LOWERING_VERSION,
         kernel.origin.revision,
+        code_hash(kernel.forward),  # a repository may make several classes of one name
         f"{layer.owner.__module__}.{layer.owner.__qualname__}",
         code_hash(layer.reference),
         code_hash(layer.fake) if layer.fake else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import threading
 from typing import Any
@@ -199,3 +200,55 @@ def test_any_kernel_runs_on_a_device(kernel: type[nn.Module], inner: str) -> Non
     with use_kernel_mapping(mapping, inherit_mapping=False), torch.no_grad():
         torch.testing.assert_close(compiled(layer, inner)(x), layer(x) + 10)
     assert kept_reasons() == [""]
+
+
+# --- kernels that differ in more than their code --------------------------------------------------
+
+
+class Factor:
+    """Multiplies by a factor, in each of the ways in which something can be called."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def method(self, module: Any, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def with_closure(value: Any, read: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x * read(value)
+
+    return forward
+
+
+MADE = {
+    "a list": lambda n: with_closure([n], lambda v: v[0]),
+    "a dict": lambda n: with_closure({"n": n}, lambda v: v["n"]),
+    "an object": lambda n: with_closure(Factor(n), lambda v: v.factor),
+    "a tensor": lambda n: with_closure(torch.tensor(n), lambda v: v),
+    "a large tensor": lambda n: with_closure(torch.full((20_000,), n), lambda v: v[0]),
+    "a callable": Factor,
+    "a bound method": lambda n: Factor(n).method,
+    "a partial": lambda n: functools.partial(Factor.method, Factor(n)),
+}
+
+
+class Once(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1
+
+
+@pytest.mark.parametrize("name", MADE)
+@torch.no_grad()
+def test_kernels_of_one_code_are_told_apart(name: str) -> None:
+    replace_kernel_forward_from_hub(Once, "Once")
+    for factor in (2, 5, 7):
+        torch.compiler.reset()
+        kernel = type("Made", (nn.Module,), {"forward": MADE[name](factor)})
+        with use_kernel_mapping(on_cpu(Once=kernel), inherit_mapping=False):
+            assert compiled(Once())(torch.ones(2)).tolist() == [factor, factor]
+            assert kept_reasons() == [""]
