@@ -15,10 +15,16 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernelgraph.graph._torch.symbols import hint
+
+
+def is_functional(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a wrapper that functionalization makes. Tried on 2.13."""
+    return isinstance(tensor, FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
 @contextlib.contextmanager

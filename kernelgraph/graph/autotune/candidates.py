@@ -7,6 +7,7 @@ up for the call that is traced: with its sizes, dtypes and layout, and the layer
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -185,6 +186,34 @@ def inputs_for(region: Region, untuned: UntunedCall) -> list[object]:
             if isinstance(like, Tensor) and like.requires_grad:
                 value.requires_grad_()
     return made
+
+
+def check_real(program: fx.GraphModule, inputs: Sequence[object]) -> None:
+    """Check that a program is about to be run on real tensors alone.
+
+    Native code that asks a fake for its memory may end the process.
+
+    Raises:
+        Unmeasurable: If an input, or a tensor that the program holds, is a fake or on the meta
+            device, or if an input is neither a tensor nor a number.
+    """
+    for number, value in enumerate(inputs):
+        if not isinstance(value, (Tensor, int, float)) or _has_no_memory(value):
+            raise Unmeasurable(f"input {number} of the region is a {type(value).__name__}")
+    held = (getattr(program, n.target) for n in program.graph.nodes if _is_attribute(program, n))
+    for tensor in itertools.chain(program.parameters(), program.buffers(), held):
+        if _has_no_memory(tensor):
+            raise Unmeasurable("a tensor of the region has no memory")
+
+
+def _is_attribute(program: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and hasattr(program, str(node.target))
+
+
+def _has_no_memory(value: object) -> bool:
+    return isinstance(value, Tensor) and (
+        _torch.is_fake(value) or value.is_meta or _torch.is_functional(value)
+    )
 
 
 def _weight(untuned: UntunedCall, operand: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from kernelgraph.graph.autotune.candidates import Unmeasurable, UntunedCall
 from kernelgraph.graph.autotune.fusion_rule import winner_by_rule
 from kernelgraph.graph.autotune.records import Candidate, Implementation, Session, Winner
 from kernelgraph.graph.autotune.region import Region, cut_region
-from kernelgraph.graph.infer import sample_inputs
+from kernelgraph.graph.infer import does_the_same, sample_inputs
 from kernelgraph.graph.lowering import Compiler
 from kernelgraph.graph.timing import GraphPool, Sampler, Timing, fastest, measure, sampler_of
 from kernelgraph.keys import source_of
@@ -81,11 +81,12 @@ class Contest:
         reference = Candidate(Implementation.REFERENCE)
         labelled = {REFERENCE: reference, **dict(self._kernel_candidates())}
         with sample_inputs.apart(region.inputs, 0):
-            samplers, untraceable = self._samplers(region, labelled)
+            samplers, errors = self._samplers(region, labelled)
             if not samplers.keys() - {REFERENCE}:
-                raise Unmeasurable("no kernel could be run on inputs that are made up")
+                error = next(errors[label] for label in labelled if label != REFERENCE)
+                raise Unmeasurable(f"no kernel could be run on inputs that are made up: {error}")
             if REFERENCE not in samplers and len(samplers) == 1:
-                why = f"the layer itself cannot be traced: {untraceable}"
+                why = f"the layer itself cannot be traced: {errors[REFERENCE]}"
                 return Winner(*labelled[next(iter(samplers))], why, measured=True)
             times = measure(list(samplers.values()), lambda: self._session.seconds_left <= 0)
         timings = dict(zip(samplers, times, strict=True))
@@ -103,13 +104,16 @@ class Contest:
                 yield f"{label} traced", Candidate(Implementation.NATIVE, i)
 
     def _may_be_traced(self, number: int) -> bool:
-        """Whether a kernel needs no verification, or has passed it as an op already.
+        """Whether a kernel does what the layer does, as far as runs on fakes show, and needs no
+        verification or has passed it as an op already.
 
         A kernel that is traced is not verified again. Where a gradient can flow it has to be that
         of the kernel's own backward, which is verified with the op, and again once the code of
         the kernel or the layer has changed.
         """
         untuned, kernel = self._untuned, self._untuned.kernels[number]
+        if not does_the_same(kernel, untuned.site.layer, untuned.call, untuned.operands):
+            return False
         if untuned.options.verify or not untuned.site.grad:
             return not untuned.options.verify
         own = untuned.gradient is not None and untuned.gradient.own is not None
@@ -117,16 +121,14 @@ class Contest:
 
     def _samplers(
         self, region: Region, labelled: Mapping[str, Candidate]
-    ) -> tuple[dict[str, Sampler], str]:
-        """Return the samplers of the candidates that run, by label.
-
-        The text with them says why the layer itself cannot be traced, if it cannot.
-        """
+    ) -> tuple[dict[str, Sampler], dict[str, str]]:
+        """Return the samplers of the candidates that run, and the errors of the others, by
+        label."""
         inputs = candidates.inputs_for(region, self._untuned)
         if self._cuda_graphs and any(v.is_cuda for v in inputs if isinstance(v, torch.Tensor)):
             self._pool = torch.cuda.graph_pool_handle()
         samplers: dict[str, Sampler] = {}
-        untraceable = ""
+        errors: dict[str, str] = {}
         for label, candidate in labelled.items():
             if samplers.keys() - {REFERENCE} and self._session.seconds_left <= 0:
                 break
@@ -135,12 +137,16 @@ class Contest:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                logger.debug("%s: %s cannot be run", self.layer_name, label, exc_info=True)
-                if label == REFERENCE:
-                    untraceable = error_text(error)
-                    if not _torch.full_graph():  # behind a graph break it would run uncompiled
-                        samplers[label] = self._sampler(region, inputs, candidate, compiled=False)
-        return samplers, untraceable
+                errors[label] = error_text(error)
+                level = logging.DEBUG if label == REFERENCE else logging.WARNING
+                logger.log(
+                    level, "%s: %s cannot be timed: %s", self.layer_name, label, errors[label]
+                )
+                logger.debug("%s: %s cannot be timed", self.layer_name, label, exc_info=True)
+                # Behind a graph break the layer would run uncompiled.
+                if label == REFERENCE and not _torch.full_graph():
+                    samplers[label] = self._sampler(region, inputs, candidate, compiled=False)
+        return samplers, errors
 
     def _sampler(
         self,
@@ -151,6 +157,7 @@ class Contest:
         compiled: bool = True,
     ) -> Sampler:
         program = candidates.program(region, self._untuned, candidate)
+        candidates.check_real(program, inputs)
         grad = self._untuned.site.grad
         # In no CUDA graph: a kernel's run that is kept for its backward, and what breaks graphs.
         keeps_run = grad and candidate.implementation is Implementation.OP

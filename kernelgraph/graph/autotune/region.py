@@ -9,8 +9,9 @@ too, and that is in memory anyway, nothing more is taken.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -87,6 +88,8 @@ def cut_region(graph_module: fx.GraphModule, node: fx.Node) -> Region:
             value = value_of(other)
             if isinstance(value, torch.SymInt):  # sizes are those of this call
                 return int(_torch.hint(value))
+            if not isinstance(value, (Tensor, float, int)):
+                raise NoValue(f"node {other} at the edge of a region is no tensor")
             copies[other] = graph.placeholder(f"input_{len(inputs)}")
             inputs.append(value)
         return copies[other]
@@ -117,7 +120,15 @@ def _region_around(node: fx.Node) -> set[fx.Node]:
     edge = [node, *_unpacking_nodes(node)]
     for _ in range(_MAX_DISTANCE):  # towards the outputs
         edge = _take([user for n in edge for user in n.users], inside)
+    # A result of a node outside is an input of the region, and not the tuple that it is taken from.
+    while outside := [n for n in inside if _unpacks(n) and not inside.issuperset(n.args[:1])]:
+        inside.difference_update(outside)
     return inside
+
+
+def _unpacks(node: fx.Node) -> bool:
+    """Whether a node takes one result of a node with several."""
+    return node.target is operator.getitem and not isinstance(_value(node.args[0]), Tensor)
 
 
 def _take(found: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
@@ -130,7 +141,7 @@ def _take(found: Iterable[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
     return taken
 
 
-def _value(node: fx.Node) -> object:
+def _value(node: Any) -> object:
     try:
         value: object = value_of(node)
     except NoValue:

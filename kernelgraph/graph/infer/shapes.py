@@ -296,6 +296,29 @@ class Effects(NamedTuple):
         return cls((), spec.written) if spec.of_layer else cls(spec.written, ())
 
 
+def does_the_same(
+    kernel: Kernel, layer: Extensible, call: Call, operands: Sequence[object]
+) -> bool:
+    """Whether a kernel that is traced in the place of its layer leaves the same behind.
+
+    Both are run on fakes: they have to return the same structure, shapes, dtypes and strides,
+    write into the same operands and return the same ones, and draw no random numbers.
+    """
+    try:
+        made, expected = (
+            run_on_fakes(Runner(forward, call), operands, "fake")
+            for forward in (kernel.forward, layer.reference)
+        )
+    except Exception:
+        return False
+    sizes = [[[*map(_torch.expression, r.shape)] for r in s.results] for s in (made, expected)]
+    alike = [
+        (s.output, s.written, s.aliases, s.no_op, [(r.dtype, r.device, r.order) for r in s.results])
+        for s in (made, expected)
+    ]
+    return sizes[0] == sizes[1] and alike[0] == alike[1] and not made.no_op
+
+
 def differentiable(
     layer: Extensible,
     call: Call,

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernelgraph import last_report
+from kernelgraph import last_report, use_kernel_forward_from_hub
 from kernelgraph.graph.autotune import candidates, records
 from kernelgraph.report import Reason
 from tests.support.costs import CLOCK, Odd, Steps, Work, kernel, spend
@@ -44,6 +45,29 @@ def test_traced_kernel_is_a_candidate(monkeypatch):
     assert "hubkernels" not in str(graphs[-1].graph)
     assert "spend" in str(graphs[-1].graph)
     assert last_report().decisions[0].detail.startswith("traced; kernel traced 500 ms")
+
+
+class WritesItsArgument(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spend(x.add_(10).clone(), 0.5)
+
+
+class Turns(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spend(x.t().contiguous().t() + 10, 0.5)
+
+
+@pytest.mark.parametrize("hub_layer", [WritesItsArgument, Turns])
+def test_traced_kernel_is_no_candidate_if_it_does_something_else(hub_layer):
+    """What an op keeps from the graph, writes and other strides, would be in it."""
+    with mapping(Work=hub_layer):
+        run(stack(1.0)[:1], inner="aot_eager")
+    assert last_report().decisions[0].detail.startswith("kernel 500 ms")
+    assert "traced" not in last_report().decisions[0].detail
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -121,3 +145,61 @@ def test_weights_are_unchanged_by_a_contest():
         run(model)
     assert torch.equal(model[0].weight, before)
     assert model[0].weight.grad is None
+
+
+# --- what is run for real gets real tensors -------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("Pair")
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return spend(x * 2, 1.0), x + 1
+
+
+class FastPair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return spend(x * 2, 0.5), x + 1
+
+
+def asking_for_memory(graph_module: Any, inputs: Any) -> Any:
+    """Compiles as Inductor does for CUDA: the program asks each input for its memory."""
+
+    def run(*inputs: Any) -> Any:
+        assert all(v.data_ptr() for v in inputs if isinstance(v, Tensor))
+        return graph_module(*inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_results_of_an_earlier_op_are_made_up_as_tensors(grad):
+    pair = Pair()
+
+    def twice(x: Tensor) -> Tensor:
+        return pair(pair(x)[0].unsqueeze(0))[0]
+
+    f = torch.compile(
+        twice,
+        backend="hubkernels",
+        options={"policy": "fastest", "inner": asking_for_memory, "verify_gradients": False},
+    )
+    with mapping(Pair=FastPair):
+        for size in (3, 5):
+            x = torch.ones(size, 4, requires_grad=grad)
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(f(x), 4 * torch.ones(1, size, 4))
+    details = [decision.detail for decision in last_report().decisions]
+    assert details
+    assert not any("not measured" in detail for detail in details), details
+
+
+def test_fake_input_is_refused_before_anything_native_sees_it():
+    graph_module = torch.fx.symbolic_trace(lambda x: -x)
+    candidates.check_real(graph_module, [torch.ones(2), 3, 2.5])
+    fake = FakeTensorMode().from_tensor(torch.ones(2))
+    for wrong in (fake, (fake,), torch.ones(2, device="meta"), torch._to_functional_tensor(fake)):
+        with pytest.raises(candidates.Unmeasurable, match="input 1 of the region is a"):
+            candidates.check_real(graph_module, [torch.ones(2), wrong])
+    graph_module.register_buffer("held", torch.ones(2, device="meta"))
+    with pytest.raises(candidates.Unmeasurable, match="has no memory"):
+        candidates.check_real(graph_module, [torch.ones(2)])

@@ -156,3 +156,12 @@ def test_nodes_without_values_are_an_error():
     graph_module = fx.symbolic_trace(lambda x: torch.sin(x + 1))
     with pytest.raises(NoValue):
         cut_region(graph_module, middle(graph_module))
+
+
+def test_result_of_several_is_an_input_and_not_the_tuple():
+    found = traced(lambda x: torch.sin(torch.max(x, dim=-1)[0] * 2), X)
+    [pair] = [n for n in found.graph.nodes if isinstance(n.meta.get("example_value"), tuple)]
+    pair.target = F.linear  # a node that is not fused, with several results
+    region = cut_region(found, middle(found))
+    assert functions(region.graph_module) == ["mul", "sin"]
+    assert [type(value) for value in region.inputs] == [type(pair.meta["example_value"][0])]
