@@ -63,8 +63,8 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-_MOST_NUMBERS = 2**14
-"""The most numbers of a tensor that are hashed."""
+_MOST_BYTES = 2**14
+"""The size of the memory of a tensor up to which it is hashed."""
 _PLAIN = (type(None), type(Ellipsis), bool, int, float, complex, str, bytes)
 _ORDERED = (tuple, list)
 _UNORDERED = (set, frozenset)
@@ -123,6 +123,9 @@ class _Fingerprint:
             cells = [_content(cell) for cell in value.__closure__ or ()]
             keywords = sorted((value.__kwdefaults__ or {}).items())
             named = [_global(value.__globals__, name) for name in _globals_of(value.__code__)]
+            if _package(value.__module__ or "") == "torch":  # its version stands for its code
+                data = [cell for cell in cells if _is_data(cell)]
+                return f"{value.__module__}.{value.__qualname__} {self._all(*data)}"
             own = self._all(value.__code__, value.__defaults__, keywords, cells, named)
             return f"function {own}" if self._follows(value) else ""
         if isinstance(value, functools.partial):
@@ -171,11 +174,15 @@ class _Fingerprint:
         return _identity(value)
 
     def _tensor(self, value: Any) -> str:
-        exact = value.device.type == "cpu" and type(value).__name__ in ("Tensor", "Parameter")
-        if not exact or value.numel() > _MOST_NUMBERS or str(value.layout) != "torch.strided":
+        exact = value.device.type == "cpu" and type(value).__name__ == "Tensor"
+        if not exact or str(value.layout) != "torch.strided" or value.is_conj() or value.is_neg():
             return _identity(value)
-        numbers = value.detach().resolve_conj().resolve_neg().reshape(-1).tolist()
-        return f"tensor {value.dtype} {tuple(value.shape)} {numbers}"
+        storage = value.untyped_storage()
+        if storage.nbytes() > _MOST_BYTES:
+            return _identity(value)
+        place = tuple(value.shape), value.stride(), value.storage_offset()
+        # Not by an op: this may run while fakes take the place of tensors.
+        return f"tensor {value.dtype} {place} {[*storage]}"
 
 
 def _global(names: dict[str, Any], name: str) -> object:

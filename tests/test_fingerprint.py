@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelgraph.fingerprint import code_hash
 
@@ -110,6 +111,13 @@ def test_hash_tells_values_apart(name, make):
 def test_hash_of_equal_code_and_values_is_equal(name):
     one, _ = VALUES[name]
     assert code_hash(closing_over(one)) == code_hash(closing_over(one))
+
+
+def test_hash_is_the_same_where_fakes_take_the_place_of_tensors():
+    forward = closing_over([torch.ones(2), torch.ones(3, 2).t()])
+    with FakeTensorMode():
+        made = code_hash(forward)
+    assert made == code_hash(closing_over([torch.ones(2), torch.ones(3, 2).t()]))
 
 
 @pytest.mark.parametrize("name", OF_ONE_PROCESS)
