@@ -27,7 +27,7 @@ from kernelgraph.graph._torch.autograd import (
     version_of,
 )
 from kernelgraph.graph._torch.dispatch import TorchDispatchMode, is_higher_order, schema_text
-from kernelgraph.graph._torch.distributed import store_of_group
+from kernelgraph.graph._torch.distributed import parametrizations_uncached, store_of_group
 from kernelgraph.graph._torch.dynamo import (
     F,
     Frame,
@@ -126,6 +126,7 @@ __all__ = [
     "named_backend",
     "no_data_pointers",
     "out_of_export",
+    "parametrizations_uncached",
     "quiet",
     "recording_gradients",
     "register_decomposition",
