@@ -65,6 +65,10 @@ def kernelize(
     on the layer that it was copied from until it is kernelized itself. A model that was moved to
     another device must be kernelized again.
 
+    The first call of a layer with new layouts of its arguments runs the kernel and the layer's
+    reference on copies, and compares what they do beside their results. Where the kernel cannot be
+    called so that a call does what the reference does, the call runs on the reference.
+
     By default no kernel trains unverified. The first time that a layer kernelized for training is
     called in some way with a gradient wanted, the kernel's output and gradients are compared with
     those of the layer's reference. One WARNING and the report say what is wrong.
