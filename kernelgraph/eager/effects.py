@@ -77,6 +77,21 @@ class Effects:
             Exception: Whatever the forward raises.
         """
         twins = Twins(module.modules())
+        try:
+            return cls._on(twins, forward, module, args, kwargs, names)
+        finally:
+            twins.drop()
+
+    @classmethod
+    def _on(
+        cls,
+        twins: Twins,
+        forward: Callable[..., object],
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        names: Sequence[str],
+    ) -> Effects:
         copies = [twins.of(v, n, strict=True) for v, n in zip(args, names, strict=True)]
         keywords = {name: twins.of(value, name, strict=True) for name, value in kwargs.items()}
         made = twins.of(module, "self")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ class Fit:
     once: str = ""
     """The reason why the reference must not be run again for a gradient; empty if it may."""
 
+
+_examining = threading.RLock()
 
 AS_IT_IS = Fit()
 """The fit of a kernel that is called as it is."""
@@ -76,6 +79,7 @@ def _aside(layer: Extensible, kernel: Kernel, module: nn.Module) -> Iterator[Non
     classes = [kernel.layer, *(type(part) for part in module.modules())]
     cached = torch.is_autocast_cache_enabled()
     with (
+        _examining,
         program_data_kept(classes, [layer.reference]),
         _torch.for_real(),
         _torch.parametrizations_uncached(),

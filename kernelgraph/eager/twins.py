@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 from kernelgraph.graph.infer import reach
 from kernelgraph.kernel import BoundForward
+
+_copies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+"""The copy of each module, empty while it is not in use. A kernel may know layers by their ids, so
+a copy lives as long as its module, and no other object gets its id."""
 
 
 class CannotCopy(Exception):
@@ -46,6 +51,12 @@ class Twins:
         """The tensors with their copies, in the order in which they were found."""
         self.generators: list[tuple[torch.Generator, torch.Generator]] = []
         """The random generators with their copies."""
+        self._copied: list[nn.Module] = []
+
+    def drop(self) -> None:
+        """Free what the copies of modules hold."""
+        for module in self._copied:
+            vars(module).clear()
 
     def of(self, value: Any, path: str, *, strict: bool = False) -> Any:
         """Return the copy of a value.
@@ -86,7 +97,10 @@ class Twins:
         return {id(made): number for number, (_, made) in enumerate(self._made.values())}
 
     def _module(self, module: nn.Module, path: str) -> nn.Module:
-        made = object.__new__(type(module))
+        made = _copies.get(module)
+        if made is None or type(made) is not type(module) or vars(made):
+            _copies[module] = made = object.__new__(type(module))
+        self._copied.append(made)
         self._made[id(module)] = module, made
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):

@@ -349,6 +349,24 @@ class TestContainers:
             torch.testing.assert_close(layer(x), plain(x))
         assert not kept()
 
+    def test_a_kernel_may_keep_what_it_packs_by_layer(self, mode: Any) -> None:
+        packed: dict[int, Tensor] = {}
+
+        def pack(self: Any, x: Tensor) -> Tensor:
+            if id(self) not in packed:
+                packed[id(self)] = self.weight.detach() * 2
+            return x * packed[id(self)] / 2
+
+        layers = [pair(rotate, pack, mode)[0] for _ in range(2)]
+        for n in range(1, 9):
+            for k, layer in enumerate(layers):
+                if n == 1:
+                    layer.weight.mul_(k + 1)
+                x = torch.randn(n, WIDTH)
+                torch.testing.assert_close(layer(x), x * layer.weight)
+        # One for each layer, and one for its copy, which no other object can be taken for.
+        assert len(packed) == 4
+
     def test_classes_and_globals_do_not_count_other_runs(self, mode: Any) -> None:
         seen: list[int] = []
 
