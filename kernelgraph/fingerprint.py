@@ -14,6 +14,7 @@ that another process has kept is found under it.
 
 from __future__ import annotations
 
+import ctypes
 import dis
 import enum
 import functools
@@ -182,7 +183,8 @@ class _Fingerprint:
             return _identity(value)
         place = tuple(value.shape), value.stride(), value.storage_offset()
         # Not by an op: this may run while fakes take the place of tensors.
-        return f"tensor {value.dtype} {place} {[*storage]}"
+        memory = ctypes.string_at(storage.data_ptr(), storage.nbytes()).hex()
+        return f"tensor {value.dtype} {place} {memory}"
 
 
 def _global(names: dict[str, Any], name: str) -> object:

@@ -10,10 +10,10 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kernelgraph.layers import Extensible, check_hub_layer
+from kernelgraph.layers import Extensible, check_hub_layer, named_forward
 from kernelgraph.report import Reason
 from kernelgraph.selection import KernelMapping, Mode, Rejection, Selection, selections
 
@@ -35,11 +35,13 @@ class Kernel:
     """The hub layer: a class whose ``forward`` is the kernel."""
     origin: Origin
     selection: Selection
+    named: Callable[..., object] | None = field(default=None, compare=False)
+    """The kernel under the names of the layer's parameters, where it gives them others."""
 
     @property
     def forward(self) -> Callable[..., object]:
         """The function that runs on an instance of the layer that is replaced."""
-        return self.layer.forward
+        return self.named or self.layer.forward
 
     def __str__(self) -> str:
         return f"{self.origin.repository}@{self.origin.revision[:8]}: {self.layer.__name__}"
@@ -197,7 +199,9 @@ def _check(
 
     from kernelgraph.builds import origin_of
 
-    return Kernel(hub_layer, origin_of(hub_layer), selection)
+    forward = named_forward(hub_layer.forward, layer.reference)
+    named = None if forward is hub_layer.forward else forward
+    return Kernel(hub_layer, origin_of(hub_layer), selection, named)
 
 
 def _check_registered_mode(hub_layer: type[nn.Module], selection: Selection) -> None:

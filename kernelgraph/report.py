@@ -81,6 +81,7 @@ class Reason(enum.Enum):
     DISABLED = "DISABLE_KERNEL_MAPPING is set"
     NOT_AN_OP = "the call cannot become a custom op"
     WRONG = "the kernel does not compute what the layer does"
+    UNSUITED = "a kernel cannot make these calls as the layer does"
 
 
 class Decision(NamedTuple):
@@ -278,10 +279,10 @@ def publish_graph(decisions: Iterable[Decision], compile_call: object) -> None:
 
 
 class Notes:
-    """Amends the report of one ``kernelize`` by what is found out when its kernels train.
+    """Amends the report of one ``kernelize`` by what is found out when its kernels run.
 
-    A layer is decided when the model is kernelized, and its gradient is judged when the layer is
-    called for the first time.
+    A layer is decided when the model is kernelized. Its calls are examined, and its gradient is
+    judged, when it is called for the first time.
     """
 
     def __init__(self) -> None:
@@ -299,12 +300,12 @@ class Notes:
         """Note where the gradient of a kernel comes from; the worst of a layer's calls counts."""
         self._amend(module, lambda d: d._replace(gradient=source) if _is_worse(source, d) else d)
 
-    def reference(self, module: object, detail: str) -> None:
+    def reference(self, module: object, reason: Reason, detail: str) -> None:
         """Note that a layer keeps its reference after all, and why."""
         self._amend(
             module,
             lambda d: (
-                d._replace(reason=Reason.WRONG, kernel="", detail=detail, gradient="")
+                d._replace(reason=reason, kernel="", detail=detail, gradient="")
                 if d.uses_kernel
                 else d
             ),
@@ -341,7 +342,7 @@ _warning = threading.Lock()
 
 
 def warn_once(kernel: str, layer: str, path: str | None, wrong: str, instead: str) -> None:
-    """Warn, once in the process, of what a kernel does wrong in training.
+    """Warn, once in the process, of what a kernel does wrong.
 
     Args:
         kernel: The kernel.

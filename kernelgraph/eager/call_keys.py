@@ -173,3 +173,94 @@ def _key(value: Any) -> Key:
 
 def _is_opaque(key: Hashable) -> bool:
     return key is _OPAQUE or (type(key) is tuple and any(map(_is_opaque, key)))
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+class FormKeys:
+    """Keys of the forms of calls: shapes, strides and dtypes of the tensors among the arguments.
+
+    They are quicker to compute than the keys of a `CallTable`. Numbers count only where they are
+    small, as dimensions are, and of the layer only its own flags and the dtypes of its parameters.
+    """
+
+    def __init__(self) -> None:
+        self._flags: dict[type, Callable[[dict[str, Any]], Key]] = {}
+        """For each class, a function that reads the flags of a layer from its attributes."""
+        self._names: dict[type, dict[str, str]] = {}
+        """For each class, the flags that all its layers have so far, as expressions by name."""
+
+    def of(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Hashable:
+        """Return the key of a call."""
+        cls, held = type(module), module.__dict__
+        try:
+            key = self._flags[cls](held)
+        except (KeyError, RuntimeError):  # a new class, or another of its layers has other flags
+            key = self.read_flags(module)(held)
+        for value in args:
+            key += (_form(value),)
+        if kwargs:
+            key += tuple([(name, _form(value)) for name, value in kwargs.items()])
+        if _torch.any_autocast():
+            key += (_torch.autocast_regions(),)
+        return key
+
+    def read_flags(self, module: nn.Module) -> Callable[[dict[str, Any]], Key]:
+        """Write the function that reads the flags that all layers of a class have so far."""
+        cls, held = type(module), module.__dict__
+        known = self._names.get(cls)
+        flags = _flags_of(held)
+        self._names[cls] = flags = (
+            flags if known is None else {n: f for n, f in known.items() if flags.get(n) == f}
+        )
+        lines = [
+            "parameters = held['_parameters']",
+            f"return (cls, len(held), {', '.join(flags.values())}{',' if flags else ''})",
+        ]
+        title = f"read the flags of {cls.__name__}"
+        self._flags[cls] = write_function(["held"], lines, {"cls": cls}, title=title)
+        return self._flags[cls]
+
+
+def _flags_of(held: dict[str, Any]) -> dict[str, str]:
+    """Return expressions for the flags among the attributes of a layer."""
+    flags = {
+        name: f"held[{name!r}]" if type(value) in _FLAGS else f"not held[{name!r}]"
+        for name, value in held.items()
+        if type(value) in (*_FLAGS, int, float) and name not in _UNREAD
+    }
+    dtypes = {
+        f"_parameters {name}": f"getattr(parameters[{name!r}], 'dtype', None)"
+        for name in held["_parameters"]
+    }
+    return {**flags, **dtypes}
+
+
+_FLAGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
+_UNREAD = frozenset(vars(nn.Module())) - {"training"}
+_SMALL = range(-8, 9)
+"""The numbers that may be dimensions."""
+
+
+def _form(value: Any) -> Hashable:
+    """Return the layout of a tensor, a flag or a small number as it is, or the type of others."""
+    cls: type = type(value)
+    if cls is Tensor or cls is nn.Parameter:
+        try:
+            return value.shape, value.stride(), value.dtype
+        except RuntimeError:  # a sparse tensor
+            return cls, value.shape, value.layout, value.dtype
+    if cls in _FLAGS or (cls is int and value in _SMALL):
+        return cls, value
+    if cls in (tuple, list, torch.Size) or is_named_tuple(cls):
+        return cls, *map(_form, value)
+    if cls in (dict, OrderedDict):
+        return cls, *((key, _form(part)) for key, part in value.items())
+    if isinstance(value, Tensor):
+        return cls, value.shape, value.dtype
+    if (names := field_names(cls)) is not None:
+        return cls, *(_form(getattr(value, name)) for name in names)
+    return cls

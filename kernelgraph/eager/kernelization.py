@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from kernelgraph.eager.training import training_forward
+from kernelgraph.eager.instance_forwards import inference_forward, training_forward
 from kernelgraph.kernel import BoundForward, Gradients, Kernel, decide, decide_again
 from kernelgraph.layers import (
     FUNCTIONS,
@@ -63,6 +64,10 @@ def kernelize(
     A deep copy and a pickle of the model keep its kernels. A shallow `copy.copy` of a layer runs
     on the layer that it was copied from until it is kernelized itself. A model that was moved to
     another device must be kernelized again.
+
+    The first call of a layer with new layouts of its arguments runs the kernel and the layer's
+    reference on copies, and compares what they do beside their results. Where the kernel cannot be
+    called so that a call does what the reference does, the call runs on the reference.
 
     By default no kernel trains unverified. The first time that a layer kernelized for training is
     called in some way with a gradient wanted, the kernel's output and gradients are compared with
@@ -227,7 +232,7 @@ class _Kernelization:
         if cls not in self._plans:
             self._plans[cls] = self._plan(cls, layer, path)
         plan = self._plans[cls]
-        if plan.recipe is not None and Mode.TRAINING in self._mode:
+        if plan.recipe is not None:
             self._notes.places[module] = len(self._decisions)
         self._decisions.append(Decision(path, *plan.decision[1:]))
         self._changes.append((module, plan.recipe))
@@ -309,9 +314,10 @@ class Recipe:
         notes: Notes,
     ) -> Recipe:
         """Return the recipe that runs ``kernel`` on the instances of ``layer_class``."""
-        function = kernel.forward
         if Mode.TRAINING in mode:
             function = training_forward(kernel, layer, gradients, notes)
+        else:
+            function = inference_forward(kernel, layer, notes)
         if Mode.TORCH_COMPILE in mode:
             from kernelgraph.graph.compile import kernelized_forward
 
@@ -364,7 +370,29 @@ class KernelForward(BoundForward):
         return _bind, (self.args[0], self.recipe)
 
 
+@functools.cache  # once in the process
+def _replicate_with_kernels() -> None:
+    """Bind the kernels of the replicas that ``nn.DataParallel`` makes to the replicas.
+
+    A replica has the attributes of its module, and so a forward that is bound to the module. torch
+    has no hook there. This is not in `kernelgraph.graph._torch`, which imports torch's compiler.
+    Tried on 2.13.
+    """
+    replicate: Callable[[nn.Module], nn.Module] = nn.Module._replicate_for_data_parallel
+
+    @functools.wraps(replicate)
+    def replicate_and_bind(self: nn.Module) -> nn.Module:
+        replica = replicate(self)
+        own = replica.__dict__.get("forward")
+        if type(own) is KernelForward:
+            replica.__dict__["forward"] = _bind(replica, own.recipe)
+        return replica
+
+    nn.Module._replicate_for_data_parallel = replicate_and_bind  # type: ignore[method-assign]
+
+
 def _bind(module: nn.Module, recipe: Recipe) -> KernelForward:
+    _replicate_with_kernels()
     forward = KernelForward(recipe.function, module)
     forward.recipe, forward.mode = recipe, recipe.mode
     forward.gradients = Gradients(recipe.verify_gradients, recipe.wrong_gradient)

@@ -25,6 +25,9 @@ FUNCTIONS = "_kernel_funcs"
 FUNCTION = "__kernelgraph_function__"
 """The attribute of a ``forward`` that calls a function, with that function."""
 
+REFERENCE = "__kernelgraph_reference__"
+"""The attribute of a wrapper around a ``forward``, with that ``forward``."""
+
 
 @dataclass(frozen=True)
 class Extensible:
@@ -49,8 +52,8 @@ def reference_of(cls: type[nn.Module]) -> Callable[..., object]:
 
 
 def original(function: Callable[..., object]) -> Callable[..., object]:
-    """``function`` without the wrapper that captures a forward's calls, if it has one."""
-    return getattr(function, "__kernelgraph_reference__", function)
+    """``function`` without the wrapper that captures its calls or names its parameters anew."""
+    return getattr(function, REFERENCE, function)
 
 
 def extensible(cls: type) -> Extensible | None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernelgraph.eager.call_keys import MAX_LAYOUTS, CallTable
+from kernelgraph.eager.call_keys import MAX_LAYOUTS, CallTable, FormKeys
 from kernelgraph.graph.calls.state import State
 
 
@@ -175,3 +175,50 @@ def test_a_value_that_no_call_can_be_repeated_with_counts_by_its_type() -> None:
     put(table, layer, (Odd(),), {}, "odd")
     assert table.get(layer, (Odd(),), {}) == "odd"
     assert table.get(layer, (object(),), {}) is None
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+class Flagged(nn.Module):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        vars(self).update(attributes)
+
+
+def forms(*calls: Any) -> int:
+    """Return how many forms there are among calls, each a layer and its arguments."""
+    keys = FormKeys()
+    for _ in range(2):  # the flags that all layers of a class have are known the second time
+        found = {keys.of(module, args, {}) for module, *args in calls}
+    return len(found)
+
+
+class TestFormKeys:
+    def test_layouts_of_tensors_are_told_apart(self) -> None:
+        layer, x = Flagged(), torch.ones(4, 4)
+        assert forms((layer, x), (layer, x * 2), (layer, nn.Parameter(x))) == 1
+        assert forms((layer, x), (layer, x.t()[:, :]), (layer, x.double()), (layer, x[:2])) == 4
+        assert forms((layer, [x]), (layer, (x,)), (layer, {"x": x}), (layer, x, None)) == 4
+
+    def test_values_of_numbers_are_not_told_apart_but_dimensions_are(self) -> None:
+        layer, x = Flagged(), torch.ones(4)
+        assert forms(*((layer, x, n) for n in range(100, 200))) == 1
+        assert forms(*((layer, x, n / 3) for n in range(9))) == 1
+        assert forms(*((layer, x, n) for n in (-1, 0, 1))) == 3
+
+    def test_flags_of_the_layer_are_told_apart_and_counters_are_not(self) -> None:
+        x = torch.ones(4)
+        layers = [Flagged(p=0.0), Flagged(p=0.5), Flagged(p=0.25), Flagged(p=0.25).eval()]
+        assert forms(*((layer, x) for layer in layers)) == 3
+        assert forms(*((Flagged(steps=n), x) for n in range(1, 9))) == 1
+        assert forms((Flagged(), x), (Flagged().double(), x), (Flagged(kind="a"), x)) == 3
+
+    def test_autocast_regions_are_told_apart(self) -> None:
+        keys, layer, x = FormKeys(), Flagged(), torch.ones(4)
+        outside = keys.of(layer, (x,), {})
+        with torch.autocast("cpu", torch.bfloat16):
+            assert keys.of(layer, (x,), {}) != outside
+        assert keys.of(layer, (x,), {}) == outside
+        assert keys.of(layer, (), {"x": x}) != outside

@@ -357,16 +357,15 @@ def test_the_mapping_may_change_while_a_model_is_kernelized() -> None:
 # --- imports -------------------------------------------------------------------------------------
 
 
-def test_kernelize_and_calls_without_gradients_import_no_compiler() -> None:
+def test_kernelize_imports_no_compiler() -> None:
     program = """
 import sys
 import torch
-from tests.support.toys import Plus10, Scale, only, result
+from tests.support.toys import Plus10, Scale, only
 from kernelgraph import Mode, kernelize
 with only(Scale=Plus10):
-    model = kernelize(torch.nn.Sequential(Scale(2.0)), mode=Mode.TRAINING)
-with torch.no_grad():
-    assert result(model) == 12
+    kernelize(torch.nn.Sequential(Scale(2.0)), mode=Mode.TRAINING)
+    kernelize(torch.nn.Sequential(Scale(2.0)), mode=Mode.INFERENCE)
 print([m for m in sys.modules if m.startswith(("torch._dynamo", "torch._inductor"))])
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

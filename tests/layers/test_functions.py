@@ -167,10 +167,10 @@ class TestFunction:
 @pytest.mark.parametrize(
     ("function", "kernel"),
     [
-        (lambda x, /, y=1: x, "def forward(self, x, /, y=1): return x + 10"),
-        (lambda x, *, y=1: x, "def forward(self, x, *, y=1): return x + 10"),
-        (lambda *x, **y: x[0], "def forward(self, *x, **y): return x[0] + 10"),
-        (lambda self: self, "def forward(self, x): return x + 10"),
+        (lambda x, /, y=1: x * 1, "def forward(self, x, /, y=1): return x + 10"),
+        (lambda x, *, y=1: x * 1, "def forward(self, x, *, y=1): return x + 10"),
+        (lambda *x, **y: x[0] * 1, "def forward(self, *x, **y): return x[0] + 10"),
+        (lambda self: self * 1, "def forward(self, x): return x + 10"),
     ],
 )
 def test_every_kind_of_parameter_is_passed_on(function: Any, kernel: str) -> None:

@@ -6,10 +6,12 @@ import inspect
 from typing import Any, Generic, TypeVar
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from kernelgraph.layers.hub_layer import check_hub_layer
-from tests.support.toys import Plus10, Scale, Shift, Shift10
+from kernelgraph import Mode, kernelize, last_report, use_kernel_forward_from_hub
+from kernelgraph.layers.hub_layer import check_hub_layer, named_forward
+from tests.support.toys import Plus10, Scale, Shift, Shift10, only
 
 T = TypeVar("T")
 
@@ -104,6 +106,19 @@ class TestSignature:
     def test_names_defaults_and_annotations_may_differ(self) -> None:
         check(hub_layer(forward=lambda this, y=None: None))
 
+    def test_another_default_is_refused(self) -> None:
+        def reference(self, x, eps=1e-6, *, dim=-1): ...  # type: ignore[no-untyped-def]
+
+        for forward, words in [
+            (lambda self, x, eps=1e-5, *, dim=-1: None, r"eps=1e-05, .* eps=1e-06"),
+            (lambda self, x, eps=1e-6, *, axis=1: None, r"axis=1, .* dim=-1"),
+            (lambda self, x, eps=None, *, dim=-1: None, r"eps=None, .* eps=1e-06"),
+        ]:
+            with pytest.raises(TypeError, match=rf"^owner/kernel: .* has the default {words}"):
+                check(hub_layer(forward=forward), reference)
+        check(hub_layer(forward=lambda self, x, eps=1e-6, *, dim=-1: None), reference)
+        check(hub_layer(forward=lambda self, x, eps, *, dim: None), reference)
+
     def test_every_kind_that_is_alike_fits(self) -> None:
         def reference(self, a, /, b, *c, d, **e): ...  # type: ignore[no-untyped-def]
 
@@ -116,6 +131,55 @@ class TestSignature:
     def test_a_layer_without_forward_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"differ in number or kind"):
             check(type("Hub", (nn.Module,), {}))
+
+
+class TestNames:
+    def test_a_forward_with_the_names_of_the_reference_is_called_as_it_is(self) -> None:
+        assert named_forward(Plus10.forward, Scale.forward) is Plus10.forward
+
+    def test_arguments_are_passed_under_other_names(self) -> None:
+        default = [3]
+
+        def reference(self, a, /, b, c=default, *more, dim=-1, **others): ...  # type: ignore[no-untyped-def]
+
+        def forward(this, p, /, q, r, *s, axis, **t):  # type: ignore[no-untyped-def]
+            return this, p, q, r, s, axis, t
+
+        made: Any = named_forward(forward, reference)
+        assert made is named_forward(forward, reference)
+        assert made(0, 1, 2) == (0, 1, 2, [3], (), -1, {})
+        assert made(0, 1, 2)[3] is default
+        assert made(0, 1, b=2, dim=4) == (0, 1, 2, [3], (), 4, {})
+        assert made(0, 1, 2, 5, 6, x=7) == (0, 1, 2, 5, (6,), -1, {"x": 7})
+        assert inspect.signature(made) == inspect.signature(reference)
+        with pytest.raises(TypeError, match="b"):
+            made(0, 1, q=2)
+
+    @pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING], ids=str)
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_a_kernel_is_called_under_the_names_of_its_layer(
+        self, mode: Mode, compiles: bool
+    ) -> None:
+        @use_kernel_forward_from_hub("Named")
+        class Named(nn.Module):
+            def forward(self, x: Tensor, by: Tensor, scale: float = 2.0) -> Tensor:
+                return x * scale + by
+
+        class Other(nn.Module):
+            def forward(self, states: Tensor, residual: Tensor, factor: float) -> Tensor:
+                return states * factor + residual
+
+        layer = Named()
+        with only(Named=Other):
+            kernelize(layer, mode=mode | Mode.TORCH_COMPILE if compiles else mode, device="cpu")
+        called = torch.compile(layer, backend="eager", fullgraph=True) if compiles else layer
+        for _ in range(2):
+            x, y = torch.randn(3, requires_grad=True), torch.randn(3)
+            with torch.set_grad_enabled(mode is Mode.TRAINING):
+                torch.testing.assert_close(called(x, by=y), x * 2 + y)
+                torch.testing.assert_close(called(by=y, x=x, scale=3.0), x * 3 + y)
+                torch.testing.assert_close(called(x, y, 3.0), x * 3 + y)
+        assert last_report().kernels
 
 
 def test_the_toys_of_other_tests_fit() -> None:

@@ -165,7 +165,7 @@ class TestForeignTag:
                 self.weight = nn.Parameter(torch.ones(()))
 
             def forward(self, x: Tensor) -> Tensor:
-                return x
+                return x * 1
 
         Bare.kernel_condition = wrap(lambda module: module.wanted)
         model = nn.ModuleList([Bare(True), Bare(False)])

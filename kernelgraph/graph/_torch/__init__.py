@@ -33,7 +33,7 @@ from kernelgraph.graph._torch.dispatch import (
     schema_text,
     storage_of,
 )
-from kernelgraph.graph._torch.distributed import store_of_group
+from kernelgraph.graph._torch.distributed import parametrizations_uncached, store_of_group
 from kernelgraph.graph._torch.dynamo import (
     F,
     Frame,
@@ -135,6 +135,7 @@ __all__ = [
     "named_backend",
     "no_data_pointers",
     "out_of_export",
+    "parametrizations_uncached",
     "quiet",
     "recording_gradients",
     "register_decomposition",

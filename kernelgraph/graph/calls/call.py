@@ -99,17 +99,24 @@ class Call:
 
         Tied weights get one counterpart, since a forward may iterate over ``parameters()``. Each
         argument gets its own: ``x`` and ``x.detach()`` differ for autograd, and are the same
-        tensor in a compiled graph.
+        tensor in a compiled graph. A counterpart has the attributes that the tensor carries, such
+        as the state of its quantisation.
         """
         first, tied = self.first_state, {}
+
+        def new(i: int, value: torch.Tensor) -> torch.Tensor:
+            made = make(i, value)
+            if type(value) in (torch.Tensor, nn.Parameter) and made is not value:
+                vars(made).update(vars(value))
+            return made
 
         def counterpart(i: int, value: Any) -> object:
             if not isinstance(value, torch.Tensor):
                 return value
             if i < first:
-                return make(i, value)
+                return new(i, value)
             if id(value) not in tied:
-                tied[id(value)] = make(i, value)
+                tied[id(value)] = new(i, value)
             return tied[id(value)]
 
         return [counterpart(i, value) for i, value in enumerate(operands)]
