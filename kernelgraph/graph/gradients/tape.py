@@ -126,6 +126,9 @@ class Tape:
         self.leaves: dict[int, Tensor] = {}
         """The operands whose gradients are wanted; of tied weights only the first."""
 
+        self.layer: object = None
+        """The stand-in for the layer, if no other call has it."""
+
         def leaf(i: int, operand: Tensor) -> Tensor:
             made = contiguous_copy(operand) if hidden_saves else operand.detach()
             if wanted[i]:

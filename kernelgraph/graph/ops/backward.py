@@ -146,6 +146,9 @@ class ByReference(Differentiable):
     def fake(self, *operands: Any) -> Any:
         return self._with_originals(super().fake(*operands), like, operands)
 
+    def transformed(self, *operands: Any) -> Any:
+        return self._with_originals(super().transformed(*operands), Tensor.clone, operands)
+
     def _with_originals(
         self, made: Any, copy: Callable[[Tensor], Tensor], operands: Sequence[Any]
     ) -> Any:
@@ -238,7 +241,10 @@ class ByKernel(Differentiable):
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
         snapshot = self._snapshot(operands) if sizes not in self._checked_calls else None
         try:
-            result = tape.run(self._run_kernel)
+            if self._own.hidden_saves:
+                result, tape.layer = tape.run(self._run_kernel.alone)
+            else:
+                result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
         if sizes not in self._checked_calls:
@@ -287,6 +293,9 @@ class ByKernel(Differentiable):
 
     def fake(self, *operands: Operand) -> tuple[Tensor, ...]:
         return (*_as_tuple(super().fake(*operands)), handle())
+
+    def transformed(self, *operands: Operand) -> tuple[Tensor, ...]:
+        return (*_as_tuple(super().transformed(*operands)), handle())
 
     def keep(self, operands: Sequence[Operand], results: Sequence[Tensor]) -> SavedForBackward:
         sizes = [n for i in self._wants for n in operands[i].shape]

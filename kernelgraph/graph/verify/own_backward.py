@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source
-from kernelgraph.graph.verify.deviation import all_agree, same_bits
+from kernelgraph.graph.infer import same_bits
+from kernelgraph.graph.verify.deviation import all_agree
 from kernelgraph.graph.verify.tolerance import Closeness
 from kernelgraph.graph.verify.trial_runs import TapedRun, Trial
 from kernelgraph.report import error_text

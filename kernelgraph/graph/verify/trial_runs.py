@@ -6,6 +6,7 @@ a `TapedRun` both passes of the kernel, on the `Tape` that it would run on in a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +24,14 @@ from kernelgraph.graph.calls import (
     flatten_tensors,
 )
 from kernelgraph.graph.gradients import Source, SourceKind, Tape
-from kernelgraph.graph.infer import Operands, StridedSpec, contiguous_copy, owned, versions
-from kernelgraph.graph.verify.deviation import same_bits
+from kernelgraph.graph.infer import (
+    Operands,
+    StridedSpec,
+    contiguous_copy,
+    owned,
+    same_bits,
+    versions,
+)
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -175,7 +182,9 @@ class TapedRun:
         self.tape = Tape(
             trial.call, self._operands, trial.wanted, sources, hidden_saves=hidden_saves
         )
-        results, _ = flatten_tensors(self.tape.run(trial.kernel_runner.observe))
+        # A kernel that keeps the layer for its backward needs one of its own.
+        observed = functools.partial(trial.kernel_runner.observe, may_keep=hidden_saves)
+        results, _ = flatten_tensors(self.tape.run(observed))
         self.flows = tuple(result.requires_grad for result in results)
         tensors = [v for v in self._operands if isinstance(v, Tensor)]
         self._made = (
