@@ -260,8 +260,9 @@ class ByKernel(Differentiable):
             raise self._lost_gradient(error, operands) from None
         if snapshot is not None and not self._leaves_no_trace(snapshot, operands):
             return self._call_on_tape(key, operands)
+        own = self._own
         if key not in self._bypassed and not (
-            self._own.hidden_saves or self._own.overwrites.private
+            own.hidden_saves or own.overwrites.private or own.uses_autograd
         ):
             remember(self._bypassed, key, bypass_spec(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))

@@ -225,6 +225,7 @@ class TapedRun:
         saved: Mapping[Source, Tensor] | None = None,
         *,
         copied: bool = False,
+        recording: bool = True,
     ) -> list[Tensor | None]:
         """Run the backward and return the gradients that are wanted.
 
@@ -232,12 +233,14 @@ class TapedRun:
             grads: The gradients of the results; by default `incoming`.
             saved: The operands and results that the kernel saved; by default `saved`.
             copied: Whether the backward receives copies of what else the kernel saved.
+            recording: Whether autograd can record in it.
         """
         made = self.tape.gradients(
             self.incoming() if grads is None else grads,
             self.saved() if saved is None else saved,
             self._trial.wanted,
             copied=copied,
+            recording=recording,
         )
         return [None if g is None else g.detach().clone() for g in made]
 
