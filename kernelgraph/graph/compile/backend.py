@@ -94,6 +94,8 @@ def hubkernels(
         _tune(graph_module, trace, parsed, compile_call)
     decisions = trace.decisions if trace else GraphDecisions(parsed, current_mapping())
     replace_layers(plan(graph_module, decisions), decisions)
+    if trace is not None:
+        trace.saved.copy_written(graph_module)
     publish_graph(decisions.decisions, compile_call)
     if parsed.cuda_graphs and trace is not None:
         parsed = parsed.cutting_around(ops_that_synchronize(trace.inference_calls))

@@ -333,7 +333,9 @@ def _record(
         trace.untuned.setdefault(key, untuned)
         trace.keys[len(trace.decisions.decisions)] = key
     trace.record(decision)
-    if not site.grad:
+    if site.grad:
+        trace.saved.add(operands)
+    else:
         inference_call = InferenceCall(site.module, call, operands, lowered.packed)
         trace.inference_calls[lowered.name] = inference_call
 

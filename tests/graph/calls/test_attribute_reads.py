@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraph.graph.calls.attribute_reads import CALL, EVERYTHING, uses
+from kernelgraph.graph.calls.attribute_reads import CALL, EVERYTHING, takes_identity, uses
 from kernelgraph.graph.calls.state import State, UnsupportedState
 from tests.support.layer_states import module_level, without_source
 
@@ -202,6 +202,36 @@ def _with_count(count: Any) -> nn.Module:
     module = nn.Module()
     module.count = count
     return module
+
+
+TABLE: dict[int, int] = {}
+
+
+def by_identity(self):
+    return TABLE.get(id(self))
+
+
+def by_helper(self):
+    return by_identity(self)
+
+
+def by_closure(identity=id):
+    def forward(self):
+        return identity(self)
+
+    return forward
+
+
+def of_another_meaning(self):
+    return self.id, self.hash(self)
+
+
+@pytest.mark.parametrize(
+    ("forward", "takes"),
+    [(by_identity, True), (by_helper, True), (by_closure(), True), (of_another_meaning, False)],
+)
+def test_identity_that_a_forward_asks_for_is_found(forward, takes):
+    assert takes_identity(forward) == takes
 
 
 def test_source_that_changed_after_the_import_is_ignored(tmp_path):

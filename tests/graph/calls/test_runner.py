@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,69 @@ def test_observe_names_the_attributes_that_a_call_sets():
     call, operands = call_of(Outer(), X)
     with pytest.raises(UnsupportedValue, match=r"Outer\.forward sets cache, count of the layer"):
         Runner(Outer.forward, call).observe(operands)
+
+
+KEPT: Any = {}
+WEAKLY_KEPT: Any = weakref.WeakKeyDictionary()
+
+
+def keep(layer, x):
+    KEPT[0] = layer.inner
+    return x
+
+
+def keep_weakly(layer, x):
+    WEAKLY_KEPT[layer] = 1
+    return x
+
+
+def keep_method(layer, x):
+    KEPT[0] = layer.named_parameters
+    return x
+
+
+def table(layer):
+    return KEPT.get(id(layer))
+
+
+def look_up(layer, x):
+    table(layer)
+    return x
+
+
+def keep_in_garbage(layer, x):
+    circle: list[Any] = [layer]
+    circle.append(circle)
+    return x
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+
+@pytest.mark.parametrize("forward", [keep, keep_weakly, keep_method, look_up])
+def test_observe_finds_a_forward_that_keeps_the_layer(forward):
+    call, operands = call_of(Kept(), X, forward=forward)
+    with torch.no_grad():
+        with pytest.raises(UnsupportedValue, match=f"{forward.__name__} keeps the layer"):
+            Runner(forward, call).observe(operands)
+        Runner(forward, call).observe(operands, may_keep=True)
+
+
+def test_observe_allows_garbage_that_refers_to_the_layer():
+    call, operands = call_of(Kept(), X, forward=keep_in_garbage)
+    with torch.no_grad():
+        assert Runner(keep_in_garbage, call).observe(operands) is X
+
+
+def test_alone_leaves_the_tensors_in_its_stand_in():
+    call, operands = call_of(Layer(), X, scale=2.0)
+    _, one = Runner(Layer.forward, call).alone(operands)
+    _, other = Runner(Layer.forward, call).alone(operands)
+    assert one.module is not other.module
+    assert any(one.module.weight is v for v in operands)
 
 
 def test_runner_enters_the_autocast_region_of_its_call():

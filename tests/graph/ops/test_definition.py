@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,40 @@ CASES = {
 def case(name: str, **kwargs: Any) -> Op:
     module, toy, args, given = CASES[name]
     return lowered(module, toy, *args, **given, **kwargs)
+
+
+def squared(self, x):
+    return x * x * self.weight
+
+
+def squared_natively(self, x):
+    return torch.from_numpy(np.square(x.detach().numpy())) * self.weight
+
+
+def loss(op):
+    return lambda x: op(x, op.operands[1]).sum()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.vmap])
+def test_op_is_transformed_as_its_layer(transform, training):
+    layer = layer_with(squared, weight=nn.Parameter(torch.ones(4)))
+    op = lowered(layer, hub_layer(squared_natively), X, training=training)
+    made = transform(loss(op))(X.clone())
+    torch.testing.assert_close(made, transform(lambda x: layer(x).sum())(X))
+
+
+@pytest.mark.parametrize("batched", [torch.func.vmap, None])
+def test_gradients_of_an_op_may_be_batched(batched):
+    layer = layer_with(squared, weight=nn.Parameter(torch.ones(4)))
+    op = lowered(layer, hub_layer(squared_natively), X, training=True)
+    x = X.clone().requires_grad_()
+    y, g = op(x, op.operands[1]), torch.randn(5, 3, 4)
+    if batched is None:
+        (made,) = torch.autograd.grad(y, x, g, is_grads_batched=True)
+    else:
+        made = batched(lambda one: torch.autograd.grad(y, x, one)[0])(g)
+    torch.testing.assert_close(made, g * 2 * x)
 
 
 @pytest.mark.parametrize("name", CASES)

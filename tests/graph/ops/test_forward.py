@@ -13,9 +13,27 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
+from kernelgraph.graph._torch import recording_gradients
 from kernelgraph.graph.ops.forward import Body
 from tests.support.op_calls import kernel_of, lowered
 from tests.support.op_toys import Native, Plus10, Scale, hub_layer, layer_with
+
+# --- kernels that use autograd --------------------------------------------------------------------
+
+
+def gradient_of_square(self, x):
+    with torch.enable_grad():
+        v = x.detach().requires_grad_()
+        return torch.autograd.grad((v * v).sum(), v)[0]
+
+
+def test_kernel_may_use_autograd_below_autograd():
+    op = lowered(layer_with(lambda self, x: x * 2), hub_layer(gradient_of_square), torch.ones(3))
+    for _ in range(2):
+        assert torch.equal(op(), torch.full((3,), 2.0))
+        with recording_gradients(enabled=False, below=True):
+            assert torch.equal(op(), torch.full((3,), 2.0))
+
 
 # --- results own their memory ---------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,12 @@ def once(ctx, g):
     return norm_backward(g, x.clone(), *ctx.saved_tensors)
 
 
+def by_autograd(ctx, g):
+    with torch.enable_grad():
+        x, w = (v.detach().requires_grad_() for v in ctx.saved_tensors)
+        return torch.autograd.grad(composite(SimpleNamespace(weight=w), x), (x, w), g)
+
+
 OPERANDS = (Source(SourceKind.OPERAND, 0), Source(SourceKind.OPERAND, 1))
 
 RIGHT = {
@@ -106,6 +114,10 @@ RIGHT = {
     "writes into its own": (
         norm_function(into_its_own, saves_its_own),
         own_backward((), (), (True,), overwrites=Overwrites(private=True)),
+    ),
+    "uses autograd": (
+        norm_function(by_autograd),
+        own_backward((0, 1), (), (True,))._replace(uses_autograd=True),
     ),
     "runs once": (
         norm_function(
