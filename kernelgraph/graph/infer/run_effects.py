@@ -8,8 +8,10 @@ schema says what it writes. On real tensors the memory is compared.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +58,70 @@ def watching(operands: Sequence[object]) -> Iterator[Watch]:
     yield watch
     watch.written = snapshot.written()
     watch.drew = snapshot.generators.changed()
+
+
+# --- what a run on fakes leaves behind ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def globals_kept(forward: Callable[..., object]) -> Iterator[None]:
+    """Run a kernel on fakes, and give its module the contents that it had before.
+
+    Tables and workspaces that the kernel keeps would hold fakes otherwise, in its globals, in
+    containers, on its classes and in caches of functions.
+
+    Args:
+        forward: The kernel's forward.
+    """
+    function = inspect.unwrap(getattr(forward, "func", forward))
+    names = getattr(function, "__globals__", {})
+    cells = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+    values = [*names.values(), *cells]
+    home = names.get("__name__")
+    classes = [v for v in values if isinstance(v, type) and v.__module__ == home]
+    before = dict(names)
+    members = [(cls, dict(vars(cls))) for cls in classes]
+    inside = [*values, *(v for _, found in members for v in found.values())]
+    containers = [(v, v.copy()) for v in inside if type(v) in (list, dict, set)]
+    try:
+        yield
+    finally:
+        _refill(names, before)
+        for container, contents in containers:
+            _refill(container, contents)
+        for cls, contents in members:
+            _restore_members(cls, contents)
+        for value in inside:
+            if callable(clear := getattr(value, "cache_clear", None)):
+                clear()
+
+
+def _content(cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _refill(container: Any, contents: Any) -> None:
+    """Give a container its contents back, if they are others now."""
+    if isinstance(container, set):
+        container.intersection_update(contents)
+        container.update(contents)
+    elif isinstance(container, dict):
+        for key in container.keys() - contents.keys():
+            del container[key]
+        container.update({k: v for k, v in contents.items() if container.get(k) is not v})
+    elif len(container) != len(contents) or not all(map(operator.is_, container, contents)):
+        container[:] = contents
+
+
+def _restore_members(cls: type, contents: dict[str, Any]) -> None:
+    for name in vars(cls).keys() - contents.keys():
+        delattr(cls, name)
+    for name, value in contents.items():
+        if vars(cls)[name] is not value:
+            setattr(cls, name, value)
 
 
 # --- on fakes -----------------------------------------------------------------------------------
