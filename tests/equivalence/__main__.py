@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import resource
 import tempfile
 import time
 from collections import Counter, deque
@@ -72,6 +73,7 @@ def _prepare() -> None:
 
     torch.set_num_threads(1)
     torch._inductor.config.fallback_random = True
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
@@ -137,10 +139,11 @@ def _general(reason: str) -> str:
 def _print_table(verdicts: Sequence[Verdict], seconds: float) -> None:
     run = [v for v in verdicts if not v.skipped]
     failed = [v for v in run if v.failure]
-    used = [v for v in run if v.kernels]
-    each = seconds / max(len(verdicts), 1)
-    print(f"\n{len(verdicts)} programs in {seconds:.0f} s ({each:.2f} s each)")
-    print(f"{len(run):6} ran, {len(used)} of them with a kernel in at least one call")
+    with_kernel = [v for v in run if v.kernels]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    each = (used.ru_utime + used.ru_stime) / max(len(verdicts), 1)
+    print(f"\n{len(verdicts)} programs in {seconds:.0f} s ({each:.2f} s of one core each)")
+    print(f"{len(run):6} ran, {len(with_kernel)} of them with a kernel in at least one call")
     print(f"{sum(v.kernels for v in run):6} calls used a kernel")
     kept = Counter(_general(reason) for v in run for reason in v.kept)
     print(f"{sum(kept.values()):6} calls kept the reference:")

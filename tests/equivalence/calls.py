@@ -126,7 +126,7 @@ def _settings(rng: Random, layer: Layer) -> list[str]:
 
 def _around(rng: Random, layer: Layer, dtype: str) -> str:
     """Return the name of what is around the call; empty for nothing."""
-    if rng.random() < 0.55:
+    if rng.random() < 0.65:
         return ""
     choices = ["no_grad"]
     if dtype == "float32" and layer.core is not BUFFERED:

@@ -106,7 +106,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:160] if lines else ""
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200] if lines else ""
 
 
 def difference(made: Outcome, expected: Outcome, loose: bool) -> str:

@@ -129,7 +129,7 @@ def draw_program(seed: int) -> Program:
     """Draw the program of a seed."""
     rng = Random(seed)
     dtype = rng.choice(_DTYPES)
-    layers = [draw_layer(rng, f"L{i}", dtype) for i in range(rng.choice((1, 1, 2, 2, 3)))]
+    layers = [draw_layer(rng, f"L{i}", dtype) for i in range(rng.choice((1, 1, 1, 2, 2, 3)))]
     trains = dtype != "int64" and rng.random() < 0.5
     written = [layer.write for layer in layers if layer.write in ("cache", "outs", "box")]
     container = written[0] if written and rng.random() < 0.5 else ""
@@ -142,9 +142,8 @@ def draw_program(seed: int) -> Program:
         inner = Layer("Inner", AFFINE, style, "tensor", "", frozenset(), frozenset())
         texts, kernels = [inner.reference(), *texts], [inner.kernel(), *kernels]
         names.append("Inner")
-    sizes = [_size(rng) for _ in range(rng.choice((2, 2, 3)))]
-    if rng.random() < 0.5:
-        sizes = sizes[:1] * len(sizes)
+    sizes = [_size(rng), _size(rng)] if rng.random() < 0.4 else [_size(rng)] * 2
+    sizes += [_size(rng) if rng.random() < 0.2 else sizes[0]] if rng.random() < 0.3 else []
     return Program(
         seed,
         "\n\n\n".join([*texts, model]),
@@ -181,7 +180,7 @@ def _model(rng: Random, layers: list[Layer], dtype: str, container: str) -> str:
         init += _arrangements(rng, layer)
     body = [rng.choice(("h = x", "h = x * 1", "h = x + 0"))]
     kept: list[str] = []
-    calls = [*layers, *(v for v in layers if rng.random() < 0.3)]
+    calls = [*layers, *(v for v in layers if rng.random() < 0.2)]
     for number, layer in enumerate(calls):
         lines, results = draw_call(rng, layer, number, dtype, container)
         body += lines
