@@ -6,7 +6,6 @@ import argparse
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import resource
 import tempfile
 import time
@@ -39,6 +38,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--child", action="store_true", help="a process for each program")
     parser.add_argument("--list", action="store_true", help="print the programs, run nothing")
+    parser.add_argument("--shrink", action="store_true", help="print smaller programs that fail")
     parser.add_argument("--quiet", action="store_true", help="print no listings")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
     return parser.parse_args()
@@ -56,11 +56,11 @@ class _Worker:
 
 def _serve(seeds: Sequence[int], path: str, writes: Connection) -> None:
     """Run programs, in a process of their own."""
-    from tests.equivalence.verdicts import judge_by_name
+    from tests.equivalence.verdicts import judge_seed
 
     _prepare()
     for seed in seeds:
-        writes.send(judge_by_name(seed, path))
+        writes.send(judge_seed(seed, path))
     writes.close()
 
 
@@ -129,14 +129,9 @@ def run_all(
                         waiting.appendleft(tuple(worker.left))
 
 
-def _general(reason: str) -> str:
-    """Return a reason without the numbers and names of one program."""
-    reason = re.sub(r"@[0-9a-f]+", "@…", reason)
-    reason = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)
-    return re.sub(r"'[^']*'", "'…'", reason)[:110]
-
-
 def _print_table(verdicts: Sequence[Verdict], seconds: float) -> None:
+    from tests.equivalence.verdicts import general
+
     run = [v for v in verdicts if not v.skipped]
     failed = [v for v in run if v.failure]
     with_kernel = [v for v in run if v.kernels]
@@ -145,17 +140,17 @@ def _print_table(verdicts: Sequence[Verdict], seconds: float) -> None:
     print(f"\n{len(verdicts)} programs in {seconds:.0f} s ({each:.2f} s of one core each)")
     print(f"{len(run):6} ran, {len(with_kernel)} of them with a kernel in at least one call")
     print(f"{sum(v.kernels for v in run):6} calls used a kernel")
-    kept = Counter(_general(reason) for v in run for reason in v.kept)
+    kept = Counter(general(reason) for v in run for reason in v.kept)
     print(f"{sum(kept.values()):6} calls kept the reference:")
     for reason, count in kept.most_common():
         print(f"{count:10}  {reason}")
-    skipped = Counter(_general(v.skipped) for v in verdicts if v.skipped)
+    skipped = Counter(general(v.skipped) for v in verdicts if v.skipped)
     print(f"{sum(skipped.values()):6} skipped:")
     for reason, count in skipped.most_common():
         print(f"{count:10}  {reason}")
     print(f"{len(failed):6} failures:")
-    for reason, count in Counter(_general(v.failure) for v in failed).most_common():
-        seeds = [v.seed for v in failed if _general(v.failure) == reason]
+    for reason, count in Counter(general(v.failure) for v in failed).most_common():
+        seeds = [v.seed for v in failed if general(v.failure) == reason]
         print(f"{count:10}  {reason}  seeds {' '.join(map(str, seeds[:8]))}")
 
 
@@ -171,6 +166,17 @@ def main() -> int:
     if options.list:
         for seed in seeds:
             print(draw_program(seed).listing, end="\n\n\n")
+        return 0
+    if options.shrink:
+        from tests.equivalence.paths import PATHS
+        from tests.equivalence.verdicts import judge, shrink
+
+        _prepare()
+        for seed in seeds:
+            smaller = shrink(draw_program(seed), PATHS[options.path])
+            print(
+                judge(smaller, PATHS[options.path]).failure, smaller.listing, sep="\n", end="\n\n"
+            )
         return 0
     started = time.monotonic()
     verdicts = []

@@ -200,7 +200,7 @@ BATCH_NORM = Core(
     "y = F.batch_norm(x.reshape(-1, 4), self.mean, self.var, self.weight, None,"
     " self.training, 0.1).view(x.shape)",
     "flat = x.reshape(-1, 4)\n"
-    "if self.training:\n"
+    "if self.training and len(flat):\n"
     "    m, v = flat.mean(0), flat.var(0, unbiased=False)\n"
     "    with torch.no_grad():\n"
     "        self.mean.mul_(0.9).add_(0.1 * m)\n"
@@ -213,7 +213,7 @@ BATCH_NORM = Core(
     whole="flat = to_array(x).reshape(-1, 4)\n"
     "mean, var = self.mean.numpy(), self.var.numpy()\n"
     "m, v = mean, var\n"
-    "if self.training:\n"
+    "if self.training and len(flat):\n"
     "    m, v = flat.mean(0), flat.var(0)\n"
     "    mean[...] = mean * 0.9 + m * 0.1\n"
     "    var[...] = var * 0.9 + flat.var(0, ddof=1) * 0.1\n"

@@ -56,6 +56,16 @@ class Program:
     container: str
     """The container that the model takes; empty where it takes none."""
     dynamic: bool | None
+    differentiable: bool
+    """Whether all kernels have a gradient."""
+    scratch: bool
+    """Whether a kernel writes into an argument that its reference spares."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the kernels are right without help: in the place of the references."""
+        transforms = "torch.func." in self.model or "torch.vmap" in self.model
+        return self.differentiable or not (self.trains or transforms or self.scratch)
 
     @property
     def listing(self) -> str:
@@ -137,9 +147,11 @@ def draw_program(seed: int) -> Program:
     texts = [layer.reference() for layer in layers]
     kernels = [layer.kernel() for layer in layers]
     names = [layer.name for layer in layers]
+    drawn = list(layers)
     if any(layer.core is NESTED for layer in layers):
         style = rng.choice(("numpy", "torch", "function"))
         inner = Layer("Inner", AFFINE, style, "tensor", "", frozenset(), frozenset())
+        drawn.append(inner)
         texts, kernels = [inner.reference(), *texts], [inner.kernel(), *kernels]
         names.append("Inner")
     sizes = [_size(rng), _size(rng)] if rng.random() < 0.4 else [_size(rng)] * 2
@@ -157,6 +169,8 @@ def draw_program(seed: int) -> Program:
         rng.choice(("plain", "plain", "plain", "sliced", "transposed", "expanded")),
         container,
         rng.choice((None, None, None, True)),
+        all(layer.style not in ("numpy", "no_grad") for layer in drawn),
+        any(layer.write == "scratch" for layer in layers),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import sys
-from typing import Any
 
 import torch
 
@@ -30,31 +30,41 @@ class Verdict:
     """The reason of each call that kept its reference."""
 
 
-def judge(seed: int, path: Path) -> Verdict:
-    """Run the program of a seed in eager use, and on a path with kernels."""
+def general(reason: str) -> str:
+    """Return a reason without the numbers and names of one program."""
+    reason = re.sub(r"@[0-9a-f]+", "@…", reason)
+    reason = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)
+    return re.sub(r"'[^']*'", "'…'", reason)[:110]
+
+
+def judge_seed(seed: int, path: str) -> Verdict:
+    """Judge the program of a seed on the path of a name."""
+    return judge(draw_program(seed), PATHS[path])
+
+
+def judge(program: Program, path: Path) -> Verdict:
+    """Run a program in eager use, and on a path with kernels."""
     torch.compiler.reset()
-    program = draw_program(seed)
     if path.one_size:
         sizes = program.sizes[:1] * len(program.sizes)
         program = dataclasses.replace(program, sizes=sizes)
+    verdict = Verdict(program.seed)
     try:
         expected = _plain(program, eager(program))
         if expected.error:
-            return Verdict(seed, skipped=f"eager: {expected.error}")
-        verdict = Verdict(seed)
-        made = _with_kernels(program, path, verdict)
-        if not (found := _found(program, made, expected)):
+            verdict.skipped = f"eager: {expected.error}"
             return verdict
-        torch.compiler.reset()
-        plain = _plain(program, path.plain(program))
-        if why := _found(program, plain, expected):
-            return Verdict(
-                seed, skipped=f"plain torch: {why}" if plain.error else "plain torch: wrong"
-            )
-        verdict.failure = found
+        made = _with_kernels(program, path, verdict)
+        if found := _found(program, made, expected):
+            torch.compiler.reset()
+            plain = _plain(program, path.plain(program))
+            if why := _found(program, plain, expected):
+                verdict.skipped = f"plain torch: {why if plain.error else 'wrong'}"
+            else:
+                verdict.failure = found
         return verdict
     finally:
-        _forget(seed)
+        _forget(program.seed)
 
 
 def _plain(program: Program, prepare: Prepare) -> Outcome:
@@ -76,9 +86,12 @@ def _with_kernels(program: Program, path: Path, verdict: Verdict) -> Outcome:
 
 
 def _found(program: Program, made: Outcome, expected: Outcome) -> str:
+    """Return how a run differs from the oracle; empty where it does not."""
     loose = program.dtype == "bfloat16" or "autocast" in program.model
-    found = difference(made, expected, loose)
-    return found or made.error
+    try:
+        return difference(made, expected, loose) or made.error
+    except Exception as error:  # such as fake tensors that were left behind
+        return f"cannot be compared: {type(error).__name__}: {error}"
 
 
 def _forget(seed: int) -> None:
@@ -91,11 +104,32 @@ def _forget(seed: int) -> None:
         gc.collect()
 
 
-def judge_by_name(seed: int, path: str) -> Verdict:
-    """Judge the program of a seed on the path of a name."""
-    return judge(seed, PATHS[path])
+def shrink(program: Program, path: Path) -> Program:
+    """Return a program with fewer lines in its model that comes out wrong in the same way."""
+    if not (failure := judge(program, path).failure):
+        return program
+    wanted = general(failure)[:24]
+
+    def fails(made: Program) -> bool:
+        try:
+            return general(judge(made, path).failure)[:24] == wanted
+        except (SyntaxError, AttributeError, NameError, RuntimeError):
+            return False
+
+    for sizes in (program.sizes[:1], program.sizes[:2]):
+        if fails(made := dataclasses.replace(program, sizes=sizes)):
+            program = made
+            break
+    layers, _, model = program.model.rpartition("class Model")
+    lines = model.splitlines()
+    at = len(lines) - 1
+    while at > 0:
+        rest = lines[:at] + lines[at + 1 :]
+        if fails(made := dataclasses.replace(program, model=_joined(layers, rest))):
+            program, lines = made, rest
+        at -= 1
+    return program
 
 
-def as_data(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as plain data."""
-    return dataclasses.asdict(verdict)
+def _joined(layers: str, model: list[str]) -> str:
+    return layers + "class Model" + "\n".join(model)
