@@ -129,9 +129,9 @@ def _around(rng: Random, layer: Layer, dtype: str) -> str:
     if rng.random() < 0.65:
         return ""
     choices = ["no_grad"]
-    if dtype == "float32" and layer.core is not BUFFERED:
-        if layer.core is not LINEAR or layer.style in ("torch", "no_grad", "numpy"):
-            choices.append("autocast")
+    casts = layer.core is not LINEAR or layer.style in ("torch", "no_grad", "numpy")
+    if dtype == "float32" and layer.core is not BUFFERED and casts:
+        choices.append("autocast")
     if layer.write == "" and layer.form in ("tensor", "tuple", "strided"):
         choices.append("checkpoint")
     if layer.is_pure:

@@ -33,7 +33,7 @@ class Twice(nn.Module):
 
 
 def to_array(tensor: Tensor) -> Any:
-    """Return the values of a tensor as an array, which shares its memory where numpy has its dtype."""
+    """Return a tensor as an array, which shares its memory where numpy has its dtype."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -41,8 +41,3 @@ def to_array(tensor: Tensor) -> Any:
 def to_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     """Return a tensor of its own memory with the values of an array."""
     return torch.from_numpy(np.array(array, order="C")).to(dtype)
-
-
-def zeros_of(tensors: Any) -> Any:
-    """Return a zero for each tensor, or None where no gradient is asked."""
-    return [torch.zeros_like(t) for t in tensors]
