@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import multiprocessing.connection
 import os
 import resource
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 _findings = tempfile.TemporaryDirectory(prefix="kernelgraph-equivalence-")
 os.environ["KERNELGRAPH_CACHE_DIR"] = _findings.name
@@ -21,8 +18,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from tests.equivalence.verdicts import Verdict
 
 CHUNK = 100
@@ -42,91 +37,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="print no listings")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
     return parser.parse_args()
-
-
-@dataclass
-class _Worker:
-    """A process that runs some programs, and those that it has not finished."""
-
-    process: Any
-    reads: Connection
-    left: deque[int]
-    since: float
-
-
-def _serve(seeds: Sequence[int], path: str, writes: Connection) -> None:
-    """Run programs, in a process of their own."""
-    from tests.equivalence.verdicts import judge_seed
-
-    _prepare()
-    for seed in seeds:
-        writes.send(judge_seed(seed, path))
-    writes.close()
-
-
-def _prepare() -> None:
-    """Set torch up: one thread, the random numbers of eager use, and no noise."""
-    import logging
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    torch._inductor.config.fallback_random = True
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-
-
-def run_all(
-    seeds: Sequence[int], path: str, jobs: int, chunk: int, timeout: float
-) -> Iterator[Verdict]:
-    """Run programs in child processes and yield the verdict on each.
-
-    A process that dies is a failure of the program that it was running.
-    """
-    from tests.equivalence.verdicts import Verdict
-
-    context = multiprocessing.get_context("fork")
-    waiting = deque(tuple(seeds[i : i + chunk]) for i in range(0, len(seeds), chunk))
-    workers: list[_Worker] = []
-    while waiting or workers:
-        while waiting and len(workers) < jobs:
-            part = waiting.popleft()
-            reads, writes = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(part, path, writes), daemon=True)
-            process.start()
-            writes.close()
-            workers.append(_Worker(process, reads, deque(part), time.monotonic()))
-        multiprocessing.connection.wait([w.reads for w in workers], timeout=1)
-        for worker in list(workers):
-            late = time.monotonic() - worker.since > timeout
-            try:
-                while worker.reads.poll():
-                    verdict: Verdict = worker.reads.recv()
-                    worker.left.popleft()
-                    worker.since = time.monotonic()
-                    yield verdict
-            except EOFError:
-                worker.process.join()
-            if not worker.process.is_alive() or late:
-                if worker.process.is_alive():
-                    worker.process.kill()
-                worker.process.join()
-                if worker.reads in multiprocessing.connection.wait([worker.reads], 0):
-                    try:
-                        yield worker.reads.recv()
-                        worker.left.popleft()
-                        continue
-                    except EOFError:
-                        pass
-                workers.remove(worker)
-                if worker.left:
-                    code = worker.process.exitcode
-                    how = "no end in time" if late else f"the process died, exit code {code}"
-                    yield Verdict(worker.left.popleft(), failure=how)
-                    if worker.left:
-                        waiting.appendleft(tuple(worker.left))
 
 
 def _print_table(verdicts: Sequence[Verdict], seconds: float) -> None:
@@ -157,26 +67,22 @@ def _print_table(verdicts: Sequence[Verdict], seconds: float) -> None:
 def main() -> int:
     """Run the programs that the command line names; 1 where one came out wrong."""
     options = _options()
-    import torch._dynamo
-    import torch._inductor.config  # noqa: F401
-
+    from tests.equivalence.paths import PATHS
     from tests.equivalence.programs import draw_program
+    from tests.equivalence.verdicts import judge, shrink
+    from tests.equivalence.workers import prepare, run_all
 
     seeds = options.seeds or range(options.seed, options.seed + options.count)
+    path = PATHS[options.path]
     if options.list:
         for seed in seeds:
             print(draw_program(seed).listing, end="\n\n\n")
         return 0
     if options.shrink:
-        from tests.equivalence.paths import PATHS
-        from tests.equivalence.verdicts import judge, shrink
-
-        _prepare()
+        prepare()
         for seed in seeds:
-            smaller = shrink(draw_program(seed), PATHS[options.path])
-            print(
-                judge(smaller, PATHS[options.path]).failure, smaller.listing, sep="\n", end="\n\n"
-            )
+            smaller = shrink(draw_program(seed), path)
+            print(judge(smaller, path).failure, smaller.listing, sep="\n", end="\n\n")
         return 0
     started = time.monotonic()
     verdicts = []

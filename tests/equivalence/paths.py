@@ -83,7 +83,10 @@ def _exported(strict: bool, with_kernels: bool) -> Callable[[Program], Prepare]:
 
 
 def _traced(program: Program) -> Prepare:
+    """Trace a model with its layers as leaves, as `rewrite` wants it."""
+
     def prepare(model: nn.Module, arguments: list[Any]) -> Any:
+        program.tag(model)
         graph = fx.GraphModule(model, kg.Tracer().trace(model))
         return graph, graph, False
 

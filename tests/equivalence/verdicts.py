@@ -11,8 +11,8 @@ import torch
 
 import kernelgraph as kg
 from tests.equivalence.outcomes import Outcome, Prepare, difference, run_program
-from tests.equivalence.paths import PATHS, Path, eager
-from tests.equivalence.programs import Program, draw_program
+from tests.equivalence.paths import Path, eager
+from tests.equivalence.programs import Program
 
 
 @dataclasses.dataclass
@@ -37,34 +37,44 @@ def general(reason: str) -> str:
     return re.sub(r"'[^']*'", "'…'", reason)[:110]
 
 
-def judge_seed(seed: int, path: str) -> Verdict:
-    """Judge the program of a seed on the path of a name."""
-    return judge(draw_program(seed), PATHS[path])
-
-
 def judge(program: Program, path: Path) -> Verdict:
+    """Run a program in eager use, on a path with kernels and, where these differ, without."""
+    verdict = judge_kernels(program, path)
+    return judge_plain(program, path, verdict) if verdict.failure else verdict
+
+
+def judge_kernels(program: Program, path: Path) -> Verdict:
     """Run a program in eager use, and on a path with kernels."""
-    torch.compiler.reset()
-    if path.one_size:
-        sizes = program.sizes[:1] * len(program.sizes)
-        program = dataclasses.replace(program, sizes=sizes)
-    verdict = Verdict(program.seed)
+    program, verdict = _sized(program, path), Verdict(program.seed)
     try:
         expected = _plain(program, eager(program))
         if expected.error:
             verdict.skipped = f"eager: {expected.error}"
-            return verdict
-        made = _with_kernels(program, path, verdict)
-        if found := _found(program, made, expected):
-            torch.compiler.reset()
-            plain = _plain(program, path.plain(program))
-            if why := _found(program, plain, expected):
-                verdict.skipped = f"plain torch: {why if plain.error else 'wrong'}"
-            else:
-                verdict.failure = found
+        else:
+            verdict.failure = _found(program, _with_kernels(program, path, verdict), expected)
         return verdict
     finally:
         _forget(program.seed)
+
+
+def judge_plain(program: Program, path: Path, verdict: Verdict) -> Verdict:
+    """Skip a program that came out wrong with kernels, if it does so on the path without them."""
+    program = _sized(program, path)
+    try:
+        expected = _plain(program, eager(program))
+        plain = _plain(program, path.plain(program))
+        if why := _found(program, plain, expected):
+            verdict.failure = ""
+            verdict.skipped = f"plain torch: {why if plain.error else 'wrong'}"
+        return verdict
+    finally:
+        _forget(program.seed)
+
+
+def _sized(program: Program, path: Path) -> Program:
+    if not path.one_size:
+        return program
+    return dataclasses.replace(program, sizes=program.sizes[:1] * len(program.sizes))
 
 
 def _plain(program: Program, prepare: Prepare) -> Outcome:
