@@ -77,12 +77,14 @@ class Layer:
             buffers["packed"] = "torch.arange(-8, 8, dtype=torch.int8).view(4, 4)"
         lines += [f'self.register_buffer("{name}", {made})' for name, made in buffers.items()]
         lines += ["self.inner = Inner()"] if core is NESTED else []
-        lines += ["self.scale = 1.5", "self.factors = [0.5, 2.0]", "self.n_calls = 0"]
+        plain = {"scale": "1.5", "factors": "[0.5, 2.0]", "n_calls": "0"}
+        lines += [f"self.{name} = {v}" for name, v in plain.items() if name in self.features]
         init = f"def __init__(self):\n{_indented(lines)}"
         forward = (
             f"def forward({', '.join(['self', *self.parameters])}):\n{_indented(self._body())}"
         )
-        return f"class {self.name}(nn.Module):\n{_indented(['total = 0', init, forward])}"
+        total = ["total = 0"] if "total" in self.features else []
+        return f"class {self.name}(nn.Module):\n{_indented([*total, init, forward])}"
 
     def _body(self) -> list[str]:
         lines = ["self.n_calls += 1"] if "n_calls" in self.features else []
@@ -156,7 +158,8 @@ class Layer:
         if "noise" in self.features:
             lines.append("y = y + torch.empty(y.shape, dtype=y.dtype).uniform_()")
         lines += ["y = y.clone()"] if "copied" in self.quirks else []
-        lines += ["y = y.transpose(-3, -2).clone().transpose(-3, -2)"] * ("strides" in self.quirks)
+        turned = "y = y.transpose(-3, -2).clone().transpose(-3, -2)"
+        lines += [f"if y.dim() > 2:\n    {turned}"] if "strides" in self.quirks else []
         return lines + self._end()
 
     def _computed(self) -> list[str]:
