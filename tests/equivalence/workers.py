@@ -16,7 +16,9 @@ from multiprocessing.process import BaseProcess
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import nn
 
+import kernelgraph as kg
 from tests.equivalence.paths import PATHS
 from tests.equivalence.programs import draw_program
 from tests.equivalence.verdicts import Verdict, judge_kernels, judge_plain
@@ -29,6 +31,15 @@ def prepare() -> None:
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
+
+
+def _warm() -> None:
+    """Import what programs need, once for all child processes."""
+    kg.kernelize(nn.Linear(1, 1), mode=kg.Mode.INFERENCE, device="cpu")
+    compiled = torch.compile(nn.Linear(1, 1), backend="hubkernels", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        compiled(torch.ones(1, 1))
+    torch.compiler.reset()
 
 
 @dataclass
@@ -73,6 +84,8 @@ def run_all(
         chunk: The number of programs for one process.
         timeout: The seconds that a process may take for one program.
     """
+    prepare()
+    _warm()
     context = multiprocessing.get_context("fork")
     waiting = deque(_Job(deque(seeds[i : i + chunk])) for i in range(0, len(seeds), chunk))
     workers: list[_Worker] = []
