@@ -189,6 +189,17 @@ class Frame:
         return self._tx.parent is None
 
     @property
+    def around(self) -> tuple[str, ...]:
+        """The names of the higher-order ops whose subgraphs are being traced, innermost first.
+        Tried on 2.13."""
+        names, tracer = [], self._tx.output.current_tracer
+        while tracer is not None and tracer.parent is not None:
+            target = tracer.source_target
+            names.append(getattr(target, "__name__", str(target)))
+            tracer = tracer.parent
+        return tuple(names)
+
+    @property
     def module_stack(self) -> dict[str, tuple[str, type]]:
         """The ``nn_module_stack`` that FX nodes of this frame get."""
         return self._tx.nn_module_stack  # type: ignore[no-any-return]

@@ -170,6 +170,7 @@ def _begin(frame: Frame, trace: Trace, site: Site) -> bool:
             frame.guard_identity("module")
         arguments = frame.peek("args"), frame.peek("kwargs")
         site, kernel, state = trace.decisions.kernel_for(site, _torch.tensors_in(arguments))
+        _check_surroundings(frame, site)
         _check_settled(frame, site, state)
         key, winner = _known_winner(trace, site, state, arguments)
         if winner is not None:
@@ -206,6 +207,29 @@ def _known_winner(
     kernels = trace.decisions.kernels(site)
     key = tuning_key(site, kernels, state, arguments, options)
     return key, known_winner(key, len(kernels), session)
+
+
+_AS_THEY_ARE = ("tag_activation_checkpoint", "invoke_subgraph")
+"""The higher-order ops that run their subgraphs as they are: of activation checkpointing and of
+``torch.compiler.nested_compile_region``."""
+_FLEX = "flex_attention"
+"""The higher-order op whose subgraphs run for single numbers."""
+
+
+def _check_surroundings(frame: Frame, site: Site) -> None:
+    """Check that what is around a call leaves an op in its place as it is.
+
+    Raises:
+        KeepReference: If it is differentiated or batched otherwise than by autograd. A loop may
+            even come to need a gradient in its second round only.
+    """
+    if _torch.transforming():
+        why = "a transform of torch.func, or forward-mode differentiation, is active"
+        raise KeepReference(site, Reason.NOT_AN_OP, why)
+    for name in frame.around:
+        if name == _FLEX or (name not in _AS_THEY_ARE and torch.is_grad_enabled()):
+            why = f"it is inside of {name}" + (", where gradients are wanted" * (name != _FLEX))
+            raise KeepReference(site, Reason.NOT_AN_OP, why)
 
 
 def _check_settled(frame: Frame, site: Site, state: State) -> None:

@@ -1,0 +1,354 @@
+"""A compiled program that differentiates does with right kernels what it does without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.right_programs import Program, assert_changes_nothing
+
+INNER = ["eager", "aot_eager", "inductor"]
+
+
+class Layer(nn.Module):
+    """Has a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def program(
+    forward: Any, kernel: Any, run: Any, inputs: Any = None, keeps: str = "", base: type = Layer
+) -> Program:
+    return Program(
+        type("Made", (base,), {"forward": forward}),
+        kernel,
+        run,
+        inputs or (lambda: [torch.arange(6.0).view(2, 3) + 1]),
+        keeps,
+    )
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+def weighted(self, x):
+    return (x * self.weight).sin()
+
+
+def weighted_otherwise(self, x):
+    return torch.sin(self.weight * x)
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.from_numpy((x.detach() * weight.detach()).numpy()).sin()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        inner = given * (x * weight).cos()
+        return inner * weight, (inner * x).sum(0)
+
+
+def weighted_by_function(self, x):
+    return Sine.apply(x, self.weight)
+
+
+def scanned(m, x):
+    from torch._higher_order_ops.scan import scan
+
+    return scan(lambda carry, row: (m(carry) + row, carry * 2), x[0], x)
+
+
+def mapped(m, x):
+    from torch._higher_order_ops.map import map as map_op
+
+    return map_op(m, x)
+
+
+def conditional(m, x):
+    return torch.cond(x.sum() > 0, lambda v: m(v), lambda v: v * 2, (x,))
+
+
+def looped(m, x):
+    from torch._higher_order_ops.while_loop import while_loop
+
+    return while_loop(
+        lambda i, v: i < 3, lambda i, v: (i + 1, m(v).detach()), (torch.tensor(0), x.detach())
+    )
+
+
+def ensemble(m, x):
+    weights = {"weight": torch.stack([m.weight, m.weight * 2])}
+    return vmap(lambda state: functional_call(m, state, (x,)))(weights)
+
+
+def batched_gradients(m, x):
+    y = m(x)
+    return torch.autograd.grad(
+        y, x, torch.eye(6).view(6, 2, 3), is_grads_batched=True, retain_graph=True
+    )
+
+
+def forward_mode(m, x):
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(m(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+KEPT = "a transform of torch.func"
+TRANSFORMS = {
+    "grad": lambda m, x: grad(lambda v: m(v).sum())(x),
+    "vmap": lambda m, x: vmap(m)(x),
+    "jvp": lambda m, x: jvp(m, (x,), (torch.ones_like(x),)),
+    "jacrev": lambda m, x: jacrev(m)(x),
+    "hessian": lambda m, x: hessian(lambda v: m(v).sum())(x),
+    "gradients per sample": lambda m, x: vmap(grad(lambda v: m(v).sum()))(x),
+    "ensemble": ensemble,
+    "forward mode": forward_mode,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_transforms_differentiate_the_layer(name, kernel, inner, wanted):
+    made = program(weighted, kernel, TRANSFORMS[name], keeps=KEPT)
+    assert_changes_nothing(made, inner, grad=wanted)
+
+
+CONTROL_FLOW = {"scan": scanned, "map": mapped, "cond": conditional, "while_loop": looped}
+
+
+@pytest.mark.parametrize("name", CONTROL_FLOW)
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_control_flow_differentiates_the_layer(name, kernel, inner, wanted):
+    keeps = "inside of" if wanted else ""
+    assert_changes_nothing(program(weighted, kernel, CONTROL_FLOW[name], keeps=keeps), inner, grad=wanted)
+
+
+# --- kernels that keep their layer ---------------------------------------------------------------
+
+
+class Again(torch.autograd.Function):
+    """Runs a forward again in its backward, as tiled layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return (x * layer.weight).sin()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        weight = ctx.layer.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            y = (x * weight).sin()
+        return None, *torch.autograd.grad(y, (x, weight), given)
+
+
+def weighted_again(self, x):
+    return Again.apply(self, x, self.weight)
+
+
+def packs_by(key):
+    packed: dict[Any, Tensor] = {}
+
+    def forward(self, x):
+        if key(self) not in packed:
+            packed[key(self)] = self.weight.detach() * 1
+        return torch.sin(packed[key(self)] * x)
+
+    return forward
+
+
+class Two(nn.Module):
+    """Has two layers that share an op."""
+
+    made: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = self.made(), self.made()
+        with torch.no_grad():
+            self.two.weight.mul_(2)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_kernel_may_read_its_layer_in_its_backward(inner, wanted):
+    made = program(weighted, weighted_again, lambda m, x: m(m(x)))
+    assert_changes_nothing(made, inner, grad=wanted)
+
+
+@pytest.mark.parametrize("key", [lambda self: self, id, hash])
+@pytest.mark.parametrize("inner", INNER)
+def test_kernel_that_packs_weights_by_layer_gives_way(key, inner):
+    layer = type("Made", (Layer,), {"forward": weighted})
+    second = layer()
+
+    def run(m, x):
+        with torch.no_grad():
+            second.weight.copy_(m.weight * 2)
+        return m(x), second(x)
+
+    made = Program(layer, packs_by(key), run, lambda: [torch.arange(6.0).view(2, 3)])
+    assert_changes_nothing(made, inner)
+
+
+# --- a backward that uses autograd ---------------------------------------------------------------
+
+
+class ByAutograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x * weight).sin()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Any:
+        x, weight = (v.detach().requires_grad_() for v in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = (x * weight).sin()
+            return torch.autograd.grad(y, (x, weight), given)
+
+
+def weighted_by_autograd(self, x):
+    return ByAutograd.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_backward_may_use_autograd(inner):
+    made = program(weighted, weighted_by_autograd, lambda m, x: m(m(x)))
+    assert_changes_nothing(made, inner, grad=True, calls=3)
+
+
+# --- weights that carry attributes ---------------------------------------------------------------
+
+
+class Quantized(nn.Module):
+    """Has a weight with a scale that is an attribute of the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.weight.quant_state = {"scale": torch.tensor(2.0)}
+
+
+def dequantized(self, x):
+    return x * (self.weight * self.weight.quant_state["scale"])
+
+
+def dequantized_otherwise(self, x):
+    return (self.weight.quant_state["scale"] * self.weight) * x
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_weight_that_carries_attributes_keeps_the_reference(inner, wanted):
+    made = program(
+        dequantized, dequantized_otherwise, lambda m, x: m(x), keeps="quant_state", base=Quantized
+    )
+    assert_changes_nothing(made, inner, grad=wanted)
+
+
+# --- operands after the call ---------------------------------------------------------------------
+
+
+def plus_sine(self, x):
+    return x + self.weight.sin()
+
+
+def plus_sine_otherwise(self, x):
+    return torch.sin(self.weight) + x
+
+
+def written_after_the_call(m, x):
+    y = x * 1
+    z = m(y)
+    y.mul_(3)
+    return z, y
+
+
+def also_in_a_checkpoint(m, x):
+    return m(x), checkpoint(m, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_operand_may_be_written_after_the_call(inner):
+    made = program(plus_sine, plus_sine_otherwise, written_after_the_call)
+    assert_changes_nothing(made, inner, grad=True)
+
+
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("inner", INNER)
+def test_layer_may_be_called_in_and_outside_of_a_checkpoint(kernel, inner):
+    made = program(weighted, kernel, also_in_a_checkpoint)
+    assert_changes_nothing(made, inner, grad=True)
+
+
+# --- what a recomputed gradient leaves behind ----------------------------------------------------
+
+
+class Counting(Layer):
+    """Has running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+
+def normalized(self, x):
+    return F.batch_norm(x, self.mean, self.var, self.weight, training=True)
+
+
+def normalized_otherwise(self, x):
+    mean, var = x.mean(0), x.var(0, unbiased=False)
+    with torch.no_grad():
+        self.mean.mul_(0.9).add_(mean * 0.1)
+        self.var.mul_(0.9).add_(x.var(0) * 0.1)
+    return (x - mean) / (var + 1e-5).sqrt() * self.weight
+
+
+def normalized_opaquely(self, x):
+    with torch.no_grad():
+        self.calls.numpy()[...] += 1
+    return F.batch_norm(x, self.mean, self.var, self.weight, training=True)
+
+
+def normalized_opaquely_otherwise(self, x):
+    with torch.no_grad():
+        self.calls.add_(1)
+    return normalized_otherwise(self, x)
+
+
+RECOMPUTED = {
+    "batch norm": (normalized, normalized_otherwise),
+    "native code": (normalized_opaquely, normalized_opaquely_otherwise),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+@pytest.mark.parametrize("inner", INNER)
+def test_recomputed_gradient_leaves_buffers_alone(name, inner):
+    made = program(*RECOMPUTED[name], lambda m, x: m(m(x)), base=Counting)
+    assert_changes_nothing(made, inner, grad=True)
