@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
@@ -138,7 +138,9 @@ CONTROL_FLOW = {"scan": scanned, "map": mapped, "cond": conditional, "while_loop
 @pytest.mark.parametrize("wanted", [False, True])
 def test_control_flow_differentiates_the_layer(name, kernel, inner, wanted):
     keeps = "inside of" if wanted else ""
-    assert_changes_nothing(program(weighted, kernel, CONTROL_FLOW[name], keeps=keeps), inner, grad=wanted)
+    assert_changes_nothing(
+        program(weighted, kernel, CONTROL_FLOW[name], keeps=keeps), inner, grad=wanted
+    )
 
 
 # --- kernels that keep their layer ---------------------------------------------------------------
