@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.infer.aliasing import memory_of, same_bits
+from kernelgraph.graph.infer.aliasing import memory_of, same_bits, versions
 
 
 class Watch:
@@ -172,6 +172,7 @@ class Snapshot:
 
     def __init__(self, operands: Sequence[object]) -> None:
         self._operands = operands
+        self._versions = versions(operands)
         self._memory = {
             i: memory_of(v).clone()
             for i, v in enumerate(operands)
@@ -184,14 +185,19 @@ class Snapshot:
         self.generators = Generators({v.device for v in operands if isinstance(v, Tensor)})
 
     def written(self) -> set[int]:
-        """Return the numbers of the operands whose memory has changed."""
-        return {i for i, before in self._memory.items() if not same_bits(self._now(i), before)}
+        """Return the numbers of the operands that were written into, if only with what they held,
+        as autograd counts it."""
+        pairs = zip(self._versions, versions(self._operands), strict=True)
+        counted = {i for i, (old, new) in enumerate(pairs) if old != new}
+        return counted | {
+            i for i, before in self._memory.items() if not same_bits(self._now(i), before)
+        }
 
     def restore(self, numbers: Iterable[int]) -> None:
         """Give these operands the memory that they had."""
         # Inference tensors can be written in this mode alone.
         with torch.inference_mode():
-            for i in numbers:
+            for i in self._memory.keys() & set(numbers):
                 self._now(i).copy_(self._memory[i])
 
     def _now(self, number: int) -> Tensor:
