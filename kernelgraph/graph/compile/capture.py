@@ -45,6 +45,7 @@ from kernelgraph.graph.lowering import (
     KeepReference,
     Policy,
     Site,
+    check_untransformed,
     decision_of,
     kernelized_with,
     op_caller,
@@ -223,9 +224,7 @@ def _check_surroundings(frame: Frame, site: Site) -> None:
         KeepReference: If it is differentiated or batched otherwise than by autograd. A loop may
             even come to need a gradient in its second round only.
     """
-    if _torch.transforming():
-        why = "a transform of torch.func, or forward-mode differentiation, is active"
-        raise KeepReference(site, Reason.NOT_AN_OP, why)
+    check_untransformed(site)
     for name in frame.around:
         if name == _FLEX or (name not in _AS_THEY_ARE and torch.is_grad_enabled()):
             why = f"it is inside of {name}" + (", where gradients are wanted" * (name != _FLEX))

@@ -94,7 +94,7 @@ class Body:
         """The number of results that a gradient may come for."""
         self._kernel = kernel
         self._layer = layer
-        self._call = call
+        self.call = call
         self._shapes = ShapeFunction(shapes)
         self._run_kernel = Runner(kernel.forward, call)
         self._output = spec.output
@@ -121,7 +121,7 @@ class Body:
             self._run_kernel,
             self._output,
             [expected.dtype for expected in self._expected],
-            self._call.tensors,
+            self.call.tensors,
             differentiable=self.differentiable,
             table=self._checked_calls,
             check=self._check_call,
@@ -196,7 +196,7 @@ class Body:
         for size, order, expected in zip(sizes, self._orders, self._expected, strict=True):
             strides.append(() if size is None else dense_strides(size, order))
             lengths.append(0 if size is None else size.numel() * expected.dtype.itemsize)
-        spans = [reach(operands[i]) for i in self._call.tensors]
+        spans = [reach(operands[i]) for i in self.call.tensors]
         return CheckedCall(sizes, tuple(strides), tuple(spans), tuple(lengths))
 
     def _conform(
@@ -207,7 +207,7 @@ class Body:
         tensors = self._tensors(result, checked, operands)
         tensors += [operands[i] for i in self.returned]
         # The kernel may return the copies that it received.
-        shared = [operands[i] for i in self._call.tensors if i not in self._copied]
+        shared = [operands[i] for i in self.call.tensors if i not in self._copied]
         made = owned(tensors, shared, [*self._orders, *[()] * len(self.returned)])
         return made[0] if self.count == 1 else tuple(made)
 
@@ -277,7 +277,7 @@ class Body:
         if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
             raise error
         if isinstance(error, AttributeError):
-            explain_attribute(error, "the kernel", self._kernel, self._layer, self._call)
+            explain_attribute(error, "the kernel", self._kernel, self._layer, self.call)
         raise RuntimeError(
             f"kernel {self._kernel}, called for {self._where(operands)}, raised "
             f"{type(error).__name__}: {error}"
