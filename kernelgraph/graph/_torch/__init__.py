@@ -29,9 +29,11 @@ from kernelgraph.graph._torch.autograd import (
 from kernelgraph.graph._torch.dispatch import (
     TorchDispatchMode,
     arguments_of,
+    batch_by_loop,
     is_higher_order,
     schema_text,
     storage_of,
+    under_transforms,
 )
 from kernelgraph.graph._torch.distributed import parametrizations_uncached, store_of_group
 from kernelgraph.graph._torch.dynamo import (
@@ -101,6 +103,7 @@ __all__ = [
     "arguments_of",
     "at_trace_time",
     "autocast_regions",
+    "batch_by_loop",
     "begin_recording",
     "bind_unbacked_symbols",
     "bounds",
@@ -153,6 +156,7 @@ __all__ = [
     "trace_again",
     "transforming",
     "tree_leaves",
+    "under_transforms",
     "unwrap_backend",
     "version_of",
 ]

@@ -79,13 +79,21 @@ def is_of_op(function: type[torch.autograd.Function]) -> bool:
 class recording_gradients:  # noqa: N801 (a context manager)
     """A context manager of `begin_recording` and `end_recording`."""
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, *, enabled: bool = True, below: bool = False) -> None:
         self._enabled = enabled
+        self._below = below
+        """Whether to record nothing at all, as below autograd in the dispatcher."""
 
     def __enter__(self) -> None:
         self._before = begin_recording(self._enabled)
+        if self._below:
+            for key in _AUTOGRAD:
+                _exclude(key, True)
 
     def __exit__(self, *_: object) -> None:
+        if self._below:
+            for key in _AUTOGRAD:
+                _exclude(key, False)
         end_recording(self._before)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -45,3 +46,63 @@ def storage_of(tensor: torch.Tensor) -> int:
     storage = tensor.untyped_storage()
     identity: int = storage._cdata if is_fake(tensor) else storage.data_ptr()
     return identity
+
+
+# --- transforms and batches of gradients --------------------------------------------------------
+
+
+def under_transforms(library: Any, name: str, function: Callable[..., object]) -> None:
+    """Make an op call ``function`` while a transform of ``torch.func`` is active.
+
+    The key is looked at under a transform only, and costs nothing elsewhere. What the function
+    calls is transformed. Without it ``grad`` and ``jvp`` would give zeros. Tried on 2.13.
+    """
+    library.impl(name, function, "FuncTorchDynamicLayerFrontMode")
+
+
+def batch_by_loop(library: Any, op: Any) -> None:
+    """Make ``vmap``, and ``is_grads_batched``, call an op that returns a list for each item.
+
+    Torch does this itself for ops that return tensors. The gradients of a batch of gradients have
+    a dispatch key of their own, from before ``torch.func``. Tried on 2.13.
+    """
+
+    def batched(info: Any, dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        results = _loop(op, arguments, dims, info.batch_size)
+        return results, [0] * len(results)
+
+    def for_gradients(*arguments: Any) -> list[Tensor]:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        inside = [v for v in arguments if _is_batched(v)]
+        size = max(torch._remove_batch_dim(v, level, 1, 0).shape[0] for v in inside)
+        dims = [0 if _is_batched(v) else None for v in arguments]
+        given = [
+            torch._remove_batch_dim(v, level, size, 0) if _is_batched(v) else v for v in arguments
+        ]
+        return [torch._add_batch_dim(v, 0, level) for v in _loop(op, given, dims, size)]
+
+    torch.library.register_vmap(op.name(), batched, lib=library)
+    library.impl(op, for_gradients, "Batched")
+
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+def _is_batched(value: object) -> bool:
+    return isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(_BATCHED)
+
+
+def _loop(op: Any, arguments: Any, dims: Any, size: int) -> list[Tensor]:
+    made = [
+        op(*[_item(v, dim, number) for v, dim in zip(arguments, dims, strict=True)])
+        for number in range(size)
+    ]
+    return [torch.stack(tensors) for tensors in zip(*made, strict=True)]
+
+
+def _item(value: Any, dim: Any, number: int) -> Any:
+    """Return one item of an argument that is batched along ``dim``; None: one that is not."""
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_item(part, at, number) for part, at in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, number)

@@ -141,6 +141,11 @@ class Frame:
 
         install_guard(GlobalStateSource().make_guard(KERNELGRAPH_CONDITION))
 
+    def guard_no_forward_mode(self) -> None:
+        """Recompile under forward-mode differentiation; Dynamo guards the transforms of torch.func
+        itself. Tried on 2.13."""
+        install_guard(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))
+
     def _source(self, name: str, path: Path) -> Any:
         variable = self._tx.symbolic_locals[name]
         source = variable.source

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import dis
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,6 +59,29 @@ def uses(function: Callable[..., object]) -> Uses:
         visitor.visit(statement)
     reads = EVERYTHING if visitor.escapes else frozenset(visitor.reads)
     return Uses(reads, frozenset(visitor.writes), frozenset(visitor.updates))
+
+
+@functools.cache
+def takes_identity(function: Callable[..., object]) -> bool:
+    """Whether ``function``, or one that it calls, asks for the ``id`` or ``hash`` of something.
+
+    A kernel that does so keeps what it has made for a layer in a table. Functions of other modules
+    are not looked at.
+    """
+    function = inspect.unwrap(function)
+    pending, seen = [function], set()
+    while pending:
+        code = getattr(one := pending.pop(), "__code__", None)
+        if code is None or code in seen or one.__globals__ is not function.__globals__:
+            continue
+        seen.add(code)
+        names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        cells = [cell.cell_contents for cell in one.__closure__ or () if cell != types.CellType()]
+        called = [one.__globals__.get(name, getattr(builtins, name, None)) for name in names]
+        if any(value is id or value is hash for value in (*called, *cells)):
+            return True
+        pending += [value for value in (*called, *cells) if inspect.isfunction(value)]
+    return False
 
 
 class _Visitor(ast.NodeVisitor):

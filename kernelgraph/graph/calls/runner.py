@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from kernelgraph.graph.calls.attribute_reads import takes_identity
 from kernelgraph.graph.calls.call import Call
 from kernelgraph.graph.calls.codegen import expression, tuple_of, write_function
-from kernelgraph.graph.calls.stand_in import new_stand_in
+from kernelgraph.graph.calls.stand_in import StandIn, new_stand_in
 from kernelgraph.graph.calls.trees import UnsupportedValue, flatten, flatten_tensors
 
 
@@ -134,26 +135,49 @@ class Runner:
         self._namespace[name] = value
         return name
 
-    def observe(self, operands: Sequence[object]) -> object:
+    def alone(self, operands: Sequence[object]) -> tuple[object, StandIn]:
+        """Call with a stand-in that no other call has, and that keeps its tensors.
+
+        Returns:
+            What the forward returns, and the stand-in.
+        """
+        stand_in = self._filled(operands)
+        args, kwargs = self.call.arguments.unflatten(operands)
+        return self.forward(stand_in.module, *args, **kwargs), stand_in
+
+    def _filled(self, operands: Sequence[object]) -> StandIn:
+        stand_in = new_stand_in(self.call.state)
+        state = operands[self.call.first_state :]
+        for (container, key), value in zip(stand_in.slots, state, strict=True):
+            container[key] = value
+        return stand_in
+
+    def observe(self, operands: Sequence[object], *, may_keep: bool | None = None) -> object:
         """Call, and check that the call changes only tensors.
 
+        Args:
+            operands: The operands of the call.
+            may_keep: Whether something may refer to the layer after the call, as what autograd
+                keeps for a backward does; None: where gradients are recorded.
+
         Raises:
-            UnsupportedValue: If it sets an attribute of the layer, or changes a container that is
-                an argument; an op has no such effect.
+            UnsupportedValue: If it sets an attribute of the layer, changes a container that is
+                an argument, or keeps the layer: an op has no such effect, and its stand-in for
+                one layer is later that for another.
         """
-        stand_in = new_stand_in(self.call.state)
-        count = len(operands) - len(stand_in.slots)
-        for (container, key), value in zip(stand_in.slots, operands[count:], strict=True):
-            container[key] = value
-        before = stand_in.contents()
+        may_keep = torch.is_grad_enabled() if may_keep is None else may_keep
+        stand_in = self._filled(operands)
+        before, counts = stand_in.contents(), stand_in.references()
         args, kwargs = self.call.arguments.unflatten(operands)
         result = self.forward(stand_in.module, *args, **kwargs)
         changed = {name for (_, name), _ in before.items() ^ stand_in.contents().items()}
         where = getattr(self.forward, "__qualname__", self.forward)
         if changed:
             raise UnsupportedValue(f"{where} sets {', '.join(sorted(changed))} of the layer")
-        if not self._holds((args, kwargs), operands[:count]):
+        if not self._holds((args, kwargs), operands[: self.call.first_state]):
             raise UnsupportedValue(f"{where} changes a container that is an argument")
+        if not may_keep and (takes_identity(self.forward) or stand_in.is_kept(counts)):
+            raise UnsupportedValue(f"{where} keeps the layer, or what it has made of its weights")
         return result
 
     def _holds(self, arguments: object, operands: Sequence[object]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import types
+import weakref
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -29,6 +32,21 @@ class StandIn(NamedTuple):
             for number, item in enumerate(self.objects)
             for name, value in contents_of(item).items()
         }
+
+    def references(self) -> list[int]:
+        """Return how often each object is referred to, strongly or weakly."""
+        return [sys.getrefcount(item) + weakref.getweakrefcount(item) for item in self.objects]
+
+    def is_kept(self, before: list[int]) -> bool:
+        """Whether a call has left references to one of the objects.
+
+        Args:
+            before: The `references` before the call.
+        """
+        if self.references() == before:
+            return False
+        gc.collect()  # a cycle that is garbage
+        return any(now > then for now, then in zip(self.references(), before, strict=True))
 
 
 def _identity(value: object) -> object:

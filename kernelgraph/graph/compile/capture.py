@@ -268,7 +268,8 @@ def _containers(value: object) -> Iterator[tuple[object, None]]:
 
 
 def _guard(frame: Frame, state: State) -> None:
-    """Guard the Python values that a call reads of its layer."""
+    """Guard what a call depends on besides tensors."""
+    frame.guard_no_forward_mode()
     for path, value in state.values:
         frame.guard("module", path, value)
     for path in state.types:

@@ -51,6 +51,8 @@ class OwnBackward(NamedTuple):
     """Whether the kernel keeps operands or results where no saved-tensor hook sees them. It then
     receives copies and returns copies."""
     overwrites: Overwrites = Overwrites()
+    uses_autograd: bool = False
+    """Whether its backward uses autograd itself, which then has to record."""
 
 
 RECOMPUTED = "its backward runs the layer's own forward again, for its gradient"

@@ -126,6 +126,9 @@ class Tape:
         self.leaves: dict[int, Tensor] = {}
         """The operands whose gradients are wanted; of tied weights only the first."""
 
+        self.layer: object = None
+        """The stand-in for the layer, if no other call has it."""
+
         def leaf(i: int, operand: Tensor) -> Tensor:
             made = contiguous_copy(operand) if hidden_saves else operand.detach()
             if wanted[i]:
@@ -219,6 +222,7 @@ class Tape:
         needs: Sequence[bool],
         *,
         copied: bool = False,
+        recording: bool = True,
     ) -> list[Tensor | None]:
         """Run the backward, and return the gradients of the operands that ``needs`` marks.
 
@@ -231,10 +235,11 @@ class Tape:
                 wanted in the forward may be.
             copied: Whether the backward writes into the kernel's private tensors, and therefore
                 receives copies.
+            recording: Whether autograd can record in the backward, where that enables gradients.
         """
         self._record.given, self._record.copied = given, copied
         try:
-            with _torch.recording_gradients(enabled=False):
+            with _torch.recording_gradients(enabled=False, below=not recording):
                 found = self._differentiate(grads, needs)
         finally:
             self._record.given = {}

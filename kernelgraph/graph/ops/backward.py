@@ -151,6 +151,9 @@ class ByReference(Differentiable):
     def fake(self, *operands: Any) -> Any:
         return self._with_originals(super().fake(*operands), like, operands)
 
+    def transformed(self, *operands: Any) -> Any:
+        return self._with_originals(super().transformed(*operands), Tensor.clone, operands)
+
     def _with_originals(
         self, made: Any, copy: Callable[[Tensor], Tensor], operands: Sequence[Any]
     ) -> Any:
@@ -247,7 +250,10 @@ class ByKernel(Differentiable):
         sizes = tuple([v.shape if isinstance(v, Tensor) else v for v in operands])
         snapshot = self._snapshot(operands) if sizes not in self._checked_calls else None
         try:
-            result = tape.run(self._run_kernel)
+            if self._own.hidden_saves:
+                result, tape.layer = tape.run(self._run_kernel.alone)
+            else:
+                result = tape.run(self._run_kernel)
         except Exception as error:
             self._fail(error, operands)
         if sizes not in self._checked_calls:
@@ -263,8 +269,9 @@ class ByKernel(Differentiable):
             raise self._lost_gradient(error, operands) from None
         if snapshot is not None and not self._leaves_no_trace(snapshot, operands):
             return self._call_on_tape(key, operands)
+        own = self._own
         if key not in self._bypassed and not (
-            self._own.hidden_saves or self._own.overwrites.private
+            own.hidden_saves or own.overwrites.private or own.uses_autograd
         ):
             remember(self._bypassed, key, bypass_spec(tape, operands, made, self._sources))
         return (*made, self.tapes.keep(tape))
@@ -303,6 +310,9 @@ class ByKernel(Differentiable):
         for source in self._sources:
             by_kind[source.kind].add(source.number)
         return frozenset(by_kind[SourceKind.OPERAND]), frozenset(by_kind[SourceKind.RESULT])
+
+    def transformed(self, *operands: Operand) -> tuple[Tensor, ...]:
+        return (*_as_tuple(super().transformed(*operands)), handle())
 
     def keep(self, operands: Sequence[Operand], results: Sequence[Tensor]) -> SavedForBackward:
         sizes = [n for i in self._wants for n in operands[i].shape]

@@ -79,14 +79,16 @@ def register(base: str, call: Call, body: Body) -> None:
         body: The functions of the ops.
     """
     packed = packed_operands(call)
-    functions: list[OpFunction] = [body.forward, body.fake]
-    forward, fake = [_unpacking(f, packed) for f in functions] if packed else functions
+    functions: list[OpFunction] = [body.forward, body.fake, body.transformed]
+    forward, fake, transformed = [_unpacking(f, packed) if packed else f for f in functions]
     schema = _schema(call, packed, body.returns)
     if not isinstance(body, Differentiable):
         _define(base, schema, forward, fake)
+        _torch.under_transforms(_library, base, transformed)
         return
     _define_backward(f"{base}_backward", body)
     _define(f"{base}_training", schema, forward, fake, body.tags)
+    _torch.under_transforms(_library, f"{base}_training", transformed)
     formula = _Formula(overload(f"{base}_backward"), body, packed)
     _set_formula(f"{base}_training", formula.differentiate, formula.save)
 
@@ -124,6 +126,7 @@ def _define_backward(name: str, body: Differentiable) -> None:
         body.tags,
     )
     _set_formula(name, _no_second_gradient)
+    _torch.batch_by_loop(_library, overload(name))
 
 
 def _define(

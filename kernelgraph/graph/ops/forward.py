@@ -267,6 +267,15 @@ class Body:
         made += [like(operands[i]) for i in self.returned]
         return made[0] if len(made) == 1 else tuple(made)
 
+    # --- under transforms ---------------------------------------------------------------
+
+    def transformed(self, *operands: Operand) -> OpResult:
+        """Return the results by the layer's reference, whose ops torch can transform."""
+        given = [v.clone() if i in self.returned else v for i, v in enumerate(operands)]
+        results, _ = flatten_tensors(Runner(self._layer.reference, self.call)(given))
+        results += [given[i] for i in self.returned]
+        return results[0] if len(results) == 1 else tuple(results)
+
     # --- errors -------------------------------------------------------------------------
 
     def _where(self, operands: Sequence[Operand]) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kernelgraph.graph.infer import same_bits
 from kernelgraph.graph.verify.tolerance import Closeness
 
 Pairs: TypeAlias = "Iterable[tuple[Tensor, Tensor]]"
@@ -166,9 +167,3 @@ def all_agree(
         if not Deviation.of([(one, other)], allowed.relative).is_within(allowed):
             return False
     return True
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same shape and dtype have the same bits."""
-    flat = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(*flat)

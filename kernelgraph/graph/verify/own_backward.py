@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kernelgraph.graph.gradients import Overwrites, OwnBackward, Source
-from kernelgraph.graph.verify.deviation import all_agree, same_bits
+from kernelgraph.graph.infer import same_bits
+from kernelgraph.graph.verify.deviation import all_agree
 from kernelgraph.graph.verify.tolerance import Closeness
 from kernelgraph.graph.verify.trial_runs import TapedRun, Trial
 from kernelgraph.report import error_text
@@ -109,7 +110,8 @@ class _Examination:
             overwrites = overwrites._replace(private=True)
         self._check_overwritten(frozenset(run.tape.seen), expected)
         sources = tuple(sorted(run.tape.seen))
-        own = OwnBackward(sources, run.flows, self.hidden_saves, overwrites)
+        uses_autograd = not self._runs_below_autograd(expected)
+        own = OwnBackward(sources, run.flows, self.hidden_saves, overwrites, uses_autograd)
         return Examined(own, contiguous=not self._takes_any_layout(expected))
 
     def _taped_run(self, sources: frozenset[Source] | None = None) -> TapedRun:
@@ -150,6 +152,13 @@ class _Examination:
                 raise UnusableBackward(
                     "its backward reads an input or output after its memory may have been reused"
                 )
+
+    def _runs_below_autograd(self, expected: Gradients) -> bool:
+        """Whether the backward can run where autograd records nothing."""
+        with self.trial.samples.apart(0):
+            run = self._taped_run()
+            made = _attempt(functools.partial(run.gradients, recording=False))
+        return made is not None and self._agree(made, expected)
 
     def _takes_any_layout(self, expected: Gradients) -> bool:
         """Whether the incoming gradients may be other than contiguous."""

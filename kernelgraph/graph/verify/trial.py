@@ -14,7 +14,8 @@ The kernel runs on a `Tape`, as in a compiled graph, and its backward is treated
    other uses for that memory by then. A kernel whose gradients change keeps tensors where no
    saved-tensor hook sees them. Such a kernel is tried again with copies of its operands and
    results; if its gradients change even so, its backward may not be used.
-4. In the last run the incoming gradients are not contiguous.
+4. It runs where autograd records nothing, as in calls that bypass autograd (see `bypass`).
+5. In the last run the incoming gradients are not contiguous.
 
 `judge` finds or makes the verdict, which is kept in the process and on disk (`kernelgraph.cache`);
 `_judge_at_these_sizes` is the trial itself, step by step.
@@ -46,7 +47,7 @@ from kernelgraph.keys import kernel_key, layer_key, software_versions, source_of
 from kernelgraph.layers import Extensible
 from kernelgraph.report import error_text
 
-TRIAL_VERSION = "2"
+TRIAL_VERSION = "3"
 """The version of the trial: increase it whenever a trial may come to another verdict."""
 
 _KIND = "verdicts"

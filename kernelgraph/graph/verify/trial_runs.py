@@ -6,6 +6,7 @@ a `TapedRun` both passes of the kernel, on the `Tape` that it would run on in a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +24,14 @@ from kernelgraph.graph.calls import (
     flatten_tensors,
 )
 from kernelgraph.graph.gradients import Source, SourceKind, Tape
-from kernelgraph.graph.infer import Operands, StridedSpec, contiguous_copy, owned, versions
-from kernelgraph.graph.verify.deviation import same_bits
+from kernelgraph.graph.infer import (
+    Operands,
+    StridedSpec,
+    contiguous_copy,
+    owned,
+    same_bits,
+    versions,
+)
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -175,7 +182,9 @@ class TapedRun:
         self.tape = Tape(
             trial.call, self._operands, trial.wanted, sources, hidden_saves=hidden_saves
         )
-        results, _ = flatten_tensors(self.tape.run(trial.kernel_runner.observe))
+        # A kernel that keeps the layer for its backward needs one of its own.
+        observed = functools.partial(trial.kernel_runner.observe, may_keep=hidden_saves)
+        results, _ = flatten_tensors(self.tape.run(observed))
         self.flows = tuple(result.requires_grad for result in results)
         tensors = [v for v in self._operands if isinstance(v, Tensor)]
         self._made = (
@@ -216,6 +225,7 @@ class TapedRun:
         saved: Mapping[Source, Tensor] | None = None,
         *,
         copied: bool = False,
+        recording: bool = True,
     ) -> list[Tensor | None]:
         """Run the backward and return the gradients that are wanted.
 
@@ -223,12 +233,14 @@ class TapedRun:
             grads: The gradients of the results; by default `incoming`.
             saved: The operands and results that the kernel saved; by default `saved`.
             copied: Whether the backward receives copies of what else the kernel saved.
+            recording: Whether autograd can record in it.
         """
         made = self.tape.gradients(
             self.incoming() if grads is None else grads,
             self.saved() if saved is None else saved,
             self._trial.wanted,
             copied=copied,
+            recording=recording,
         )
         return [None if g is None else g.detach().clone() for g in made]
 

@@ -53,6 +53,7 @@ def _own_from_json(value: Any) -> OwnBackward:
         Overwrites(
             tuple(overwrites["grads"]), _sources(overwrites["saved"]), overwrites["private"]
         ),
+        value["uses_autograd"],
     )
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from kernelgraph import (
+    Mode,
+    Tracer,
+    replace_kernel_forward_from_hub,
+    rewrite,
+    use_kernel_mapping,
+)
 from tests.support.right_programs import Program, assert_changes_nothing
+from tests.support.toy_models import on_cpu
 
 INNER = ["eager", "aot_eager", "inductor"]
 
@@ -57,7 +68,7 @@ class Sine(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         inner = given * (x * weight).cos()
-        return inner * weight, (inner * x).sum(0)
+        return inner * weight, (inner * x).sum_to_size(weight.shape)
 
 
 def weighted_by_function(self, x):
@@ -91,13 +102,6 @@ def looped(m, x):
 def ensemble(m, x):
     weights = {"weight": torch.stack([m.weight, m.weight * 2])}
     return vmap(lambda state: functional_call(m, state, (x,)))(weights)
-
-
-def batched_gradients(m, x):
-    y = m(x)
-    return torch.autograd.grad(
-        y, x, torch.eye(6).view(6, 2, 3), is_grads_batched=True, retain_graph=True
-    )
 
 
 def forward_mode(m, x):
@@ -143,6 +147,59 @@ def test_control_flow_differentiates_the_layer(name, kernel, inner, wanted):
     )
 
 
+@contextlib.contextmanager
+def calls_of(forward, kernel, inner, *, grads=True):
+    """A layer, and the same compiled with a kernel."""
+    torch.compiler.reset()
+    layer = type("Made", (Layer,), {"forward": forward})
+    plain = layer().requires_grad_(grads)
+    replace_kernel_forward_from_hub(layer, "Layer")
+    right = type("Right", (nn.Module,), {"forward": kernel})
+    with use_kernel_mapping(on_cpu(Layer=right), inherit_mapping=False):
+        yield plain, torch.compile(plain, backend="hubkernels", options={"inner": inner})
+
+
+def batched_gradients(f, x):
+    return torch.autograd.grad(f(x), x, torch.eye(6).view(6, 2, 3), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_of_a_compiled_call_may_be_batched(kernel, inner):
+    with calls_of(weighted, kernel, inner) as (plain, compiled):
+        x = torch.ones(2, 3, requires_grad=True)
+        for _ in range(2):
+            assert_close(batched_gradients(compiled, x), batched_gradients(plain, x))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("grads", [False, True])
+def test_compiled_call_may_be_transformed(name, kernel, grads):
+    with calls_of(weighted, kernel, "eager", grads=grads) as (plain, compiled):
+        x = torch.ones(2, 3)
+        plain(x), compiled(x)
+        if name != "ensemble":
+            assert_close(TRANSFORMS[name](compiled, x), TRANSFORMS[name](plain, x))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kernel", [weighted_otherwise, weighted_by_function])
+@pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING])
+def test_rewritten_graph_may_be_transformed(name, kernel, mode):
+    if name in ("ensemble", "forward mode"):
+        pytest.skip("a graph has no weights to pass; an op has no forward mode, and says so")
+    layer = type("Made", (Layer,), {"forward": weighted})
+    replace_kernel_forward_from_hub(layer, "Layer")
+    right = type("Right", (nn.Module,), {"forward": kernel})
+    plain, x = nn.Sequential(layer()), torch.ones(2, 3)
+    graph = fx.GraphModule(plain, Tracer().trace(plain))
+    with use_kernel_mapping(on_cpu(Layer=right), inherit_mapping=False):
+        made = rewrite(graph, mode=mode, example_inputs=(x,))
+    assert "hubkernels" in str(made.graph)
+    assert_close(TRANSFORMS[name](made, x), TRANSFORMS[name](plain, x))
+
+
 # --- kernels that keep their layer ---------------------------------------------------------------
 
 
@@ -170,27 +227,30 @@ def weighted_again(self, x):
     return Again.apply(self, x, self.weight)
 
 
-def packs_by(key):
-    packed: dict[Any, Tensor] = {}
-
-    def forward(self, x):
-        if key(self) not in packed:
-            packed[key(self)] = self.weight.detach() * 1
-        return torch.sin(packed[key(self)] * x)
-
-    return forward
+PACKED: dict[Any, Tensor] = {}
+WEAKLY_PACKED: Any = weakref.WeakKeyDictionary()
 
 
-class Two(nn.Module):
-    """Has two layers that share an op."""
+def packed_under(key, packed, weight):
+    if key not in packed:
+        packed[key] = weight.detach() * 1
+    return packed[key]
 
-    made: Any
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = self.made(), self.made()
-        with torch.no_grad():
-            self.two.weight.mul_(2)
+def packs_by_layer(self, x):
+    return torch.sin(packed_under(self, PACKED, self.weight) * x)
+
+
+def packs_by_layer_weakly(self, x):
+    return torch.sin(packed_under(self, WEAKLY_PACKED, self.weight) * x)
+
+
+def packs_by_identity(self, x):
+    return torch.sin(packed_under(id(self), PACKED, self.weight) * x)
+
+
+def packs_by_hash(self, x):
+    return torch.sin(packed_under(hash(self), PACKED, self.weight) * x)
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -200,9 +260,11 @@ def test_kernel_may_read_its_layer_in_its_backward(inner, wanted):
     assert_changes_nothing(made, inner, grad=wanted)
 
 
-@pytest.mark.parametrize("key", [lambda self: self, id, hash])
-@pytest.mark.parametrize("inner", INNER)
-def test_kernel_that_packs_weights_by_layer_gives_way(key, inner):
+@pytest.mark.parametrize(
+    "kernel", [packs_by_layer, packs_by_layer_weakly, packs_by_identity, packs_by_hash]
+)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_kernel_that_packs_weights_by_layer_gives_way(kernel, wanted, caplog):
     layer = type("Made", (Layer,), {"forward": weighted})
     second = layer()
 
@@ -211,8 +273,12 @@ def test_kernel_that_packs_weights_by_layer_gives_way(key, inner):
             second.weight.copy_(m.weight * 2)
         return m(x), second(x)
 
-    made = Program(layer, packs_by(key), run, lambda: [torch.arange(6.0).view(2, 3)])
-    assert_changes_nothing(made, inner)
+    replace_kernel_forward_from_hub(layer, "Layer")
+    made = Program(layer, kernel, run, lambda: [torch.arange(6.0).view(2, 3)])
+    assert_changes_nothing(made, "aot_eager", grad=wanted)
+    assert "keeps the layer" in caplog.text
+    made.keeps = "keeps the layer"  # the next compile knows it
+    assert_changes_nothing(made, "inductor", grad=wanted)
 
 
 # --- a backward that uses autograd ---------------------------------------------------------------
