@@ -8,6 +8,7 @@ its own result, what comes after takes a copy of that.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,9 @@ def copy_saved_operands(graph_module: fx.GraphModule) -> int:
 def _copy_in(graph_module: fx.GraphModule) -> int:
     graph = graph_module.graph
     order = {node: number for number, node in enumerate(graph.nodes)}
+    ops = [node for node in order if _is_training_op(node)]
+    if not ops:
+        return 0
     writes = [(order[node], memory) for node in order for memory in _written(node)]
     if not writes:
         return 0
@@ -47,7 +51,7 @@ def _copy_in(graph_module: fx.GraphModule) -> int:
         return memory is not None and any(at > order[op] and memory == m for at, m in writes)
 
     copied = 0
-    for op in [node for node in order if _is_training_op(node)]:
+    for op in ops:
         saved = saved_by(_name(op).removeprefix(f"{NAMESPACE}::"))
         operands = unpack(list(op.args), saved.packed)
         taken = {operands[i] for i in saved.operands if isinstance(operands[i], fx.Node)}
@@ -99,7 +103,8 @@ def _memory(node: fx.Node) -> object:
     except NoValue:
         return None
     if isinstance(value, Tensor) and value.layout is torch.strided:
-        return _torch.storage_of(value)
+        with contextlib.suppress(NotImplementedError):  # of a tensor under a transform
+            return _torch.storage_of(value)
     return None
 
 
