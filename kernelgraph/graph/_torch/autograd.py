@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,17 @@ class recording_gradients:  # noqa: N801 (a context manager)
             for key in _AUTOGRAD:
                 _exclude(key, False)
         end_recording(self._before)
+
+
+def recording(forward: Callable[..., object]) -> Callable[..., object]:
+    """Return ``forward`` as a function in which autograd can record, where it enables gradients."""
+
+    @functools.wraps(forward)
+    def inside(*args: object, **kwargs: object) -> object:
+        with recording_gradients(enabled=False):
+            return forward(*args, **kwargs)
+
+    return inside
 
 
 def version_of(tensor: torch.Tensor) -> int:

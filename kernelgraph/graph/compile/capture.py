@@ -160,7 +160,9 @@ def kernelgraph_begin(key: str) -> bool:
         trace = Trace.of(frame)
         if not trace.uses_mapping and kernelized_with(module) is None:
             return False
-        return _begin(frame, trace, Site(module, layer, _path(module, frame)))
+        checkpointed = _CHECKPOINT in frame.around
+        site = Site(module, layer, _path(module, frame), checkpointed=checkpointed)
+        return _begin(frame, trace, site)
     except Exception as error:
         raise frame.backend_error(error) from error
 
@@ -210,8 +212,10 @@ def _known_winner(
     return key, known_winner(key, len(kernels), session)
 
 
-_AS_THEY_ARE = ("tag_activation_checkpoint", "invoke_subgraph")
-"""The higher-order ops that run their subgraphs as they are: of activation checkpointing and of
+_CHECKPOINT = "tag_activation_checkpoint"
+"""The higher-order op of activation checkpointing."""
+_AS_THEY_ARE = (_CHECKPOINT, "invoke_subgraph")
+"""The higher-order ops that run their subgraphs as they are; the second is that of
 ``torch.compiler.nested_compile_region``."""
 _FLEX = "flex_attention"
 """The higher-order op whose subgraphs run for single numbers."""

@@ -69,6 +69,10 @@ class Gradient:
     """The kernel's own backward; None: the layer's reference is run again for the gradient."""
     why: str = field(default="", compare=False)
     """The reason for not using the kernel's own backward."""
+    checkpointed: bool = False
+    """Whether the op is for calls inside of activation checkpoints. It is another than that for
+    equal calls outside: AOTAutograd would merge the two, and then has to save the results of the
+    one and must not save those of the other."""
 
     def __str__(self) -> str:
         return "kernel" if self.own else f"reference: {self.why}" if self.why else "reference"

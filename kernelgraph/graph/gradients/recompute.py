@@ -15,10 +15,14 @@ from torch import Tensor
 
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Call, Runner, flatten_tensors
-from kernelgraph.graph.infer import check_unwritten, owned, versions
+from kernelgraph.graph.infer import Snapshot, check_unwritten, owned, versions
 from kernelgraph.layers import Extensible
 
 T = TypeVar("T")
+
+WATCHED_BACKWARDS = 4
+"""The number of backwards of one call signature in which it is compared what the reference has
+written and drawn: batch norm, for one, writes without raising a version."""
 
 
 class Recompute:
@@ -43,6 +47,8 @@ class Recompute:
         self._returned = returned
         self._place = place
         self._run = Runner(layer.reference, call)
+        self._watched = 0
+        """The number of backwards that were watched."""
         self._is_tensor = tuple(kind == "Tensor" for kind in call.types)
 
     # --- what autograd keeps of a call ------------------------------------------------------
@@ -150,12 +156,33 @@ class Recompute:
         inputs = self._call.counterparts(
             leaves, lambda i, v: v.clone() if i in self._returned else v.view_as(v)
         )
+        snapshot = self._snapshot(operands)
         before = versions(operands)
         results, _ = flatten_tensors(self._run(inputs))
         results += [inputs[i] for i in self._returned]
         who = f"the reference of {self._layer.layer_name}{self._place(operands)}"
+        if snapshot is not None:
+            self._check_untouched(snapshot, who)
         check_unwritten(before, operands, self._call.names, who)
         return results
+
+    def _snapshot(self, operands: Sequence[object]) -> Snapshot | None:
+        """Return what the first backwards are compared with; None for the later ones."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._watched >= WATCHED_BACKWARDS or capturing:
+            return None
+        self._watched += 1
+        return Snapshot(operands)
+
+    def _check_untouched(self, snapshot: Snapshot, who: str) -> None:
+        """Undo what a run of the reference has done besides returning results, and raise."""
+        if written := snapshot.written():
+            snapshot.restore(written)
+            names = ", ".join(self._call.names[i] for i in sorted(written))
+            raise RuntimeError(f"{who} wrote into its operand {names}, unlike in its trial run")
+        if snapshot.generators.changed():
+            snapshot.generators.restore()
+            raise RuntimeError(f"{who} drew random numbers, and its gradient cannot be recomputed")
 
 
 class _RecomputedGradient(torch.autograd.Function):

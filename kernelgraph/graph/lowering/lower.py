@@ -63,6 +63,7 @@ def op_for(
         if gradient.own and any(Effects.of(spec)):
             # The kernel's own backward knows nothing of the values that are written.
             gradient = Gradient(wanted, None, "the layer or the kernel writes into an operand")
+        gradient = replace(gradient, checkpointed=site.checkpointed)
     place = (site.module, site.path)
     return lower(kernel, site.layer, call, operands, gradient=gradient, place=place), gradient
 

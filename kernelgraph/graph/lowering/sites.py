@@ -42,6 +42,8 @@ class Site:
     """The mode that a kernel is sought for; None until `GraphDecisions.with_target`."""
     grad: bool = False
     """Whether a gradient can flow through the call."""
+    checkpointed: bool = False
+    """Whether it is inside of an activation checkpoint."""
 
     def decision(
         self,

@@ -105,6 +105,8 @@ class Body:
         self._checked_calls: dict[object, CheckedCall] = {}
         self._watched = 0
         """The number of calls that were watched."""
+        self._records = False
+        """Whether autograd records what the kernel does inside of it."""
         self.gave_way = ""
         """Why the reference runs in the kernel's place; empty where the kernel runs."""
         self.forward = self._write_fast_path()
@@ -145,11 +147,19 @@ class Body:
         given = copies_of(operands, self._copied) if self._copied else operands
         snapshot = self._snapshot(given)
         try:
-            result = (self._run_kernel if snapshot is None else self._run_kernel.observe)(given)
+            if snapshot is None:
+                result = self._run_kernel(given)
+            else:  # other callers of the op may be below autograd, where a kernel may fail
+                with _torch.recording_gradients(enabled=False, below=True):
+                    result = self._run_kernel.observe(given)
         except Exception as error:
             if snapshot is not None and isinstance(error, UnsupportedValue):
                 snapshot.restore(snapshot.written())
                 self._use_reference(str(error), operands)
+                return None
+            if snapshot is not None and self._records_from_now_on(error):
+                snapshot.restore(snapshot.written())
+                snapshot.generators.restore()
                 return None
             self._fail(error, operands)
         checked = self._checked(given)
@@ -159,6 +169,18 @@ class Body:
         if key is not None and not self._copied:
             remember(self._checked_calls, key, checked)
         return made
+
+    def _records_from_now_on(self, error: Exception) -> bool:
+        """Let a kernel that has failed below autograd, which it may use itself, record from now on.
+
+        Returns:
+            Whether it is to be called once more.
+        """
+        if self._records or isinstance(error, torch.OutOfMemoryError):
+            return False
+        self._records = True
+        self._run_kernel.replace_forward(_torch.recording(self._kernel.forward))
+        return True
 
     def _snapshot(self, operands: Sequence[Operand]) -> Snapshot | None:
         """Return what the first calls of an op are compared with; None for the later ones."""

@@ -233,6 +233,7 @@ def _base_name(
         repr([*map(_order, operands)]),
         spec.output.text(),
         repr((gradient.wanted, gradient.own, [*map(_type_text, operands)])) if gradient else "",
+        *(["checkpointed"] if gradient and gradient.checkpointed else []),
     )
 
 

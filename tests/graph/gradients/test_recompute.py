@@ -127,6 +127,48 @@ def test_operands_that_the_reference_returns_have_gradients_too() -> None:
     assert not total.any()
 
 
+class Normalizes(nn.Module):
+    """Writes its buffers, which their versions do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=True)
+
+
+class Drops(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+def test_buffers_that_the_reference_is_known_to_write_stay() -> None:
+    layer, x = Normalizes(), torch.randn(3, 4)
+    recompute, operands = recompute_of(layer, x, returned=(1, 2))
+    recompute.gradients([torch.ones(3, 4), None, None], operands, [True, False, False])
+    assert not layer.mean.any()
+    assert torch.equal(layer.var, torch.ones(4))
+
+
+def test_buffers_that_the_reference_writes_unexpectedly_are_restored_with_an_error() -> None:
+    layer = Normalizes()
+    recompute, operands = recompute_of(layer, torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="wrote into its operand mean, var, unlike in its trial"):
+        recompute.gradients([torch.ones(3, 4)], operands, [True, False, False])
+    assert not layer.mean.any()
+    assert torch.equal(layer.var, torch.ones(4))
+
+
+def test_random_numbers_that_the_reference_draws_are_put_back_with_an_error() -> None:
+    recompute, operands = recompute_of(Drops(), torch.randn(3, 4))
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="drew random numbers"):
+        recompute.gradients([torch.ones(3, 4)], operands, [True])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_reference_that_writes_into_an_operand_unexpectedly_is_an_error() -> None:
     recompute, operands = recompute_of(
         Accumulates(), torch.randn(3, 4), torch.zeros(3, 4), place=lambda operands: " at block.0"
