@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kernelgraph.eager.twins import Twins, attributes_of
 from kernelgraph.graph.calls import UnsupportedValue, flatten_tensors, path_text
-from kernelgraph.graph.infer import extent
+from kernelgraph.graph.infer import extent, versions
 
 
 class Result(NamedTuple):
@@ -40,7 +40,9 @@ class Effects:
     """The effects of one run of a forward on copies of a layer and of the arguments of a call."""
 
     written: frozenset[str]
-    """The paths of the tensors that it wrote into."""
+    """The paths of the tensors that it wrote into, if only with what they held."""
+    changed: frozenset[str]
+    """The paths of those whose memory has changed."""
     draws: bool
     """Whether it drew random numbers."""
     before: dict[str, object]
@@ -98,13 +100,18 @@ class Effects:
         parts = dict(zip(names, copies, strict=True)) | keywords | {"self": made}
         numbers = twins.numbers()
         before = outline(parts, numbers)
+        versions_before = versions([t.twin for t in twins.tensors])
         with _generators_kept({t.original.device for t in twins.tensors}) as drew:
             output = forward(made, *copies, **keywords)
         draws = drew() or any(
             not torch.equal(generator.get_state(), twin.get_state())
             for generator, twin in twins.generators
         )
-        written = frozenset(t.path for t in twins.tensors if not _same_bits(t.original, t.twin))
+        changed = frozenset(t.path for t in twins.tensors if not _same_bits(t.original, t.twin))
+        counted = zip(versions_before, versions([t.twin for t in twins.tensors]), strict=True)
+        written = changed | {
+            t.path for t, (old, new) in zip(twins.tensors, counted, strict=True) if old != new
+        }
         held = {t.path: t.twin for t in twins.tensors}
         after = outline(parts, numbers, held)
         tensors: dict[str, Tensor] = {}
@@ -116,7 +123,7 @@ class Effects:
         except UnsupportedValue:
             plain = False
         results = tuple(_results(tensors, held))
-        return cls(written, draws, before, after, returned, results, plain)
+        return cls(written, changed, draws, before, after, returned, results, plain)
 
     @property
     def changes(self) -> dict[str, object]:

@@ -113,7 +113,7 @@ def _compare(made: Effects, wanted: Effects, arguments: set[str]) -> Fit:
     if wanted.draws or made.draws:
         who = "the layer" if wanted.draws else "the kernel"
         return Fit(f"{who} draws random numbers, and a kernel would draw others")
-    if missing := wanted.written - made.written:
+    if missing := wanted.changed - made.written:
         return Fit(f"the kernel does not write into {_list(missing)}, and the layer does")
     alone = made.written - wanted.written
     if inside := alone - arguments:

@@ -29,6 +29,7 @@ from kernelgraph.graph.lowering import (
     Options,
     Policy,
     Site,
+    check_untransformed,
     decision_of,
     kernelized_with,
 )
@@ -330,6 +331,7 @@ class _Exporter:
         """
         tensors = _torch.tensor_leaves((args, kwargs))
         site, kernel, state = self.decisions.kernel_for(site, tensors)
+        check_untransformed(site)
         if self.native and (namespace := _own_namespace(kernel, site)):
             detail = f"traced into its own ops, {namespace}::*"
             self.decisions.decisions.append(site.decision(Reason.KERNEL, str(kernel), detail))

@@ -60,12 +60,12 @@ class Contest:
 
     def winner(self) -> Winner:
         """Return the winner; by rule where nothing can be measured."""
-        session = self._session
+        session, layer = self._session, self._untuned.site.layer
         if session.seconds_left <= 0:
             why = f"the {session.seconds:g} s for measuring were over"
             return winner_by_rule(self._untuned, why)
         try:
-            with session.measuring():
+            with session.measuring(), self._untuned.call.program_data_kept(layer):
                 return self._measured_winner()
         except Unmeasurable as error:
             why = str(error)

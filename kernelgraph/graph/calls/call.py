@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import keyword
@@ -23,7 +24,7 @@ from kernelgraph.graph.calls.trees import (
     path_name,
     read,
 )
-from kernelgraph.layers import Extensible
+from kernelgraph.layers import Extensible, program_data_kept
 
 
 def constants_in(arguments: Template, layer: Extensible) -> dict[str, object]:
@@ -149,6 +150,15 @@ class Call:
     def argument_paths(self) -> list[Path]:
         """The paths from ``(args, kwargs)`` to each operand that is an argument."""
         return self.arguments.paths()
+
+    def program_data_kept(self, layer: Extensible) -> contextlib.AbstractContextManager[None]:
+        """Run the call aside, and then undo what the layer has counted and noted in Python.
+
+        Args:
+            layer: The layer that is called.
+        """
+        classes = [cls for _, cls in self.state.nodes if isinstance(cls, type)]
+        return program_data_kept(classes, [layer.reference])
 
     def describe(self) -> str:
         """Return text that is the same in every process for equal signatures."""

@@ -10,7 +10,7 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph.autotune import forget, session_of, tune
 from kernelgraph.graph.compile.capture import adopt
 from kernelgraph.graph.compile.trace import Trace
-from kernelgraph.graph.fx import plan, replace_layers
+from kernelgraph.graph.fx import copy_saved_operands, plan, replace_layers
 from kernelgraph.graph.lowering import Compiler, GraphDecisions, Options
 from kernelgraph.graph.timing import ops_that_synchronize
 from kernelgraph.layers import on_extensible, tagged_subclasses
@@ -94,8 +94,7 @@ def hubkernels(
         _tune(graph_module, trace, parsed, compile_call)
     decisions = trace.decisions if trace else GraphDecisions(parsed, current_mapping())
     replace_layers(plan(graph_module, decisions), decisions)
-    if trace is not None:
-        trace.saved.copy_written(graph_module)
+    copy_saved_operands(graph_module)
     publish_graph(decisions.decisions, compile_call)
     if parsed.cuda_graphs and trace is not None:
         parsed = parsed.cutting_around(ops_that_synchronize(trace.inference_calls))

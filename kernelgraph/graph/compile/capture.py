@@ -45,6 +45,7 @@ from kernelgraph.graph.lowering import (
     KeepReference,
     Policy,
     Site,
+    check_untransformed,
     decision_of,
     kernelized_with,
     op_caller,
@@ -227,9 +228,7 @@ def _check_surroundings(frame: Frame, site: Site) -> None:
         KeepReference: If it is differentiated or batched otherwise than by autograd. A loop may
             even come to need a gradient in its second round only.
     """
-    if _torch.transforming():
-        why = "a transform of torch.func, or forward-mode differentiation, is active"
-        raise KeepReference(site, Reason.NOT_AN_OP, why)
+    check_untransformed(site)
     for name in frame.around:
         if name == _FLEX or (name not in _AS_THEY_ARE and torch.is_grad_enabled()):
             why = f"it is inside of {name}" + (", where gradients are wanted" * (name != _FLEX))
@@ -333,9 +332,7 @@ def _record(
         trace.untuned.setdefault(key, untuned)
         trace.keys[len(trace.decisions.decisions)] = key
     trace.record(decision)
-    if site.grad:
-        trace.saved.add(operands)
-    else:
+    if not site.grad:
         inference_call = InferenceCall(site.module, call, operands, lowered.packed)
         trace.inference_calls[lowered.name] = inference_call
 

@@ -11,7 +11,6 @@ from kernelgraph.graph import _torch
 from kernelgraph.graph._torch import Frame
 from kernelgraph.graph.autotune import UntunedCall, Winner
 from kernelgraph.graph.calls import Call, State
-from kernelgraph.graph.compile.later_writes import SavedOperands
 from kernelgraph.graph.gradients import Gradient
 from kernelgraph.graph.lowering import (
     GraphDecisions,
@@ -58,8 +57,6 @@ class Trace:
     """A call for each tuning key that has no winner yet."""
     keys: dict[int, str] = field(default_factory=dict)
     """The tuning keys of all calls without a winner, by the numbers of their decisions."""
-    saved: SavedOperands = field(default_factory=SavedOperands)
-    """The operands that ops for training save."""
     inference_calls: dict[str, InferenceCall] = field(default_factory=dict)
     """A call of each op for inference, by the op's name."""
 

@@ -2,7 +2,8 @@
 
 `tracer` makes graphs with extensible layers as leaves. `rewriter` has the pass, for these and for
 the graphs of other tracers; `planner` decides about each call, `node_metadata` describes the new
-nodes, and `pickling` makes the ops of a pickled graph again.
+nodes, and `pickling` makes the ops of a pickled graph again. `saved_operands` copies what an op
+saves and a later node writes into.
 
 Invariants:
 
@@ -16,10 +17,12 @@ Invariants:
 
 from kernelgraph.graph.fx.planner import plan
 from kernelgraph.graph.fx.rewriter import replace_layers, rewrite
+from kernelgraph.graph.fx.saved_operands import copy_saved_operands
 from kernelgraph.graph.fx.tracer import Tracer
 
 __all__ = [
     "Tracer",
+    "copy_saved_operands",
     "plan",
     "replace_layers",
     "rewrite",

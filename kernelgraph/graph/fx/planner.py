@@ -172,6 +172,12 @@ def _decide(
         return KeepReference(planned.site, Reason.NOT_AN_OP, str(error))
 
 
+def _check_hooks(module: nn.Module) -> None:
+    """Refuse a layer with hooks, which run in a call of the module and in no call of an op."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        raise UnsupportedValue("it has hooks, which an op would not run")
+
+
 def _replacement(planned: PlannedCall, value_of: ValueOf, choices: GraphDecisions) -> Replacement:
     """Return the op for a call, or raise why there is none.
 
@@ -186,6 +192,7 @@ def _replacement(planned: PlannedCall, value_of: ValueOf, choices: GraphDecision
     tensors = _torch.tensor_leaves((args, kwargs))
     planned.site, kernel, state = choices.kernel_for(planned.site, tensors)
     _check_state(node, state)
+    _check_hooks(planned.site.module)
     # The tensors themselves: making fakes of them would take most of the pass's time.
     values = [read(planned.site.module, path) for path in state.tensors]
     # 3. The call's signature, and the op for it.

@@ -9,7 +9,8 @@ of Dynamo the ops are there already (`kernelgraph.graph.compile.capture`). The p
    that the op reads, gives the node's uses to the op's results, and erases the node;
 3. completes the metadata of the new nodes;
 4. stores in the graph module how to make the ops again, for pickles;
-5. reports each decision.
+5. copies what an op saves for its backward and a later node writes into;
+6. reports each decision.
 
 This keeps the graph's meaning because an op returns what the layer's reference returns: tensors of
 the same ranks, dtypes and devices, in the same structure. A layer whose op does not keeps its node.
@@ -28,6 +29,7 @@ from kernelgraph.graph.calls import Call, Path, flatten, path_text, read
 from kernelgraph.graph.fx.node_metadata import copy_value, place_in_model, set_values
 from kernelgraph.graph.fx.pickling import save_op
 from kernelgraph.graph.fx.planner import PlannedCall, Replacement, plan, plan_from_inputs
+from kernelgraph.graph.fx.saved_operands import copy_saved_operands
 from kernelgraph.graph.infer import VALUES, TensorSpec, plain
 from kernelgraph.graph.lowering import GraphDecisions, KeepReference, Options, Site, decision_of
 from kernelgraph.graph.ops import Lowered, overload, pack
@@ -121,7 +123,9 @@ def rewrite(
         set_values(planned.graph_module, op, replacement.lowered)
         # 4. Store how to make the op again.
         _save(planned, replacement)
-    # 5. Report.
+    # 5. Copy what ops save and later nodes write into.
+    copy_saved_operands(graph_module)
+    # 6. Report.
     publish(Report("rewrite", tuple(choices.decisions)))
     return graph_module
 

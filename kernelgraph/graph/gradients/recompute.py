@@ -98,7 +98,8 @@ class Recompute:
             operands: The operands of the call, as they were before it.
             needs: For each operand, whether its gradient is wanted.
         """
-        with torch.enable_grad(), _torch.recording_gradients():
+        kept = self._call.program_data_kept(self._layer)
+        with kept, torch.enable_grad(), _torch.recording_gradients():
             leaves = self._call.counterparts(
                 operands, lambda i, v: v.detach().requires_grad_(needs[i])
             )
@@ -117,7 +118,7 @@ class Recompute:
 
         None stands for a gradient that does not exist.
         """
-        with torch.enable_grad():
+        with self._call.program_data_kept(self._layer), torch.enable_grad():
             # With respect to views: where one operand is made of another, the gradient of the
             # operand itself would include the other's.
             views = self._call.counterparts(operands, lambda i, v: v.view_as(v))

@@ -1,7 +1,7 @@
 """Facts about a call that are found before it runs, or by running it aside.
 
-`shapes` infers the output of a call: from a ``fake=``, from runs on fake tensors, or from `probe`,
-which runs a forward on `sample_inputs`. `output_specs` has the results, and `effects` what a run
+`shapes` infers the output of a call: from a ``fake=``, from runs on fakes, or from `probe`, which
+runs a forward on `sample_inputs`. `output_specs` has the results, and `run_effects` what a run
 writes and draws. `operands` makes inputs to try and time kernels with. `aliasing` compares and
 copies memory. `node_values` finds the fake values of FX nodes.
 
@@ -29,7 +29,6 @@ from kernelgraph.graph.infer.aliasing import (
     same_bits,
     versions,
 )
-from kernelgraph.graph.infer.effects import Snapshot, watching
 from kernelgraph.graph.infer.node_values import VALUES, NoValue, plain, propagate, value_of
 from kernelgraph.graph.infer.operands import Operands, indices
 from kernelgraph.graph.infer.output_specs import (
@@ -40,6 +39,7 @@ from kernelgraph.graph.infer.output_specs import (
     observe,
 )
 from kernelgraph.graph.infer.probe import Probe
+from kernelgraph.graph.infer.run_effects import Snapshot, watching
 from kernelgraph.graph.infer.sample_inputs import StridedSpec
 from kernelgraph.graph.infer.shapes import (
     Effects,

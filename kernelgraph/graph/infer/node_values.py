@@ -76,6 +76,7 @@ def propagate(
     inputs = graph_module.graph.process_inputs(*example_inputs)
     _check_count(graph_module, len(inputs))
     mode = _torch.fake_mode_for(inputs)
+    inputs = [_normal(v) if isinstance(v, Tensor) else v for v in inputs]
     fakes = [_torch.to_fake(mode, v) if isinstance(v, Tensor) else v for v in inputs]
     with (
         torch.inference_mode(False),
@@ -85,6 +86,15 @@ def propagate(
     ):
         copy = _torch.fake_copy(graph_module, mode)
         _Run(graph_module, copy, forward_of, values).run(*fakes, enable_io_processing=False)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be written into; an inference tensor may not, and gets a copy."""
+    if not tensor.is_inference():
+        return tensor
+    size, stride, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    with torch.inference_mode(False):
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def _check_count(graph_module: fx.GraphModule, given: int) -> None:

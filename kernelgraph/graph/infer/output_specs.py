@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import Runner, Template, UnsupportedValue, flatten_tensors
 from kernelgraph.graph.infer.aliasing import Order, dense_strides, order_of, overlap
-from kernelgraph.graph.infer.effects import watching
+from kernelgraph.graph.infer.run_effects import watching
 
 
 class UnknownShape(UnsupportedValue):

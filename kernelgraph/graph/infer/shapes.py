@@ -19,6 +19,7 @@ from kernelgraph.graph.calls import Call, Runner, UnsupportedValue, flatten_tens
 from kernelgraph.graph.infer import sample_inputs
 from kernelgraph.graph.infer.output_specs import OutputSpec, TensorSpec, UnknownShape, observe
 from kernelgraph.graph.infer.probe import Probe
+from kernelgraph.graph.infer.run_effects import globals_kept
 from kernelgraph.kernel import Kernel
 from kernelgraph.layers import Extensible
 
@@ -138,13 +139,14 @@ def infer_output(
         ("the reference on sample inputs", _probe("the reference", layer.reference, call)),
     ]
     if layer.fake is not None:
-        return _of_fake(layer, call, operands, attempts[0][1])
+        return _of_fake(layer, call, operands, _aside(attempts[0][1], layer, call))
     attempts += [
-        ("the kernel", _on_fakes("kernel", kernel.forward, call)),
+        ("the kernel", _kernel_on_fakes(kernel, call)),
         ("the kernel on sample inputs", _probe("the kernel", kernel.forward, call)),
     ]
     errors = []
-    for what, source in attempts:
+    for what, runs in attempts:
+        source = _aside(runs, layer, call)
         try:
             if not what.endswith("inputs") and static_key(operands) is None:
                 # First at fixed sizes: a run that fails on symbolic ones leaves useless guards.
@@ -233,6 +235,26 @@ def _on_fakes(source: str, forward: Callable[..., object], call: Call) -> InferO
     return functools.partial(run_on_fakes, Runner(forward, call), source=source)
 
 
+def _aside(runs: InferOutput, layer: Extensible, call: Call) -> InferOutput:
+    """Return a function that infers as ``runs`` does, without the layer counting its runs."""
+
+    def infer(operands: Sequence[object]) -> OutputSpec:
+        with call.program_data_kept(layer):
+            return runs(operands)
+
+    return infer
+
+
+def _kernel_on_fakes(kernel: Kernel, call: Call) -> InferOutput:
+    """Return a function that runs a kernel on fakes and has it forget them."""
+
+    def infer(operands: Sequence[object]) -> OutputSpec:
+        with globals_kept(kernel.forward):
+            return run_on_fakes(Runner(kernel.forward, call), operands, "kernel")
+
+    return infer
+
+
 def _check_annotated(kernel: Kernel, layer: Extensible, call: Call) -> None:
     """Check that the layer has the attributes that the hub layer's bare annotations declare."""
     declared = {n for base in kernel.layer.__mro__ for n in _annotations(base)}
@@ -305,10 +327,11 @@ def does_the_same(
     write into the same operands and return the same ones, and draw no random numbers.
     """
     try:
-        made, expected = (
-            run_on_fakes(Runner(forward, call), operands, "fake")
-            for forward in (kernel.forward, layer.reference)
-        )
+        with globals_kept(kernel.forward), call.program_data_kept(layer):
+            made, expected = (
+                run_on_fakes(Runner(forward, call), operands, "fake")
+                for forward in (kernel.forward, layer.reference)
+            )
     except Exception:
         return False
     sizes = [[[*map(_torch.expression, r.shape)] for r in s.results] for s in (made, expected)]
@@ -341,6 +364,7 @@ def differentiable(
     given = [v for v in operands if isinstance(v, Tensor)]
     try:
         with (
+            call.program_data_kept(layer),
             torch.inference_mode(False),
             torch.enable_grad(),
             _torch.fakes_apart(given),

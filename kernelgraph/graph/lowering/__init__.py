@@ -24,6 +24,7 @@ from kernelgraph.graph.lowering.sites import (
     GraphDecisions,
     KeepReference,
     Site,
+    check_untransformed,
     kernelized_with,
 )
 from kernelgraph.graph.lowering.traced_code import op_caller, state_reader
@@ -36,6 +37,7 @@ __all__ = [
     "Options",
     "Policy",
     "Site",
+    "check_untransformed",
     "decision_of",
     "kernelized_with",
     "op_caller",

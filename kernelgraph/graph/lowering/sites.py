@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from kernelgraph.graph import _torch
 from kernelgraph.graph.calls import State, UnsupportedState, read
 from kernelgraph.graph.lowering.options import Options, Policy
 from kernelgraph.kernel import BoundForward, Kernel, decide, decide_all
@@ -64,6 +65,18 @@ class KeepReference(Exception):
 
     def __init__(self, site: Site, reason: Reason, detail: str = "") -> None:
         self.decision = site.decision(reason, "", detail)
+
+
+def check_untransformed(site: Site) -> None:
+    """Check that a call is differentiated and batched by autograd alone.
+
+    Raises:
+        KeepReference: If a transform of ``torch.func`` or forward mode is active: an op has no
+            rule for either.
+    """
+    if _torch.transforming():
+        why = "a transform of torch.func, or forward-mode differentiation, is active"
+        raise KeepReference(site, Reason.NOT_AN_OP, why)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from kernelgraph.graph.ops.definition import (
     unpack,
 )
 from kernelgraph.graph.ops.forward import Body
-from kernelgraph.graph.ops.registry import Lowered, check_possible, lower, readable_name
+from kernelgraph.graph.ops.registry import Lowered, check_possible, lower, readable_name, saved_by
 
 __all__ = [
     "NAMESPACE",
@@ -46,5 +46,6 @@ __all__ = [
     "readable_name",
     "register",
     "results_of",
+    "saved_by",
     "unpack",
 ]

@@ -82,6 +82,11 @@ class Differentiable(Body):
         self._flows = flows
         super().__init__(kernel, layer, call, shapes, spec, effects)
 
+    @property
+    def saved(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The numbers of the operands and of the results that autograd saves of a call."""
+        raise NotImplementedError
+
     def keep(self, operands: Sequence[Operand], results: Sequence[Tensor]) -> SavedForBackward:
         """Return the values of a call that autograd is to save."""
         raise NotImplementedError
@@ -96,7 +101,7 @@ class Differentiable(Body):
             if needed and not wanted:
                 raise RuntimeError(
                     f"kernel {self._kernel} was compiled to give no gradient of its operand "
-                    f"{self._call.names[i]} of layer {self._layer.layer_name}, and one is needed "
+                    f"{self.call.names[i]} of layer {self._layer.layer_name}, and one is needed "
                     "now: compile the model again"
                 )
 
@@ -130,7 +135,7 @@ class ByReference(Differentiable):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        call = self._call
+        call = self.call
         self._recompute = Recompute(self._layer, call, self.returned, self.places.describe)
         named = [f"{kind} {name}" for kind, name in zip(call.types, call.names, strict=True)]
         _, self.numbers = self._recompute.split(named)
@@ -155,6 +160,10 @@ class ByReference(Differentiable):
         if not self.returned:
             return made
         return (*_as_tuple(made), *(copy(operands[i]) for i in self.returned))
+
+    @property
+    def saved(self) -> tuple[frozenset[int], frozenset[int]]:
+        return frozenset(self.call.tensors) - set(self.returned), frozenset()
 
     def keep(self, operands: Sequence[Any], results: Sequence[Tensor]) -> SavedForBackward:
         if self.returned:
@@ -232,7 +241,7 @@ class ByKernel(Differentiable):
             # Nobody can ask for a gradient of this call.
             return (*_as_tuple(self._check_call(None, operands)), handle())
         tape = Tape(
-            self._call,
+            self.call,
             operands,
             self.wanted,
             frozenset(self._sources),
@@ -253,7 +262,7 @@ class ByKernel(Differentiable):
         if self._own.hidden_saves:
             made = [contiguous_copy(tensor) for tensor in tensors]
         else:
-            made = owned(tensors, [operands[i] for i in self._call.tensors], self._orders)
+            made = owned(tensors, [operands[i] for i in self.call.tensors], self._orders)
         try:
             tape.close(tensors, made, self._flows)
         except NoGradient as error:
@@ -272,7 +281,7 @@ class ByKernel(Differentiable):
         if not written:
             return super()._leaves_no_trace(snapshot, operands)
         snapshot.restore(written)  # but what the kernel has kept for its backward is not
-        names = ", ".join(self._call.names[i] for i in sorted(written))
+        names = ", ".join(self.call.names[i] for i in sorted(written))
         self._use_reference(f"it writes into {names} where gradients are wanted", operands)
         return False
 
@@ -294,6 +303,13 @@ class ByKernel(Differentiable):
 
     def fake(self, *operands: Operand) -> tuple[Tensor, ...]:
         return (*_as_tuple(super().fake(*operands)), handle())
+
+    @property
+    def saved(self) -> tuple[frozenset[int], frozenset[int]]:
+        by_kind: dict[SourceKind, set[int]] = {kind: set() for kind in SourceKind}
+        for source in self._sources:
+            by_kind[source.kind].add(source.number)
+        return frozenset(by_kind[SourceKind.OPERAND]), frozenset(by_kind[SourceKind.RESULT])
 
     def transformed(self, *operands: Operand) -> tuple[Tensor, ...]:
         return (*_as_tuple(super().transformed(*operands)), handle())

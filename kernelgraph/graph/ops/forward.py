@@ -94,7 +94,7 @@ class Body:
         """The number of results that a gradient may come for."""
         self._kernel = kernel
         self._layer = layer
-        self._call = call
+        self.call = call
         self._shapes = ShapeFunction(shapes)
         self._run_kernel = Runner(kernel.forward, call)
         self._output = spec.output
@@ -123,7 +123,7 @@ class Body:
             self._run_kernel,
             self._output,
             [expected.dtype for expected in self._expected],
-            self._call.tensors,
+            self.call.tensors,
             differentiable=self.differentiable,
             table=self._checked_calls,
             check=self._check_call,
@@ -218,7 +218,7 @@ class Body:
         for size, order, expected in zip(sizes, self._orders, self._expected, strict=True):
             strides.append(() if size is None else dense_strides(size, order))
             lengths.append(0 if size is None else size.numel() * expected.dtype.itemsize)
-        spans = [reach(operands[i]) for i in self._call.tensors]
+        spans = [reach(operands[i]) for i in self.call.tensors]
         return CheckedCall(sizes, tuple(strides), tuple(spans), tuple(lengths))
 
     def _conform(
@@ -229,7 +229,7 @@ class Body:
         tensors = self._tensors(result, checked, operands)
         tensors += [operands[i] for i in self.returned]
         # The kernel may return the copies that it received.
-        shared = [operands[i] for i in self._call.tensors if i not in self._copied]
+        shared = [operands[i] for i in self.call.tensors if i not in self._copied]
         made = owned(tensors, shared, [*self._orders, *[()] * len(self.returned)])
         return made[0] if self.count == 1 else tuple(made)
 
@@ -294,7 +294,7 @@ class Body:
     def transformed(self, *operands: Operand) -> OpResult:
         """Return the results by the layer's reference, whose ops torch can transform."""
         given = [v.clone() if i in self.returned else v for i, v in enumerate(operands)]
-        results, _ = flatten_tensors(Runner(self._layer.reference, self._call)(given))
+        results, _ = flatten_tensors(Runner(self._layer.reference, self.call)(given))
         results += [given[i] for i in self.returned]
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -308,7 +308,7 @@ class Body:
         if isinstance(error, torch.OutOfMemoryError):  # some catch it and try a smaller batch
             raise error
         if isinstance(error, AttributeError):
-            explain_attribute(error, "the kernel", self._kernel, self._layer, self._call)
+            explain_attribute(error, "the kernel", self._kernel, self._layer, self.call)
         raise RuntimeError(
             f"kernel {self._kernel}, called for {self._where(operands)}, raised "
             f"{type(error).__name__}: {error}"

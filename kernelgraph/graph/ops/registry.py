@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from kernelgraph.graph.infer import (
     order_of,
     static_key,
 )
-from kernelgraph.graph.ops.backward import ByKernel, ByReference
+from kernelgraph.graph.ops.backward import ByKernel, ByReference, Differentiable
 from kernelgraph.graph.ops.definition import NAMESPACE, packed_operands, register
 from kernelgraph.graph.ops.fast_path import Operand
 from kernelgraph.graph.ops.forward import Body
@@ -76,6 +77,25 @@ class Lowered:
     def qualname(self) -> str:
         """The op's name with its namespace."""
         return f"{NAMESPACE}::{self.name}"
+
+
+class SavedByOp(NamedTuple):
+    """What an op for training saves for its backward."""
+
+    operands: frozenset[int]
+    """The numbers of its operands that it saves as they are given to it."""
+    results: frozenset[int]
+    """The numbers of its results that it saves."""
+    packed: tuple[int, ...]
+    """The operands that the op takes as one list."""
+
+
+def saved_by(name: str) -> SavedByOp:
+    """Return what the op for training called ``name`` saves; nothing for an unknown op."""
+    body = _bodies.get(name)
+    if not isinstance(body, Differentiable):
+        return SavedByOp(frozenset(), frozenset(), ())
+    return SavedByOp(*body.saved, packed_operands(body.call))
 
 
 # --- from a call to its op ----------------------------------------------------------------------

@@ -67,7 +67,8 @@ def output_error(
     key = (kernel.layer, kernel.origin, layer, call.describe(), inputs.form)
     if (error := _errors.get(key)) is None:
         who = f"kernel {kernel} for layer {layer.layer_name} at {path or '(model)'}"
-        error = _compare(who, layer, kernel, call, inputs)
+        with call.program_data_kept(layer):
+            error = _compare(who, layer, kernel, call, inputs)
         remember(_errors, key, error)
     return error
 

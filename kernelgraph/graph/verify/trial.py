@@ -88,7 +88,7 @@ def judge(
     verdict = Verdict.from_json(cache.read(_KIND, f"{key} {source}")) if source else None
     if verdict is None:
         try:
-            with samples.apart():
+            with call.program_data_kept(layer), samples.apart():
                 trial = Trial(layer, kernel, call, samples, tuple(wanted))
                 verdict, raised = _judge(trial, compare)
             # What raised may have missed something that is installed the next time.

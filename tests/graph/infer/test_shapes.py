@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def without_gradients() -> Iterator[None]:
 def told_by(*works: str, fake: bool = False, raises: str = "") -> list[str]:
     """What runs, in its order, to tell a shape, where only ``works`` run on fakes, and ``raises``
     raises on real tensors too."""
-    ran: list[str] = []
+    ran: deque[str] = deque()  # lists that a layer appends to are set back
 
     def forward(name: str) -> Any:
         def body(self, x):
@@ -364,3 +365,63 @@ def test_layer_may_use_data_dependent_sizes_inside():
     f = compiled(layer(scatter), lambda self, x: scatter(self, x) + 10, "inductor")
     x = torch.randn(6, 4)
     assert torch.equal(f(x), scatter(None, x) + 10)
+
+
+# --- what is left behind --------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    calls = 0
+    sizes: list[int] = []  # noqa: RUF012 (of the class)
+
+    def forward(self, x):
+        type(self).calls += 1
+        self.sizes.append(len(x))
+        return x * 2
+
+
+def test_counters_of_a_class_count_the_calls_of_the_program_alone():
+    replace_kernel_forward_from_hub(Counting, "Counting")
+    toy = kernel(lambda self, x: torch.from_numpy(x.numpy() * 2))
+    f = torch.compile(Counting(), backend="hubkernels", options={"inner": "eager", "verify": True})
+    with use_kernel_mapping(on_cpu(Counting=toy), inherit_mapping=False):
+        assert torch.equal(f(torch.ones(3)), 2 * torch.ones(3))
+    assert (Counting.calls, Counting.sizes) == (0, [])
+
+
+SOURCE = """
+import functools, torch
+
+table = None
+tables = {}
+
+class Workspace:
+    buffer = None
+
+@functools.lru_cache
+def cached(n):
+    return torch.arange(n) * 2
+
+def forward(self, x):
+    global table
+    n = x.shape[0]
+    if table is None:
+        table = torch.ones(n)
+    if Workspace.buffer is None:
+        Workspace.buffer = torch.empty(n)
+    if n not in tables:
+        tables[n] = torch.arange(n)
+    torch.mul(x, table, out=Workspace.buffer)
+    return Workspace.buffer + tables[n] + cached(n)
+"""
+
+
+def test_kernel_that_ran_on_fakes_keeps_none_of_them():
+    names: dict[str, Any] = {"__name__": "kernel_of_test"}
+    exec(SOURCE, names)
+    # The reference tells no shape.
+    f = compiled(layer(refuses), names["forward"])
+    assert f(torch.ones(4)).tolist() == [1, 4, 7, 10]
+    for value in (names["table"], names["Workspace"].buffer, *names["tables"].values()):
+        assert type(value) is torch.Tensor
+    assert type(names["cached"](4)) is torch.Tensor

@@ -8,15 +8,17 @@ schema says what it writes. On real tensors the memory is compared.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernelgraph.graph import _torch
-from kernelgraph.graph.infer.aliasing import memory_of, same_bits
+from kernelgraph.graph.infer.aliasing import memory_of, same_bits, versions
 
 
 class Watch:
@@ -56,6 +58,70 @@ def watching(operands: Sequence[object]) -> Iterator[Watch]:
     yield watch
     watch.written = snapshot.written()
     watch.drew = snapshot.generators.changed()
+
+
+# --- what a run on fakes leaves behind ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def globals_kept(forward: Callable[..., object]) -> Iterator[None]:
+    """Run a kernel on fakes, and give its module the contents that it had before.
+
+    Tables and workspaces that the kernel keeps would hold fakes otherwise, in its globals, in
+    containers, on its classes and in caches of functions.
+
+    Args:
+        forward: The kernel's forward.
+    """
+    function = inspect.unwrap(getattr(forward, "func", forward))
+    names = getattr(function, "__globals__", {})
+    cells = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+    values = [*names.values(), *cells]
+    home = names.get("__name__")
+    classes = [v for v in values if isinstance(v, type) and v.__module__ == home]
+    before = dict(names)
+    members = [(cls, dict(vars(cls))) for cls in classes]
+    inside = [*values, *(v for _, found in members for v in found.values())]
+    containers = [(v, v.copy()) for v in inside if type(v) in (list, dict, set)]
+    try:
+        yield
+    finally:
+        _refill(names, before)
+        for container, contents in containers:
+            _refill(container, contents)
+        for cls, contents in members:
+            _restore_members(cls, contents)
+        for value in inside:
+            if callable(clear := getattr(value, "cache_clear", None)):
+                clear()
+
+
+def _content(cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _refill(container: Any, contents: Any) -> None:
+    """Give a container its contents back, if they are others now."""
+    if isinstance(container, set):
+        container.intersection_update(contents)
+        container.update(contents)
+    elif isinstance(container, dict):
+        for key in container.keys() - contents.keys():
+            del container[key]
+        container.update({k: v for k, v in contents.items() if container.get(k) is not v})
+    elif len(container) != len(contents) or not all(map(operator.is_, container, contents)):
+        container[:] = contents
+
+
+def _restore_members(cls: type, contents: dict[str, Any]) -> None:
+    for name in vars(cls).keys() - contents.keys():
+        delattr(cls, name)
+    for name, value in contents.items():
+        if vars(cls)[name] is not value:
+            setattr(cls, name, value)
 
 
 # --- on fakes -----------------------------------------------------------------------------------
@@ -106,6 +172,7 @@ class Snapshot:
 
     def __init__(self, operands: Sequence[object]) -> None:
         self._operands = operands
+        self._versions = versions(operands)
         self._memory = {
             i: memory_of(v).clone()
             for i, v in enumerate(operands)
@@ -118,14 +185,19 @@ class Snapshot:
         self.generators = Generators({v.device for v in operands if isinstance(v, Tensor)})
 
     def written(self) -> set[int]:
-        """Return the numbers of the operands whose memory has changed."""
-        return {i for i, before in self._memory.items() if not same_bits(self._now(i), before)}
+        """Return the numbers of the operands that were written into, if only with what they held,
+        as autograd counts it."""
+        pairs = zip(self._versions, versions(self._operands), strict=True)
+        counted = {i for i, (old, new) in enumerate(pairs) if old != new}
+        return counted | {
+            i for i, before in self._memory.items() if not same_bits(self._now(i), before)
+        }
 
     def restore(self, numbers: Iterable[int]) -> None:
         """Give these operands the memory that they had."""
         # Inference tensors can be written in this mode alone.
         with torch.inference_mode():
-            for i in numbers:
+            for i in self._memory.keys() & set(numbers):
                 self._now(i).copy_(self._memory[i])
 
     def _now(self, number: int) -> Tensor:
