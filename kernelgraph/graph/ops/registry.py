@@ -80,7 +80,7 @@ class Lowered:
 
 
 class SavedByOp(NamedTuple):
-    """What an op for training saves for its backward."""
+    """The tensors that an op for training saves for its backward."""
 
     operands: frozenset[int]
     """The numbers of its operands that it saves as they are given to it."""
