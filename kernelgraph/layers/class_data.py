@@ -15,8 +15,10 @@ from typing import Any
 @contextlib.contextmanager
 def program_data_kept(
     classes: Iterable[type], forwards: Iterable[Callable[..., object]] = ()
-) -> Iterator[None]:
+) -> Iterator[Callable[[], bool]]:
     """Run code, and then give counters and containers the contents that they had before.
+
+    The context is a function that tells whether they have others now.
 
     Args:
         classes: Classes, whose attributes and those of their bases are kept.
@@ -45,11 +47,21 @@ def program_data_kept(
         for cell in forward.__closure__ or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 keep(cell, "cell_contents", cell.cell_contents)
+
+    def counted(owner: Any, name: str, value: object) -> bool:
+        now = getattr(owner, name, value)
+        return now is not value and type(now) in (int, float)
+
+    def changed() -> bool:
+        return any(counted(*counter) for counter in counters) or any(
+            _contents(container) != copied for container, copied in containers
+        )
+
     try:
-        yield
+        yield changed
     finally:
         for owner, name, value in counters:
-            if (now := getattr(owner, name, value)) is not value and type(now) in (int, float):
+            if counted(owner, name, value):
                 setattr(owner, name, value)
         for container, copied in containers:
             _refill(container, copied)

@@ -151,8 +151,12 @@ class Call:
         """The paths from ``(args, kwargs)`` to each operand that is an argument."""
         return self.arguments.paths()
 
-    def program_data_kept(self, layer: Extensible) -> contextlib.AbstractContextManager[None]:
+    def program_data_kept(
+        self, layer: Extensible
+    ) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """Run the call aside, and then undo what the layer has counted and noted in Python.
+
+        The context is a function that tells whether it has.
 
         Args:
             layer: The layer that is called.

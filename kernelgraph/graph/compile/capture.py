@@ -298,6 +298,8 @@ def kernelgraph_finish() -> tuple[object, ...] | None:
         with frame.fake_mode():
             call, operands = Call.of(state, values, site.layer, args, kwargs)
             lowered, gradient = trace.op_for(site, kernel, call, operands, trace.decisions.options)
+        if lowered.written and site.grad and frame.around:
+            raise UnsupportedValue("the layer writes, and a checkpoint around it repeats the call")
     except KeepReference as kept:
         trace.keep_reference(frame, kept.decision)
         return None

@@ -39,7 +39,7 @@ def copy_saved_operands(graph_module: fx.GraphModule) -> int:
 def _copy_in(graph_module: fx.GraphModule) -> int:
     graph = graph_module.graph
     order = {node: number for number, node in enumerate(graph.nodes)}
-    ops = [node for node in order if _is_training_op(node)]
+    ops = [node for node in order if _is_training_op(node) or _has_training_ops(node)]
     if not ops:
         return 0
     writes = [(order[node], memory) for node in order for memory in _written(node)]
@@ -55,6 +55,8 @@ def _copy_in(graph_module: fx.GraphModule) -> int:
         saved = saved_by(_name(op).removeprefix(f"{NAMESPACE}::"))
         operands = unpack(list(op.args), saved.packed)
         taken = {operands[i] for i in saved.operands if isinstance(operands[i], fx.Node)}
+        if not _is_training_op(op):  # a checkpoint may save all that it is given
+            taken = set(op.all_input_nodes)
         for node in sorted(taken, key=order.__getitem__):
             if is_written_after(node, op):
                 with graph.inserting_before(op):
@@ -87,6 +89,21 @@ def _name(node: fx.Node) -> str:
 
 def _is_training_op(node: fx.Node) -> bool:
     return _name(node).startswith(f"{NAMESPACE}::") and _name(node).endswith("_training")
+
+
+def _has_training_ops(node: fx.Node) -> bool:
+    """Whether a node runs a subgraph, that of a checkpoint for example, with ops for training."""
+    if not _torch.is_higher_order(node.target):
+        return False
+    owner = node.graph.owning_module
+    inner = [n for n in node.all_input_nodes if n.op == "get_attr" and owner is not None]
+    graphs = [getattr(owner, str(n.target), None) for n in inner]
+    return any(
+        _is_training_op(n) or _has_training_ops(n)
+        for graph in graphs
+        if isinstance(graph, fx.GraphModule)
+        for n in graph.graph.nodes
+    )
 
 
 def _results(op: fx.Node, numbers: frozenset[int]) -> list[fx.Node]:

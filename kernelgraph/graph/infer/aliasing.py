@@ -73,9 +73,9 @@ def owned(
     made = []
     for number, tensor in enumerate(tensors):
         start, end = extent(tensor)
-        strides = dense_strides(tensor.shape, orders[number] if orders else ())
+        order = orders[number] if orders else ()
         fits = (
-            tensor.stride() == strides
+            tensor.stride() == dense_strides(tensor.shape, order)
             and start < end
             and start % ALIGNMENT == 0
             and not tensor.storage_offset()
@@ -84,7 +84,7 @@ def owned(
             and not any(start < e and s < end for s, e in taken)
         )
         if not fits:
-            tensor = _copy(tensor, strides)
+            tensor = dense_copy(tensor, order)
         elif tensor.requires_grad or tensor._is_view():
             tensor = tensor.detach()
         taken.append(extent(tensor))
@@ -97,8 +97,10 @@ def contiguous_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _copy(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+def dense_copy(tensor: Tensor, order: Order) -> Tensor:
+    """Return a copy whose dimensions are in this order."""
+    size, strides = tensor.shape, dense_strides(tensor.shape, order)
+    made = torch.empty_strided(size, strides, dtype=tensor.dtype, device=tensor.device)
     return made.copy_(tensor.detach())
 
 

@@ -236,11 +236,14 @@ def _on_fakes(source: str, forward: Callable[..., object], call: Call) -> InferO
 
 
 def _aside(runs: InferOutput, layer: Extensible, call: Call) -> InferOutput:
-    """Return a function that infers as ``runs`` does, without the layer counting its runs."""
+    """Return a function that infers as ``runs``, and undoes what the layer counts in Python."""
 
     def infer(operands: Sequence[object]) -> OutputSpec:
-        with call.program_data_kept(layer):
-            return runs(operands)
+        with call.program_data_kept(layer) as changed:
+            spec = runs(operands)
+            if spec.of_layer and changed():  # compilers drop, merge and repeat ops
+                spec = spec._replace(no_op="it changes Python data of its class or module")
+        return spec
 
     return infer
 

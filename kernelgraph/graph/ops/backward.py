@@ -34,6 +34,7 @@ from kernelgraph.graph.infer import (
     OutputSpec,
     Snapshot,
     contiguous_copy,
+    dense_copy,
     owned,
 )
 from kernelgraph.graph.ops.fast_path import Operand, OpResult
@@ -260,7 +261,7 @@ class ByKernel(Differentiable):
             remember(self._checked_calls, sizes, self._checked(operands))
         tensors = self._tensors(result, self._checked_calls[sizes], operands)
         if self._own.hidden_saves:
-            made = [contiguous_copy(tensor) for tensor in tensors]
+            made = [*map(dense_copy, tensors, self._orders)]
         else:
             made = owned(tensors, [operands[i] for i in self.call.tensors], self._orders)
         try:

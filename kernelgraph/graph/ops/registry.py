@@ -231,6 +231,7 @@ def _base_name(
         repr([(str(r.dtype), r.device.type, len(r.shape), r.order) for r in spec.results]),
         # A kernel may write into operands of some layouts only: its first calls show that.
         repr([*map(_order, operands)]),
+        repr(tuple(Effects.of(spec))),
         spec.output.text(),
         repr((gradient.wanted, gradient.own, [*map(_type_text, operands)])) if gradient else "",
         *(["checkpointed"] if gradient and gradient.checkpointed else []),
