@@ -156,11 +156,16 @@ class _OpWatch(_torch.TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensor.layout is torch.strided
         )
         draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        self.drew |= draws and values.get("dropout_p") != 0.0
+        # Attention draws for its dropout alone, which is 0 where it is left out.
+        self.drew |= draws and ("dropout_p" not in values or bool(values["dropout_p"]))
         return func(*args, **(kwargs or {}))
 
 
 # --- on real tensors ----------------------------------------------------------------------------
+
+
+_LARGE = 2**25
+"""The bytes from which on a tensor is not copied, but known by the sum of its memory."""
 
 
 class Snapshot:
@@ -173,15 +178,9 @@ class Snapshot:
     def __init__(self, operands: Sequence[object]) -> None:
         self._operands = operands
         self._versions = versions(operands)
-        self._memory = {
-            i: memory_of(v).clone()
-            for i, v in enumerate(operands)
-            if type(v) in (Tensor, nn.Parameter, nn.Buffer)
-            and isinstance(v, Tensor)
-            and v.layout is torch.strided
-            and v.device.type != "meta"
-            and v.numel()
-        }
+        watched: dict[int, Any] = {i: v for i, v in enumerate(operands) if _is_plain(v)}
+        self._memory = {i: memory_of(v).clone() for i, v in watched.items() if v.nbytes < _LARGE}
+        self._sums = {i: _sum(v) for i, v in watched.items() if v.nbytes >= _LARGE}
         self.generators = Generators({v.device for v in operands if isinstance(v, Tensor)})
 
     def written(self) -> set[int]:
@@ -189,21 +188,47 @@ class Snapshot:
         as autograd counts it."""
         pairs = zip(self._versions, versions(self._operands), strict=True)
         counted = {i for i, (old, new) in enumerate(pairs) if old != new}
-        return counted | {
-            i for i, before in self._memory.items() if not same_bits(self._now(i), before)
-        }
+        small = {i for i, old in self._memory.items() if not same_bits(self._now(i), old)}
+        large = {i for i, old in self._sums.items() if _sum(self._operand(i)) != old}
+        return counted | small | large
 
     def restore(self, numbers: Iterable[int]) -> None:
-        """Give these operands the memory that they had."""
+        """Give these operands the memory that they had.
+
+        Raises:
+            RuntimeError: If one is too large to have been copied.
+        """
+        numbers = set(numbers)
+        if numbers & self._sums.keys():
+            raise RuntimeError("it was written into an operand that is too large to be set back")
         # Inference tensors can be written in this mode alone.
         with torch.inference_mode():
-            for i in self._memory.keys() & set(numbers):
+            for i in self._memory.keys() & numbers:
                 self._now(i).copy_(self._memory[i])
 
     def _now(self, number: int) -> Tensor:
+        return memory_of(self._operand(number))
+
+    def _operand(self, number: int) -> Tensor:
         operand = self._operands[number]
         assert isinstance(operand, Tensor)
-        return memory_of(operand)
+        return operand
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter, nn.Buffer)
+        and value.layout is torch.strided
+        and value.device.type != "meta"
+        and value.numel() > 0
+    )
+
+
+def _sum(tensor: Tensor) -> int:
+    """Return the sum of a tensor's memory as integers, which takes no memory."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    memory = memory_of(tensor)
+    return int(memory.view(integers.get(memory.itemsize, torch.uint8)).sum())
 
 
 class Generators:

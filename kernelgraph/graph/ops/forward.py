@@ -188,7 +188,10 @@ class Body:
         if self._watched >= WATCHED_CALLS or capturing:
             return None
         self._watched += 1
-        return Snapshot(operands)
+        try:
+            return Snapshot(operands)
+        except torch.OutOfMemoryError:
+            return None
 
     def _leaves_no_trace(self, snapshot: Snapshot, operands: Sequence[Operand]) -> bool:
         """Undo what a call has done besides returning results, and see to it that it does so no

@@ -386,7 +386,10 @@ def test_counters_of_a_class_count_the_calls_of_the_program_alone():
     f = torch.compile(Counting(), backend="hubkernels", options={"inner": "eager", "verify": True})
     with use_kernel_mapping(on_cpu(Counting=toy), inherit_mapping=False):
         assert torch.equal(f(torch.ones(3)), 2 * torch.ones(3))
-    assert (Counting.calls, Counting.sizes) == (0, [])
+    assert (Counting.calls, Counting.sizes) == (1, [3])
+    report = last_report()
+    assert report is not None
+    assert "it changes Python data of its class or module" in report.decisions[0].detail
 
 
 SOURCE = """
