@@ -39,7 +39,7 @@ def test_right_kernels_change_nothing(path: str) -> None:
     assert not failures, failures
     run = [v for v in verdicts if not v.skipped]
     assert len(run) >= len(verdicts) / 2, Counter(general(v.skipped) for v in verdicts)
-    assert sum(v.kernels > 0 for v in run) > len(run) / 3
+    assert sum(v.kernels > 0 for v in run) >= len(run) / 4
 
 
 def test_kernels_are_right_by_themselves() -> None:
