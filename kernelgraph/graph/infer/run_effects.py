@@ -225,10 +225,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _sum(tensor: Tensor) -> int:
-    """Return the sum of a tensor's memory as integers, which takes no memory."""
+    """Return the sum of a tensor's memory as integers, which takes little memory."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     memory = memory_of(tensor)
-    return int(memory.view(integers.get(memory.itemsize, torch.uint8)).sum())
+    # In parts, since torch widens what it sums.
+    parts = memory.view(integers.get(memory.itemsize, torch.uint8)).split(2**20)
+    return int(torch.stack([part.sum() for part in parts]).sum())
 
 
 class Generators:
