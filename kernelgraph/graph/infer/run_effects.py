@@ -226,10 +226,10 @@ def _is_plain(value: Any) -> bool:
 
 def _sum(tensor: Tensor) -> int:
     """Return the sum of a tensor's memory as integers, which takes little memory."""
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    integers = {16: torch.int64, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     memory = memory_of(tensor)
     # In parts, since torch widens what it sums.
-    parts = memory.view(integers.get(memory.itemsize, torch.uint8)).split(2**20)
+    parts: tuple[Tensor, ...] = torch.split(memory.view(integers[memory.itemsize]), 2**20)
     return int(torch.stack([part.sum() for part in parts]).sum())
 
 
